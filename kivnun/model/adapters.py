@@ -1,0 +1,245 @@
+"""Which layers of a base an adapter touches, how its tensors start, and PEFT's folder as its form on disk.
+
+Targets are resolved from the model itself: a name that matches nothing is an error, never a silently smaller adapter.
+Next: `linear.py` (what a site computes), `train/engine.py` (who trains its tensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kivnun.errors import BaseModelError, IntegrityError
+from kivnun.model.dropout import site_key, token_keys
+from kivnun.model.families import FUSED_PARTS
+from kivnun.model.linear import AdapterSite, DoraSite, DropoutDraw, LoraSite
+from kivnun.model.load import Base
+from kivnun.randomness import generator
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """What makes an adapter what it is, apart from its tensors."""
+
+    kind: Literal["lora", "dora"]
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    sites: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """Return the factor of B A: alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (Kalajdzievski 2023, rsLoRA)."""
+        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
+
+
+@dataclass(slots=True)
+class Adapter:
+    """An adapter in memory: its shape, one site per adapted layer, and the seed of its dropout."""
+
+    shape: AdapterShape
+    sites: dict[str, AdapterSite]
+    seed: int
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors by name: `SITE.lora_A`, `SITE.lora_B`, `SITE.lora_magnitude_vector`."""
+        named: dict[str, nn.Parameter] = {}
+        for name, site in self.sites.items():
+            named[f"{name}.lora_A"] = site.a_RI
+            named[f"{name}.lora_B"] = site.b_OR
+            if isinstance(site, DoraSite):
+                named[f"{name}.lora_magnitude_vector"] = site.magnitude_O
+        return named
+
+    def draw_dropout(self, step: int, rows_T: Tensor, positions_T: Tensor) -> None:
+        """Make the next passes drop inputs as drawn for this step and these tokens. No effect at rate 0."""
+        if self.shape.dropout == 0.0:
+            return
+        keys_T = token_keys(self.seed, step, rows_T, positions_T)
+        for site in self.sites.values():
+            site.dropout.keys_T = keys_T
+
+    def stop_dropout(self) -> None:
+        for site in self.sites.values():
+            site.dropout.keys_T = None
+
+
+def resolve_targets(base: Base, target_modules: Literal["all-linear"] | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the layers that `target_modules` means in this base, in the model's order.
+
+    "all-linear" is every linear layer but the language head. Other names match a layer's full name or its end. Parts of a fused
+    projection (q_proj, k_proj, v_proj; gate_proj, up_proj) mean the fused one when all of them are named. Raises BaseModelError
+    for a name that matches nothing, for a lone part of a fused projection and for a head that shares the embedding's weight.
+    """
+    if target_modules == ALL_LINEAR:
+        return tuple(name for name in base.linears if name != base.head_name)
+    wanted = _fused_names(base, list(target_modules))
+    chosen = {name for target in wanted for name in _matches(base, target)}
+    if base.head_name in chosen and base.tied:
+        raise BaseModelError(
+            f"{base.head_name} shares its weight with the embedding, so an adapter on it could not be merged or exported",
+            hint="leave the language head out of target_modules",
+        )
+    return tuple(name for name in base.linears if name in chosen)
+
+
+def _matches(base: Base, target: str) -> list[str]:
+    found = [name for name in base.linears if name == target or name.endswith("." + target)]
+    if not found:
+        raise BaseModelError(
+            f"adapter.target_modules names {target!r}, which matches no linear layer of {type(base.model).__name__}",
+            hint=f"the base has: {', '.join(_endings(base))}; or use all-linear",
+        )
+    return found
+
+
+def _endings(base: Base) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in base.linears})
+
+
+def _fused_names(base: Base, targets: list[str]) -> list[str]:
+    """Return the targets with complete sets of fused parts replaced by the fused name."""
+    for fused, parts in FUSED_PARTS.items():
+        named = parts.intersection(targets)
+        if not named or fused not in _endings(base) or named.intersection(_endings(base)):
+            continue
+        if named != parts:
+            raise BaseModelError(
+                f"adapter.target_modules names {', '.join(sorted(named))}, but this base stores {', '.join(sorted(parts))} as one {fused}",
+                hint=f"name {fused}, or all of {', '.join(sorted(parts))}: a part of it cannot be adapted alone",
+            )
+        targets = [target for target in targets if target not in parts]
+        targets += [fused] if fused not in targets else []
+    return targets
+
+
+def new_adapter(base: Base, shape: AdapterShape, init: Literal["kaiming", "gaussian"], seed: int) -> Adapter:
+    """Return an adapter that changes nothing yet: A random, B zero, magnitudes the rows' own lengths."""
+    if base.head_name in shape.sites and shape.dropout > 0.0:
+        raise BaseModelError(
+            f"adapter.dropout is {shape.dropout} and the adapter covers {base.head_name}, which sees chosen positions only",
+            hint="set adapter.dropout to 0, or leave the language head out of target_modules",
+        )
+    return Adapter(shape, {name: _new_site(base, name, shape, init, seed) for name in shape.sites}, seed)
+
+
+def _new_site(base: Base, name: str, shape: AdapterShape, init: str, seed: int) -> AdapterSite:
+    linear = base.linears[name]
+    draw = generator(seed, "init", name)
+    size = (shape.rank, linear.in_features)
+    if init == "gaussian":  # PEFT's "gaussian": standard deviation 1 / rank
+        a = draw.standard_normal(size, dtype=np.float32) / np.float32(shape.rank)
+    else:  # Kaiming uniform with a = sqrt(5), the start of Hu et al.'s code: bound 1 / sqrt(inputs)
+        bound = np.float32(1.0 / math.sqrt(linear.in_features))
+        a = (draw.random(size, dtype=np.float32) * 2 - 1) * bound
+    return _site(base, name, shape, seed, torch.from_numpy(a), torch.zeros(linear.out_features, shape.rank), None)
+
+
+def _site(base: Base, name: str, shape: AdapterShape, seed: int, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None) -> AdapterSite:
+    a, b = _parameter(a_RI, base.device), _parameter(b_OR, base.device)
+    dropout = DropoutDraw(shape.dropout, site_key(seed, name))
+    if shape.kind == "lora":
+        return LoraSite(a, b, shape.scaling, dropout)
+    if magnitude_O is None:
+        magnitude_O = torch.linalg.vector_norm(base.linears[name].weight.float(), dim=1)
+    return DoraSite(a, b, _parameter(magnitude_O, base.device), shape.scaling, dropout)
+
+
+def _parameter(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(device=device, dtype=torch.float32, copy=True).contiguous())
+
+
+def save_peft(adapter: Adapter, folder: Path, base_name: str, revision: str | None = None) -> None:
+    """Write the adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors, float32."""
+    shape = adapter.shape
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "r": shape.rank,
+        "lora_alpha": int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha,
+        "lora_dropout": shape.dropout,
+        "target_modules": list(shape.sites),
+        "use_rslora": shape.rslora,
+        "use_dora": shape.kind == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {_peft_name(name): parameter.detach().cpu().contiguous() for name, parameter in adapter.parameters().items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_name(name: str) -> str:
+    suffix = "" if name.endswith("lora_magnitude_vector") else ".weight"
+    return f"base_model.model.{name}{suffix}"
+
+
+def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
+    """Return the adapter in a PEFT folder, on this base.
+
+    Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
+    fit the base: every tensor must be used, every site complete.
+    """
+    config = _read_peft_config(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ending = ".lora_A.weight"
+    found = {name.removeprefix("base_model.model.").removesuffix(ending) for name in tensors if name.endswith(ending)}
+    shape = AdapterShape(
+        kind="dora" if config.get("use_dora") else "lora",
+        rank=int(config["r"]),  # type: ignore[call-overload]
+        alpha=float(config["lora_alpha"]),  # type: ignore[arg-type]
+        dropout=float(config.get("lora_dropout") or 0.0),  # type: ignore[arg-type]
+        rslora=bool(config.get("use_rslora")),
+        sites=tuple(name for name in base.linears if name in found),
+    )
+    sites: dict[str, AdapterSite] = {}
+    for name in shape.sites:
+        a, b = tensors.pop(_peft_name(f"{name}.lora_A")), tensors.pop(_peft_name(f"{name}.lora_B"))
+        magnitude = tensors.pop(_peft_name(f"{name}.lora_magnitude_vector")) if shape.kind == "dora" else None
+        _check_shapes(base, name, shape.rank, a, b)
+        sites[name] = _site(base, name, shape, seed, a, b, magnitude)
+    if tensors or not sites:
+        raise IntegrityError(
+            f"{folder}: {len(tensors)} tensors fit no layer of the base, for example {next(iter(tensors), 'none')}",
+            hint="load the adapter on the base it was trained on",
+        )
+    return Adapter(shape, sites, seed)
+
+
+def _read_peft_config(folder: Path) -> Mapping[str, object]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder} holds no readable adapter_config.json: {error}", hint="give a PEFT adapter folder") from error
+    unusual = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias") if config.get(key)]
+    if config.get("peft_type") != "LORA" or unusual or config.get("bias", "none") != "none":
+        raise IntegrityError(
+            f"{folder}: peft_type {config.get('peft_type')!r} with {unusual or 'no unusual fields'} cannot be used",
+            hint="LoRA and DoRA adapters of one rank, without trained biases or saved modules, are supported",
+        )
+    return config
+
+
+def _check_shapes(base: Base, name: str, rank: int, a_RI: Tensor, b_OR: Tensor) -> None:
+    linear = base.linears[name]
+    expected = ((rank, linear.in_features), (linear.out_features, rank))
+    if (tuple(a_RI.shape), tuple(b_OR.shape)) != expected:
+        raise IntegrityError(
+            f"{name}: adapter tensors are {tuple(a_RI.shape)} and {tuple(b_OR.shape)}, the base needs {expected[0]} and {expected[1]}",
+            hint="load the adapter on the base it was trained on",
+        )

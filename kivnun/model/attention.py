@@ -1,0 +1,200 @@
+"""Attention over packed rows: each row attends to itself alone, by itself, whatever else is in the pack.
+
+Registered in transformers' attention interface under one name; the row lengths travel with the call. Since every row is
+computed with its own shapes, its result does not depend on its neighbours, to the bit.
+Shapes: H query heads, G key/value heads, T tokens of the pack, L tokens of one row, C cached and new tokens of one row, K width
+of a head. Next: `load.py` (who installs this), `generate.py` (who uses the cache).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kivnun.errors import BaseModelError
+
+NAME = "kivnun_rows"
+
+# Which kernel for which length is a committed rule, never a choice made while running. On CPU in bfloat16 the backward pass of
+# torch's flash kernel runs at a few per cent of peak below about a thousand tokens; two batched products do better there.
+MATMUL_MAX_LENGTH_BF16_CPU = 1024
+
+# Arguments that models hand to every attention function and that say nothing about the result when rows are causal.
+_INERT = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal", "cache_position"})
+
+
+class KVCache:
+    """Keys and values of rows in generation, one pair of buffers per (layer, slot), grown by doubling."""
+
+    def __init__(self) -> None:
+        self._keys: dict[tuple[int, int], Tensor] = {}
+        self._values: dict[tuple[int, int], Tensor] = {}
+        self._filled: dict[tuple[int, int], int] = {}
+
+    def append(self, layer: int, slot: int, k_GLK: Tensor, v_GLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a row's new keys and values; return all of them so far ([G, C, K] each)."""
+        at = (layer, slot)
+        start = self._filled.get(at, 0)
+        end = start + k_GLK.shape[1]
+        if at not in self._keys or end > self._keys[at].shape[1]:
+            self._keys[at] = _grown(self._keys.get(at), k_GLK, start, end)
+            self._values[at] = _grown(self._values.get(at), v_GLK, start, end)
+        self._keys[at][:, start:end] = k_GLK
+        self._values[at][:, start:end] = v_GLK
+        self._filled[at] = end
+        return self._keys[at][:, :end], self._values[at][:, :end]
+
+    def drop(self, slot: int) -> None:
+        """Forget a row: its slot may be filled again from the start."""
+        for store in (self._keys, self._values, self._filled):
+            for at in [at for at in store if at[1] == slot]:
+                del store[at]
+
+
+def _grown(old: Tensor | None, like_GLK: Tensor, filled: int, needed: int) -> Tensor:
+    capacity = max(64, 1 << (needed - 1).bit_length())
+    new = like_GLK.new_empty(like_GLK.shape[0], capacity, like_GLK.shape[2])
+    if old is not None:
+        new[:, :filled] = old[:, :filled]
+    return new
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of one pass. `lengths` sums to T; with a cache, `slots[i]` is row i's place in it (None: not cached)."""
+
+    lengths: list[int]
+    cache: KVCache | None = None
+    slots: list[int | None] = field(default_factory=list)
+
+
+def rows_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    rows: Rows | None = None,
+    **rest: object,
+) -> tuple[Tensor, None]:
+    """Return causal attention of each row over itself: query [1, H, T, K], key and value [1, G, T, K] -> [1, T, H, K].
+
+    Raises BaseModelError for anything that would change the mathematics and is not honoured here (dropout, masks, sinks).
+    The signature is transformers' attention interface.
+    """
+    unknown = sorted(name for name, given in rest.items() if given is not None and name not in _INERT)
+    if rows is None or attention_mask is not None or dropout or unknown:
+        raise BaseModelError(
+            f"{type(module).__name__} asks attention for what Kivnun does not offer: "
+            f"mask={attention_mask is not None}, dropout={dropout}, other arguments={unknown or 'none'}",
+            hint="models with causal attention, sliding windows and soft-capped scores are supported; set attention dropout to 0",
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    outs: list[Tensor] = []
+    # split, not slices: its backward is one concatenation, where a slice's backward writes a full-size tensor of zeros.
+    parts = zip(*(x[0].split(rows.lengths, dim=1) for x in (query, key, value)), strict=True)
+    for index, (q_HLK, k_GLK, v_GLK) in enumerate(parts):
+        slot = rows.slots[index] if rows.cache is not None else None
+        if rows.cache is not None and slot is not None:
+            k_GCK, v_GCK = rows.cache.append(layer, slot, k_GLK, v_GLK)
+        else:
+            k_GCK, v_GCK = k_GLK, v_GLK
+        outs.append(_one_row(q_HLK, k_GCK, v_GCK, scale, sliding_window, softcap))
+    return torch.cat(outs, dim=1).transpose(0, 1)[None], None
+
+
+def _one_row(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """Return attention of the last L of C positions over all positions up to their own: [H, L, K]."""
+    length, context = q_HLK.shape[1], k_GCK.shape[1]
+    if length == 1 and window is not None and context > window:
+        k_GCK, v_GCK, context = k_GCK[:, -window:], v_GCK[:, -window:], window
+    windowed = window is not None and context > window
+    if softcap is not None:
+        return _softcapped(q_HLK, k_GCK, v_GCK, scale, _visible(length, context, window, q_HLK.device), softcap)
+    if length == 1:
+        return _sdpa(q_HLK, k_GCK, v_GCK, scale, mask=None, causal=False)
+    if windowed or length != context:
+        return _sdpa(q_HLK, k_GCK, v_GCK, scale, mask=_visible(length, context, window, q_HLK.device), causal=False)
+    if q_HLK.dtype == torch.bfloat16 and q_HLK.device.type == "cpu" and length <= MATMUL_MAX_LENGTH_BF16_CPU:
+        return MatmulAttention.apply(q_HLK, k_GCK, v_GCK, scale)  # type: ignore[no-any-return]
+    return _sdpa(q_HLK, k_GCK, v_GCK, scale, mask=None, causal=True)
+
+
+def _sdpa(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q_HLK[None], k_GCK[None], v_GCK[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q_HLK.shape[0] != k_GCK.shape[0]
+    )
+    return out[0]
+
+
+def _visible(length: int, context: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys each query sees, bool [L, C]: none after itself, none `window` or more before it."""
+    queries = torch.arange(context - length, context, device=device)[:, None]
+    keys = torch.arange(context, device=device)[None, :]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def _softcapped(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, visible_LC: Tensor, softcap: float) -> Tensor:
+    """Attention with scores squashed to (-softcap, softcap) by tanh (Gemma 2, section 2)."""
+    groups = q_HLK.shape[0] // k_GCK.shape[0]
+    k_HCK, v_HCK = k_GCK.repeat_interleave(groups, 0), v_GCK.repeat_interleave(groups, 0)
+    scores_HLC = torch.tanh(q_HLK @ k_HCK.transpose(1, 2) * (scale / softcap)) * softcap
+    scores_HLC = scores_HLC.masked_fill(~visible_LC, -math.inf)
+    return torch.softmax(scores_HLC.float(), dim=-1).to(q_HLK.dtype) @ v_HCK
+
+
+class MatmulAttention(torch.autograd.Function):
+    """Causal attention as two batched products with a float32 softmax between them; keeps the probabilities for backward.
+
+    Query heads of one group are stacked along L, so that grouped-query attention needs no repeated keys.
+    """
+
+    @staticmethod
+    def forward(ctx, q_HLK: Tensor, k_GLK: Tensor, v_GLK: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        heads, length, width = q_HLK.shape
+        groups = k_GLK.shape[0]
+        q_GMK = q_HLK.reshape(groups, heads // groups * length, width)
+        scores = torch.bmm(q_GMK, k_GLK.transpose(1, 2)).float().mul_(scale)
+        future = torch.ones(length, length, dtype=torch.bool, device=q_HLK.device).triu_(1)
+        scores.view(groups, -1, length, length).masked_fill_(future, -math.inf)
+        p_GML = torch.softmax(scores, dim=-1).to(q_HLK.dtype)
+        out_GMK = torch.bmm(p_GML, v_GLK)
+        ctx.save_for_backward(q_GMK, k_GLK, v_GLK, p_GML, out_GMK)
+        ctx.scale = scale
+        return out_GMK.view(heads, length, width)
+
+    @staticmethod
+    def backward(ctx, dout_HLK: Tensor):  # type: ignore[override]
+        q_GMK, k_GLK, v_GLK, p_GML, out_GMK = ctx.saved_tensors
+        dout_GMK = dout_HLK.reshape(q_GMK.shape)
+        dv_GLK = torch.bmm(p_GML.transpose(1, 2), dout_GMK)
+        dp_GML = torch.bmm(dout_GMK, v_GLK.transpose(1, 2)).float()
+        # Softmax backward: p * (dp - sum(p * dp)), and sum(p * dp) equals dout . out, which is L times cheaper.
+        row_dot = (dout_GMK.float() * out_GMK.float()).sum(-1, keepdim=True)
+        ds_GML = dp_GML.sub_(row_dot).mul_(p_GML).mul_(ctx.scale).to(q_GMK.dtype)
+        dq_GMK = torch.bmm(ds_GML, k_GLK)
+        dk_GLK = torch.bmm(ds_GML.transpose(1, 2), q_GMK)
+        return dq_GMK.view(dout_HLK.shape), dk_GLK, dv_GLK, None
+
+
+def register() -> None:
+    """Make transformers know this attention by its name. Registering twice is harmless."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, rows_attention)
+    # Rows travel with the call, so no mask is ever built.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
+
+
+def _no_mask(*_args: object, **_kwargs: object) -> None:
+    return None

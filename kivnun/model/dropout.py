@@ -1,0 +1,48 @@
+"""Dropout whose mask is a pure function of (seed, step, site, row, position, channel).
+
+Nothing is stored and no generator is advanced: the mask is the same on recompute, after a resume and in any pack. The hash is
+SplitMix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") on integers of 64 bits, equal
+on every device. Shapes: T tokens of the pack, D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kivnun.randomness import key_128
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_BITS = 24
+
+
+def site_key(seed: int, name: str) -> int:
+    """Return a signed 64-bit key for one adapted module."""
+    return _signed(key_128(seed, "dropout", name))
+
+
+def token_keys(seed: int, step: int, rows_T: Tensor, positions_T: Tensor) -> Tensor:
+    """Return one int64 key per token [T] from its row's number and its position in the row (int64 [T] each)."""
+    base = _signed(key_128(seed, "dropout-step", step))
+    return _mix(_mix(rows_T + base) + positions_T * _GOLDEN)
+
+
+def dropped(x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
+    """Return x with each element zeroed with probability `rate` and the others scaled by 1 / (1 - rate)."""
+    channels_D = torch.arange(x_TD.shape[-1], device=x_TD.device) * _GOLDEN
+    bits_TD = _mix(_mix(keys_T ^ site)[:, None] + channels_D) & ((1 << _BITS) - 1)
+    keep_TD = bits_TD >= round(rate * (1 << _BITS))
+    return x_TD * keep_TD.to(x_TD.dtype).mul_(1.0 / (1.0 - rate))
+
+
+def _mix(z: Tensor) -> Tensor:
+    # Shifts of signed integers drag the sign along; the masks make them logical.
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MULTIPLIERS[0]
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MULTIPLIERS[1]
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

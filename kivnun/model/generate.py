@@ -1,0 +1,136 @@
+"""The one generator: prompts in, tokens out. Sampling, evaluation and chat all come through here.
+
+Rows are prefilled together as one pack and then decoded together, a token each per pass, every row with its own cache and its
+own stream of draws, so that what a row says does not depend on which rows it was asked with.
+Shapes: N rows being decoded, D model width, V vocabulary. Next: `attention.py` (the cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kivnun.model.attention import KVCache, Rows
+from kivnun.model.load import Base
+from kivnun.model.loss import MIN_ROWS
+from kivnun.randomness import generator
+
+# Rows decoded together. More rows make better use of matrix products, and hold more cache.
+ROWS_AT_ONCE = 64
+
+OnToken = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Temperature 0 is greedy: the most likely token, the lowest id among equals.
+
+    `stop_ids` end a row and are not part of its answer. Row i draws from (seed, "sample", i), one number per token.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    number: int
+    ids: list[int]
+    prompt_length: int
+    draws: np.random.Generator | None
+    slot: int = 0
+    done: bool = False
+    produced: list[int] = field(default_factory=list)
+
+
+@torch.no_grad()
+def generate(base: Base, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
+    """Return the new token ids of each prompt, in the prompts' order, stop ids left out.
+
+    `on_token(row, id)` hears each token as it is chosen. Runs with whatever adapter the base has been lent. Prompts must not be
+    empty: there would be nothing to predict the first token from.
+    """
+    rows = [_row(number, prompt, params) for number, prompt in enumerate(prompts)]
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        _answer(base, rows[at : at + ROWS_AT_ONCE], params, on_token)
+    return [row.produced for row in rows]
+
+
+def _row(number: int, prompt: Sequence[int], params: SamplingParams) -> _Row:
+    assert len(prompt) > 0
+    draws = generator(params.seed, "sample", number) if params.temperature > 0 else None
+    return _Row(number, list(prompt), len(prompt), draws, slot=number)
+
+
+def _answer(base: Base, rows: list[_Row], params: SamplingParams, on_token: OnToken | None) -> None:
+    cache = KVCache()
+    logits_NV = prefill(base, cache, rows)
+    active = rows
+    for count in range(1, params.max_new_tokens + 1):
+        for row, logits_V in zip(active, logits_NV, strict=True):
+            _take(row, _choose(logits_V, params, row.draws), params, on_token)
+        for row in active:
+            if row.done:
+                cache.drop(row.slot)
+        active = [row for row in active if not row.done]
+        if not active or count == params.max_new_tokens:
+            return
+        logits_NV = decode_step(base, cache, active)
+
+
+def _take(row: _Row, token: int, params: SamplingParams, on_token: OnToken | None) -> None:
+    if token in params.stop_ids:
+        row.done = True
+        return
+    row.ids.append(token)
+    row.produced.append(token)
+    if on_token is not None:
+        on_token(row.number, token)
+
+
+def prefill(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
+    """Fill the cache with all tokens of the rows; return the logits [N, V] after each row's last token."""
+    return _pass(base, cache, rows, [row.ids for row in rows], [0] * len(rows))
+
+
+def decode_step(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
+    """Run each row's newest token; return the logits [N, V] after it.
+
+    A row that has just crossed LongRoPE's original length is filled again from its start: its cached keys were rotated with the
+    short factors.
+    """
+    crossing = [row for row in rows if base.rotary is not None and base.rotary.is_long(len(row.ids)) != base.rotary.is_long(len(row.ids) - 1)]
+    for row in crossing:
+        cache.drop(row.slot)
+    new = [row.ids if row in crossing else row.ids[-1:] for row in rows]
+    return _pass(base, cache, rows, new, [len(row.ids) - len(ids) for row, ids in zip(rows, new, strict=True)])
+
+
+def _pass(base: Base, cache: KVCache, rows: Sequence[_Row], new: Sequence[list[int]], starts: Sequence[int]) -> Tensor:
+    lengths = [len(ids) for ids in new]
+    ids_T = torch.tensor([token for ids in new for token in ids], device=base.device)
+    positions_T = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]).to(base.device)
+    h_TD = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]))
+    last_ND = h_TD[torch.tensor(np.cumsum(lengths) - 1, device=base.device)]
+    short = max(0, MIN_ROWS - len(last_ND))
+    padded = torch.cat([last_ND, last_ND.new_zeros(short, last_ND.shape[1])])
+    return base.head(padded)[: len(rows)].float()
+
+
+def _choose(logits_V: Tensor, params: SamplingParams, draws: np.random.Generator | None) -> int:
+    if draws is None:
+        return int(logits_V.argmax())
+    p_V = torch.softmax(logits_V.double() / params.temperature, dim=0).cpu().numpy()
+    order = np.argsort(-p_V, kind="stable")
+    cumulative = np.cumsum(p_V[order])
+    # Nucleus sampling (Holtzman et al. 2020): the fewest tokens whose mass reaches top_p.
+    kept = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1 if params.top_p < 1.0 else len(order)
+    drawn = int(np.searchsorted(cumulative[:kept], draws.random() * cumulative[kept - 1], side="right"))
+    return int(order[min(drawn, kept - 1)])

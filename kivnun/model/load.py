@@ -1,0 +1,214 @@
+"""A base: a pretrained model, pinned by hash, that knows no adapter, with one way into its trunk and its head.
+
+Loading replaces modules on the instance (linear layers and the embedding by tunable ones, a LongRoPE by one that chooses its
+factors per row); no class is patched. Shapes: T tokens of a pack, D model width, V vocabulary.
+Next: `attention.py` (what a row sees), `adapters.py` (what is lent to a base), `loss.py` (what is done with the head).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kivnun.artifacts import hash_folder
+from kivnun.errors import BaseModelError
+from kivnun.model import attention
+from kivnun.model.attention import Rows
+from kivnun.model.families import BUILT_IN, REFUSED, read_config
+from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
+from kivnun.model.rope import RowRotary
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Fewer rows than this go through a matrix product in another kernel, with other last bits than the same rows among more.
+MIN_TOKENS = 16
+
+
+def find_base(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a base: a built-in id, a folder, or a model hub's id (downloaded or taken from its cache).
+
+    Raises BaseModelError when it is nowhere to be found.
+    """
+    if model in BUILT_IN:
+        return BUILT_IN[model]
+    if Path(model).is_dir():
+        return Path(model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise BaseModelError(
+            f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"
+        )
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    hint = "check the id, the network and, for gated models, `hf auth login`; or give a folder"
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise BaseModelError(f"base {model!r} could not be downloaded{offline}: {type(error).__name__}", hint=hint) from error
+
+
+@dataclass(slots=True)
+class Base:
+    """A loaded base. `linears` holds every tunable linear layer by its name in the model; `head_name` is the language head's."""
+
+    model: nn.Module
+    config: Any
+    folder: Path
+    content_hash: str
+    dtype: torch.dtype
+    device: torch.device
+    linears: dict[str, TunableLinear]
+    head_name: str
+    rotary: RowRotary | None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def tied(self) -> bool:
+        """Return whether the head shares the embedding's weight."""
+        return self.linears[self.head_name].weight is self.model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+
+    @contextmanager
+    def using(self, sites: Mapping[str, AdapterSite]) -> Iterator[None]:
+        """Lend adapter sites to the linear layers of these names, and take them back whatever happens."""
+        for name, site in sites.items():
+            self.linears[name].site = site
+        try:
+            yield
+        finally:
+            for name in sites:
+                self.linears[name].site = None
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, rows: Rows) -> Tensor:
+        """Return the final hidden state [T, D] of packed rows.
+
+        `positions_T` are positions within rows. Short packs are padded by a row of their own, so that a row's values do not
+        depend on how many tokens share the pass.
+        """
+        num_tokens = len(ids_T)
+        short = MIN_TOKENS - num_tokens
+        if short > 0:
+            ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
+            positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
+            rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None])
+        if self.rotary is not None:
+            self.rotary.lengths = rows.lengths
+        trunk: nn.Module = self.model.base_model  # type: ignore[assignment]
+        out = trunk(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, rows=rows)
+        return out.last_hidden_state[0, :num_tokens]
+
+    def padded(self, values_T: np.ndarray) -> np.ndarray:
+        """Return per-token values with zeros for the tokens that `hidden` adds to a short pack."""
+        return np.pad(values_T, (0, max(0, MIN_TOKENS - len(values_T))))
+
+    def head(self, h_CD: Tensor) -> Tensor:
+        """Return logits [C, V] of hidden states [C, D], with what the family does to them after the head."""
+        logits_CV = self.linears[self.head_name](h_CD)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits_CV if softcap is None else torch.tanh(logits_CV / softcap) * softcap
+
+
+def load_base(folder: Path, precision: str, device: str = "cpu", rope_factors: str = "per_row") -> Base:
+    """Return the base in `folder`, computing in `precision` ("fp32" or "bf16") on `device` ("cpu" or "cuda").
+
+    Raises BaseModelError when the folder holds no causal language model that Kivnun can run row by row.
+    """
+    _refuse_unsupported(folder)
+    model = _load_model(folder, DTYPES[precision]).to(device)
+    model.eval()
+    model.requires_grad_(False)
+    linears, head_name = _install_tunables(model)
+    return Base(
+        model=model,
+        config=model.config,
+        folder=folder,
+        content_hash=hash_folder(folder),
+        dtype=DTYPES[precision],
+        device=torch.device(device),
+        linears=linears,
+        head_name=head_name,
+        rotary=_install_rotary(model, rope_factors),
+    )
+
+
+def _refuse_unsupported(folder: Path) -> None:
+    config = read_config(folder)
+    kind = str(config.get("model_type"))
+    if kind in REFUSED:
+        raise BaseModelError(f"{folder}: {REFUSED[kind]}", hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead")
+    if "auto_map" in config and kind not in _known_types():
+        raise BaseModelError(
+            f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run", hint="use a model that transformers holds"
+        )
+    for name in ("logit_scale", "logits_scaling"):
+        if config.get(name) not in (None, 1, 1.0):
+            raise BaseModelError(f"{folder} scales its logits by {name}, which is not supported", hint="use another base")
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BaseModelError(
+            f"{folder} cannot be loaded as a causal language model: {reason}",
+            hint="it must open with AutoModelForCausalLM.from_pretrained and use transformers' attention interface",
+        ) from error
+    return model
+
+
+def _install_tunables(model: nn.Module) -> tuple[dict[str, TunableLinear], str]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears: dict[str, TunableLinear] = {}
+    head_name = ""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            linears[name] = TunableLinear(module)
+            _replace(model, name, linears[name])
+            head_name = name if module is head else head_name
+        elif type(module) is nn.Embedding:
+            _replace(model, name, TunableEmbedding(module))
+    if not head_name:
+        raise BaseModelError(f"{type(model).__name__} has no linear language head", hint="use a causal language model")
+    return linears, head_name
+
+
+def _install_rotary(model: nn.Module, rope_factors: str) -> RowRotary | None:
+    """Put a rotary embedding that chooses LongRoPE's factors row by row in place of one that chooses by the whole pack."""
+    found = [(name, module) for name, module in model.named_modules() if getattr(module, "rope_type", None) == "longrope"]
+    if not found:
+        return None
+    ((name, module),) = found
+    rotary = RowRotary.from_transformers(module, rope_factors)
+    _replace(model, name, rotary)
+    return rotary
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,214 @@
+"""The engine of one process: a base, and trainees on it with the verbs that everything else is built from.
+
+`engine.open(...)` gives a trainee: forward, forward_backward, optim_step, sample, save, load. A verb knows rows and weights, not
+epochs, schedules or files. Shapes: T tokens of a pack, S supervised positions, D model width.
+Next: `model/linear.py` (the mathematics of adapters), `loop.py` (who calls the verbs).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kivnun.data.packing import PackedBatch
+from kivnun.data.rows import Where
+from kivnun.errors import IntegrityError, NonFiniteLossError
+from kivnun.model.attention import Rows
+from kivnun.model.generate import OnToken, SamplingParams, generate
+from kivnun.model.load import Base
+from kivnun.model.loss import token_log_probs, weighted_nll
+from kivnun.train.objectives import Objective
+from kivnun.train.optim import AdamWSettings, MuonSettings, Optimizer, build_optimizer
+from kivnun.train.weights import Weights, lent
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an update was: the gradient's norm before clipping, and the factor it was scaled by (1.0: not clipped)."""
+
+    grad_norm: float
+    clip_factor: float
+
+
+class BaseModel:
+    """The base as it is, with the two verbs that need no training."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    def forward(self, batch: PackedBatch) -> np.ndarray:
+        return _forward(self._base, batch)
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
+        return generate(self._base, prompts, params, on_token)
+
+
+class Trainee:
+    """One adapter (or the whole model) with its own optimizer and counters."""
+
+    def __init__(
+        self, base: Base, weights: Weights, objective: Objective, optimizer: AdamWSettings | MuonSettings, max_grad_norm: float | None
+    ) -> None:
+        self._base = base
+        self.weights = weights
+        self.objective = objective
+        self._max_grad_norm = max_grad_norm
+        self._parameters = weights.parameters()
+        self._optimizer: Optimizer = build_optimizer(self._parameters, optimizer, _not_matrices(base))
+        self._rows_of_step: list[Where] = []
+        self.steps = 0
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for p in self._parameters.values())
+
+    def forward(self, batch: PackedBatch) -> np.ndarray:
+        """Return the log-probability (nats, float32 [S]) of each target token of the pack; no gradient, no dropout."""
+        with lent(self._base, self.weights):
+            return _forward(self._base, batch)
+
+    def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
+        """Add the pack's share of the step's gradient; return its share of the step's loss (nats per unit of weight).
+
+        `total_weight` is the weight of the whole step, over all its packs and processes: shares add up to the step's mean
+        whatever the split. Raises NonFiniteLossError, naming the rows, before anything is updated.
+        """
+        self._rows_of_step.extend(batch.where)
+        select_S, targets_S = _on(self._base, batch.select_S), _on(self._base, batch.targets_S)
+        with lent(self._base, self.weights):
+            self.weights.draw_dropout(self.steps + 1, *_token_places(self._base, batch))
+            try:
+                h_SD = _hidden(self._base, batch).index_select(0, select_S)
+                weights_S, loss = self.objective.token_weights(
+                    batch, total_weight, lambda: token_log_probs(self._base.head, h_SD.detach(), targets_S)
+                )
+                surrogate, nll_S = weighted_nll(
+                    self._base.head, self.weights.head_parameters(), h_SD, targets_S, weights_S.to(self._base.device)
+                )
+                share = float(surrogate.detach() if loss is None else loss)
+                self._refuse_non_finite(batch, share, nll_S)
+                surrogate.backward()
+            finally:
+                self.weights.stop_dropout()
+        self.weights.collect_gradients()
+        return share
+
+    def optim_step(self, learning_rate: float) -> StepResult:
+        """Clip the gathered gradient, update, clear. Raises NonFiniteLossError before the update if the gradient is not finite."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if not np.isfinite(norm):
+            raise _non_finite(f"the gradient of step {self.steps + 1} is {norm}", self._rows_of_step)
+        factor = 1.0
+        if self._max_grad_norm is not None and norm > self._max_grad_norm:
+            factor = self._max_grad_norm / (norm + 1e-6)
+            for gradient in gradients:
+                gradient.mul_(factor)
+        self._optimizer.step(learning_rate)
+        self.weights.publish()
+        self._clear()
+        self.steps += 1
+        return StepResult(norm, factor)
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
+        """Return the new token ids of each prompt, written with this trainee's weights."""
+        with lent(self._base, self.weights):
+            return generate(self._base, prompts, params, on_token)
+
+    def save(self, folder: Path) -> None:
+        """Write the complete state into an existing folder: tensors, moments, counters. `load` restores it to the bit."""
+        save_file(_contiguous(self._parameters), folder / "state.safetensors")
+        save_file(_contiguous(self._optimizer.state()), folder / "optimizer.safetensors")
+        (folder / "trainee.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take the state of `save`. Raises IntegrityError when its tensors are not this trainee's."""
+        tensors = load_file(folder / "state.safetensors")
+        if set(tensors) != set(self._parameters):
+            odd = sorted(set(tensors) ^ set(self._parameters))
+            raise IntegrityError(f"{folder} does not fit: {len(odd)} tensors differ, first {odd[0]}", hint="resume with the spec it was made by")
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+        self._optimizer.load(load_file(folder / "optimizer.safetensors"))
+        self.weights.publish()
+        self._clear()
+        self.steps = int(json.loads((folder / "trainee.json").read_text(encoding="utf-8"))["steps"])
+
+    def export(self, folder: Path, base_name: str) -> None:
+        """Write what others load: a PEFT adapter folder (LoRA, DoRA) or a transformers model folder (full)."""
+        self.weights.export(folder, base_name)
+
+    def _clear(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._rows_of_step.clear()
+
+    def _refuse_non_finite(self, batch: PackedBatch, share: float, nll_S: Tensor) -> None:
+        if np.isfinite(share):
+            return
+        segments = sorted({int(batch.segment_S[s]) for s in torch.nonzero(~torch.isfinite(nll_S))[:, 0].tolist()})
+        rows = [batch.where[segment] for segment in segments] or list(batch.where)
+        raise _non_finite(f"the loss of step {self.steps + 1} is {share}", rows)
+
+
+class TorchEngine:
+    """The engine of one process. `open` gives trainees; `base_model` the base without any."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+
+    def base_model(self) -> BaseModel:
+        return BaseModel(self.base)
+
+    def open(
+        self, weights: Weights, objective: Objective, optimizer: AdamWSettings | MuonSettings, max_grad_norm: float | None = None
+    ) -> Trainee:
+        """Return a trainee of these weights (`AdapterWeights` or `FullWeights`), at step 0."""
+        return Trainee(self.base, weights, objective, optimizer, max_grad_norm)
+
+
+def _hidden(base: Base, batch: PackedBatch) -> Tensor:
+    return base.hidden(_on(base, batch.ids_T), _on(base, batch.positions_T), Rows(list(batch.lengths)))
+
+
+@torch.no_grad()
+def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
+    h_SD = _hidden(base, batch).index_select(0, _on(base, batch.select_S))
+    return token_log_probs(base.head, h_SD, _on(base, batch.targets_S)).cpu().numpy()
+
+
+def _on(base: Base, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(base.device)
+
+
+def _token_places(base: Base, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Return each token's row number and position (int64 [T] each), padded as the pass pads: what dropout is keyed by."""
+    rows_T = np.repeat(np.asarray(batch.rows, dtype=np.int64), batch.lengths)
+    return _on(base, base.padded(rows_T)), _on(base, base.padded(batch.positions_T))
+
+
+def _not_matrices(base: Base) -> frozenset[str]:
+    """Return the 2-D weights that are tables rather than maps: embedding and head."""
+    names = {f"{base.head_name}.weight"}
+    embedding = base.model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    return frozenset(names | {name for name, p in base.model.named_parameters() if p is embedding})
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _non_finite(what: str, rows: Sequence[Where]) -> NonFiniteLossError:
+    shown = ", ".join(dict.fromkeys(str(where) for where in rows[:8]))
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return NonFiniteLossError(
+        f"{what}; rows in it: {shown}{more}", hint="nothing was updated: lower schedule.learning_rate, or look at these rows"
+    )
