@@ -1,0 +1,161 @@
+"""One evaluation of one model: held-out loss, task metrics, intervals, and the paired difference to the base.
+
+The pipeline calls `evaluate_scorer` for the base before training and for the tuned model after it, writes
+`evaluation_fields` into the event and `result_fields` into the final object. `save_evaluation` keeps what each row got, so
+that a resumed run pairs its tuned rows with the base's without scoring the base again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kivnun.artifacts import atomic_write
+from kivnun.data.rows import Trainable
+from kivnun.data.template import ChatTokenizer
+from kivnun.errors import DataError, IntegrityError, SpecError
+from kivnun.evaluate.heldout import Progress, Scorer, held_out_nll
+from kivnun.evaluate.intervals import Interval, difference_interval, interval_of, verdict_of
+from kivnun.evaluate.metrics import Measure, higher_is_better
+from kivnun.evaluate.tasks import Sample, generation_rows, run_tasks
+from kivnun.spec.tune import EvaluationSpec
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with ("score" or "generate", rows done, rows in all)."""
+
+# The interval of tuned minus base stands beside the intervals of the figures, under the metric's name and this ending.
+DIFFERENCE = "_difference"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one model got on the held-out rows. `measures` keeps each row's part.
+
+    `intervals` holds the 95 % interval of each figure, and with a base also that of tuned minus base as `nll_difference` and so
+    on; there is none for a figure that rests on fewer than ten rows.
+    """
+
+    rows: int
+    measures: dict[str, Measure]
+    intervals: dict[str, Interval]
+    samples: tuple[Sample, ...]
+
+    @property
+    def nll(self) -> float:
+        """Nats per trained token."""
+        return self.measures["nll"].figure
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every figure but the loss."""
+        return {name: measure.figure for name, measure in self.measures.items() if name != "nll"}
+
+
+def evaluate_scorer(
+    scorer: Scorer,
+    rows: Sequence[Trainable],
+    tokenizer: ChatTokenizer,
+    settings: EvaluationSpec,
+    seed: int,
+    on_progress: StageProgress | None = None,
+    *,
+    micro_batch_tokens: int,
+    base: Evaluation | None = None,
+) -> Evaluation:
+    """Score `rows`, generate for those that have a prompt, and compare with `base` on the same rows where it is given.
+
+    Nothing is generated when `settings` asks for no metric and no sample. Raises DataError when there is no held-out row,
+    SpecError when a metric needs replies and no row has any.
+    """
+    if not rows:
+        raise DataError("there is no held-out row to evaluate on", hint="set data.validation to a share or a file")
+    held_out = held_out_nll(scorer, rows, micro_batch_tokens, _stage(on_progress, "score"))
+    measures = {measure.name: measure for measure in held_out.measures()}
+    samples: list[Sample] = []
+    wanted = settings.generate_rows if settings.metrics else settings.samples
+    picked = generation_rows(rows, wanted, seed)
+    if settings.metrics and not picked:
+        raise SpecError(
+            f"evaluation.metrics asks for {', '.join(settings.metrics)}, but no held-out row has a prompt and a reply",
+            hint="running text has no replies to compare: remove evaluation.metrics, or set evaluation.generate_rows above 0",
+        )
+    if picked:
+        stage = _stage(on_progress, "generate")
+        result = run_tasks(scorer, picked, tokenizer, settings.metrics, settings.max_new_tokens, stage)
+        measures.update((measure.name, measure) for measure in result.measures)
+        samples = _spread(result.samples, settings.samples)
+    return _with_intervals(len(rows), measures, samples, settings.bootstrap, seed, base)
+
+
+def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the fields of an `evaluated` event but `which` and `step`: nll, rows, metrics, intervals, samples, plain JSON."""
+    return {
+        "nll": evaluation.nll,
+        "rows": evaluation.rows,
+        "metrics": evaluation.metrics,
+        "intervals": dict(evaluation.intervals),
+        "samples": [asdict(sample) for sample in evaluation.samples],
+    }
+
+
+def result_fields(evaluation: Evaluation) -> dict[str, Any]:
+    """Return `base` or `tuned` of the final object: nll, rows, each metric by its name, intervals, and verdicts on the tuned."""
+    verdicts = {
+        name.removesuffix(DIFFERENCE): verdict_of(interval, higher_is_better(name.removesuffix(DIFFERENCE)))
+        for name, interval in evaluation.intervals.items()
+        if name.endswith(DIFFERENCE)
+    }
+    return {
+        "nll": evaluation.nll,
+        "rows": evaluation.rows,
+        **evaluation.metrics,
+        "intervals": {name: list(interval) for name, interval in evaluation.intervals.items()},
+        **({"verdicts": verdicts} if verdicts else {}),
+    }
+
+
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write the evaluation with what each row got, atomically, as JSON. Floats keep every bit."""
+    record = {
+        **evaluation_fields(evaluation),
+        "per_row": {name: measure.rows_ND.tolist() for name, measure in evaluation.measures.items()},
+    }
+    atomic_write(path, json.dumps(record, ensure_ascii=False, allow_nan=False))
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Return what `save_evaluation` wrote. Raises IntegrityError when the file is not such a record."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        measures = {name: Measure(name, np.array(rows, dtype=np.float64)) for name, rows in record["per_row"].items()}
+        intervals = {name: Interval(*ends) for name, ends in record["intervals"].items()}
+        samples = tuple(Sample(**fields) for fields in record["samples"])
+        return Evaluation(record["rows"], measures, intervals, samples)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path} is not a saved evaluation: {error}", hint="delete it; the base is scored again") from error
+
+
+def _with_intervals(
+    rows: int, measures: dict[str, Measure], samples: Sequence[Sample], draws: int, seed: int, base: Evaluation | None
+) -> Evaluation:
+    found = {name: interval_of(measure, draws, seed) for name, measure in measures.items()}
+    if base is not None:
+        for name in (name for name in measures if name in base.measures):
+            found[name + DIFFERENCE] = difference_interval(base.measures[name], measures[name], draws, seed)
+    intervals = {name: interval for name, interval in found.items() if interval is not None}
+    return Evaluation(rows, measures, intervals, tuple(samples))
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return up to `count` samples from all over the list: neighbours in a file are often of one kind."""
+    count = min(count, len(samples))
+    return [samples[place * len(samples) // count] for place in range(count)]
+
+
+def _stage(on_progress: StageProgress | None, stage: str) -> Progress | None:
+    return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
