@@ -1,0 +1,49 @@
+"""What a run is: one frozen, versioned `TuneSpec`. Start reading at `tune.py`."""
+
+from kivnun.spec.adapters import AdapterSpec, DoraSpec, FullSpec, LoraSpec
+from kivnun.spec.base import BaseSpec, is_hub_id
+from kivnun.spec.catalogue import count_options, options
+from kivnun.spec.compute import ComputeSpec, LocalSpec
+from kivnun.spec.data import DataSpec, SourceSpec
+from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec, Metric
+from kivnun.spec.objectives import DpoSpec, ObjectiveKind, ObjectiveSpec, PretrainingSpec, SupervisedSpec
+from kivnun.spec.read import load_spec, parse_spec, read_spec_text
+from kivnun.spec.resolve import ResolveFacts, resolve, resolved_yaml
+from kivnun.spec.schedule import AdamWSpec, MuonSpec, OptimizerSpec, ScheduleSpec
+from kivnun.spec.schema import json_schema
+from kivnun.spec.tune import TuneSpec
+
+__all__ = [
+    "AdamWSpec",
+    "AdapterSpec",
+    "BaseSpec",
+    "CheckpointSpec",
+    "ComputeSpec",
+    "DataSpec",
+    "DoraSpec",
+    "DpoSpec",
+    "EvaluationSpec",
+    "FullSpec",
+    "LocalSpec",
+    "LoraSpec",
+    "Metric",
+    "MuonSpec",
+    "ObjectiveKind",
+    "ObjectiveSpec",
+    "OptimizerSpec",
+    "PretrainingSpec",
+    "ResolveFacts",
+    "ScheduleSpec",
+    "SourceSpec",
+    "SupervisedSpec",
+    "TuneSpec",
+    "count_options",
+    "is_hub_id",
+    "json_schema",
+    "load_spec",
+    "options",
+    "parse_spec",
+    "read_spec_text",
+    "resolve",
+    "resolved_yaml",
+]

@@ -1,0 +1,31 @@
+"""Options of compute: the shape of the engine. Where it runs is not the spec's business. Next: `tune.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from kivnun.spec.section import Section, Why, kind_chooser
+
+
+class LocalSpec(Section, frozen=True):
+    """One process on this machine."""
+
+    kind: Annotated[Literal["local"], Why("one process needs nothing set up")] = Field(default="local", description="One process.")
+    device: Annotated[Literal["auto", "cpu", "cuda"], Why("a GPU where there is one, else the CPU")] = Field(
+        default="auto", description="What computes."
+    )
+    threads: Annotated[int | None, Why("as many as the process may use cores; pinned, since sums depend on it")] = Field(
+        default=None, ge=1, le=1024, description="CPU threads."
+    )
+    micro_batch_tokens: Annotated[
+        int | None, Why("the larger of 4096 and the longest row: well-filled matrices in modest memory")
+    ] = Field(
+        default=None,
+        ge=1,
+        description="Tokens of one forward and backward pass, at most; the result of a step does not depend on it.",
+    )
+
+
+ComputeSpec: TypeAlias = Annotated[Annotated[LocalSpec, Tag("local")], Discriminator(kind_chooser("local"))]

@@ -1,0 +1,72 @@
+"""Options of what is measured and what is kept on the way: evaluation and checkpoints. Next: `compute.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+
+from kivnun.spec.section import Allowed, Section, Why, broken_rule, tuple_from_list
+
+Metric: TypeAlias = Literal["exact_match", "chrf"]
+
+
+class EvaluationSpec(Section, frozen=True):
+    """Base against tuned, on the held-out rows."""
+
+    every_steps: Annotated[int | None, Why("at the end of each epoch, where the rows have all been seen equally often")] = Field(
+        default=None, ge=1, description="Steps between evaluations during the run; null evaluates at the end of each epoch."
+    )
+    metrics: Annotated[
+        tuple[Metric, ...],
+        BeforeValidator(tuple_from_list),
+        Allowed("a list of: exact_match, chrf"),
+        WithJsonSchema({"type": "array", "uniqueItems": True, "items": {"enum": ["exact_match", "chrf"], "type": "string"}}),
+        Why("the likelihood of the held-out rows needs no generation; whether replies can be compared is the user's knowledge"),
+    ] = Field(default=(), description="Scores of generated replies against the held-out ones, beside the likelihood.")
+    generate_rows: Annotated[int, Why("an interval of about 7 points either way, in a minute or two on a CPU")] = Field(
+        default=200, ge=1, description="Held-out rows for which a reply is generated, at most."
+    )
+    max_new_tokens: Annotated[int, Why("a paragraph; most replies end earlier by themselves")] = Field(
+        default=128, ge=1, description="Tokens of a generated reply, at most."
+    )
+    samples: Annotated[int, Why("what a reader takes in at a glance")] = Field(
+        default=5, ge=0, description="Replies of base and tuned that are kept side by side for reading."
+    )
+    bootstrap: Annotated[int, Why("intervals steady to about a tenth of their width")] = Field(
+        default=1000, ge=100, le=100_000, description="Resamplings behind each 95 % interval."
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_once(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        if len(set(metrics)) != len(metrics):
+            raise broken_rule("names a metric more than once", "name each once")
+        return metrics
+
+    @field_validator("samples")
+    @classmethod
+    def _samples_are_generated(cls, samples: int, info: ValidationInfo) -> int:
+        rows = info.data.get("generate_rows")
+        if rows is not None and samples > rows:
+            raise broken_rule(
+                f"is {samples}, more than evaluation.generate_rows ({rows})", "samples are taken from the generated rows"
+            )
+        return samples
+
+
+class CheckpointSpec(Section, frozen=True):
+    """When the state of the run is written, so that it can be resumed exactly."""
+
+    every_steps: Annotated[int | None, Why("time and epochs set the pace")] = Field(
+        default=None, ge=1, description="Steps between checkpoints; null for none by steps."
+    )
+    every_epoch: Annotated[bool, Why("the natural places to come back to")] = Field(
+        default=True, description="Write a checkpoint at the end of each epoch."
+    )
+    every_seconds: Annotated[float | None, Why("a minute is the most that a crash can cost")] = Field(
+        default=60.0, gt=0, description="Seconds between checkpoints; null for none by time."
+    )
+    keep: Annotated[int, Why("the newest, and one more should it turn out to be damaged")] = Field(
+        default=2, ge=1, description="How many checkpoints stay on disk."
+    )
