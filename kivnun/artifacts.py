@@ -36,6 +36,7 @@ _DISK_WORDS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "the system does not permit it",
     errno.EIO: "the disk reports an input/output error",
+    errno.EEXIST: "a file of that name is in the way",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
@@ -170,9 +171,13 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Make everything in `folder` durable. Files get the folder's own read and write permissions, which follow the user's
+    umask: safetensors 0.8 gives its files 0600 whatever the umask, and a group that shares a folder could not read them."""
+    mode = folder.stat().st_mode & 0o666
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             with open(Path(place, name), "rb") as file:
+                os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
         _sync_folder(Path(place))
 

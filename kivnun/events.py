@@ -30,7 +30,7 @@ Seconds: TypeAlias = Annotated[float, "wall-clock seconds that it took"]
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A process began to work on the run, from its first step or from a checkpoint (then `resumed` follows)."""
+    """A process began to work on the run: from its first step, or from a checkpoint (then `resumed` follows)."""
 
     name: ClassVar[str] = "run_started"
     run: Annotated[str, "the run folder's name"]
@@ -201,14 +201,15 @@ def from_json(line: str) -> Event:
     if not isinstance(content, dict):
         raise IntegrityError("not a JSON object")
     values = cast(dict[str, Any], content)
-    kind = EVENTS.get(values.pop("name", None))
+    name = values.pop("name", None)
+    kind = EVENTS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise IntegrityError(f"no known event; known are {', '.join(EVENTS)}")
     types_of = _field_types(kind)
     if types_of.keys() != values.keys():
         raise IntegrityError(f"{kind.name} has the fields {', '.join(values)}; it must have {', '.join(types_of)}")
     try:
-        return kind(**{name: _checked(values[name], annotation, name) for name, annotation in types_of.items()})
+        return kind(**{field: _checked(values[field], annotation, field) for field, annotation in types_of.items()})
     except TypeError as error:
         raise IntegrityError(f"{kind.name}: {error}") from None
 

@@ -64,8 +64,11 @@ class CheckpointStore:
         for step, path in sorted(self._paths().items(), reverse=True):
             try:
                 manifest = check_manifest(path)
-            except (IntegrityError, OSError) as error:
-                warnings.append(f"checkpoint {path.name} is damaged and was passed over: {getattr(error, 'message', error)}")
+                if manifest.get("step") != step:
+                    raise IntegrityError(f"{path} holds step {manifest.get('step')}: it was renamed")
+            except (IntegrityError, OSError) as error:  # OSError: a sector that cannot be read
+                reason = error.message if isinstance(error, IntegrityError) else str(error)
+                warnings.append(f"checkpoint {path.name} is damaged and was passed over: {reason}")
                 continue
             return Checkpoint(step, path, manifest["fields"], tuple(warnings))
         if warnings:
