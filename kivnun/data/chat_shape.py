@@ -1,0 +1,296 @@
+"""The rules of one conversation in OpenAI's shape: roles, content, tool calls, weights.
+
+Each check takes the value, complains in words that name places, key names and types (never content), and returns the value as
+records hold it. Rules about templates are not here: which roles a template knows only the template can say. Next: `template.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kivnun.data.jsonl import LineProblem, key_name, parse_value, type_name
+
+Complain = Callable[[str], None]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEYS = {
+    "assistant": ("role", "content", "name", "weight", "tool_calls"),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+_OTHER_KEYS = ("role", "content", "name")
+_ALL_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id")
+# Keys that OpenAI's client writes as null in every message it dumps. Null says nothing; anything else cannot be trained.
+_NULL_ONLY = {
+    "refusal": "put the words of the refusal in content",
+    "function_call": "use tool_calls",
+    "audio": "only text is trained",
+    "annotations": "only text is trained",
+    "reasoning_content": "put what is to be trained in content",
+}
+_MEDIA = {
+    "image_url": "an image", "image": "an image", "input_audio": "audio", "audio": "audio", "video": "video", "file": "a file",
+    "refusal": "a refusal",
+}  # fmt: skip
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `name` is most likely a slip for, or None."""
+    found = difflib.get_close_matches(name[:40].lower(), list(known), n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+def check_keys(value: dict[str, Any], allowed: Sequence[str], at: str, complain: Complain) -> None:
+    """Complain of every key outside `allowed`: with the nearest allowed name where one is near, else all in one sentence."""
+    unknown = [key for key in value if key not in allowed]
+    far: list[str] = []
+    for key in unknown:
+        if (near := nearest(key, allowed)) is not None:
+            complain(f"unknown key {at}{key_name(key)}; did you mean {near!r}?")
+        else:
+            far.append(key)
+    if far:
+        shown = ", ".join(key_name(key) for key in far[:6]) + (f" and {len(far) - 6} more" if len(far) > 6 else "")
+        place = f" in {at.rstrip('.')}" if at else ""
+        complain(f"keys that would have no effect{place}: {shown}; allowed: {', '.join(allowed)}. Remove them")
+
+
+def check_messages(value: Any, complain: Complain) -> tuple[Message, ...]:
+    """Return the messages of a conversation to train on: it ends with a reply, and some reply has a weight other than 0."""
+    messages = _conversation(value, "messages", complain)
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if not messages:
+        return ()
+    if not replies:
+        complain("messages hold no assistant message: there is nothing to train")
+    elif messages[-1]["role"] != "assistant":
+        complain(
+            f"the last message must be the assistant's, it has the role {messages[-1]['role']}: what follows a reply trains nothing"
+        )
+    elif all(message.get("weight") == 0 for message in replies):
+        complain("every assistant message has weight 0: there is nothing to train")
+    return messages
+
+
+def check_prompt_messages(value: Any, at: str, complain: Complain) -> tuple[Message, ...]:
+    """Return the messages before a preferred reply: they end with the turn that is replied to, and carry no weights."""
+    messages = _conversation(value, at, complain)
+    if messages and messages[-1]["role"] == "assistant":
+        complain(f"{at} must end before the reply, with a user or tool message; its last message is the assistant's")
+    if any("weight" in message for message in messages):
+        complain(f"{at} has a weight: of a preference only the two replies are trained; remove it")
+    return messages
+
+
+def check_reply(value: Any, at: str, complain: Complain) -> str | None:
+    """Return the text of one side of a preference: a string, or a list of one assistant message."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        complain(f"{at} must be a string or a list of one assistant message, got {type_name(value)}")
+        return None
+    if len(value) != 1 or not isinstance(value[0], dict):
+        complain(f"{at} must hold exactly one assistant message, got {len(value)} items")
+        return None
+    message = {key: item for key, item in value[0].items() if item is not None}
+    if message.get("role") != "assistant":
+        complain(f"{at}[0].role must be 'assistant'")
+        return None
+    check_keys({key: None for key in message if key not in _NULL_ONLY}, ("role", "content"), f"{at}[0].", complain)
+    _refuse_untrainable(message, f"{at}[0]", complain)
+    if "content" not in message:
+        complain(f"{at}[0].content is missing or null; a reply is a string")
+        return None
+    return _content(message["content"], f"{at}[0].content", complain)
+
+
+def check_tools(value: Any, complain: Complain, at: str = "tools") -> tuple[dict[str, Any], ...] | None:
+    """Return the function schemas that a conversation may call; None where there are none."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        complain(f"{at} must be a list of function schemas, got {type_name(value)}")
+        return None
+    for number, tool in enumerate(value):
+        here = f"{at}[{number}]"
+        if not isinstance(tool, dict):
+            complain(f"{here} must be an object, got {type_name(tool)}")
+            continue
+        check_keys(tool, ("type", "function"), f"{here}.", complain)
+        if tool.get("type") != "function":
+            complain(f"{here}.type must be 'function'")
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            complain(f"{here}.function must be an object, got {type_name(function)}")
+            continue
+        check_keys(function, ("name", "description", "parameters", "strict"), f"{here}.function.", complain)
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            complain(f"{here}.function.name must be a string that is not empty")
+        if not isinstance(function.get("parameters", {}), dict):
+            complain(f"{here}.function.parameters must be an object (a JSON schema), got {type_name(function['parameters'])}")
+    return tuple(value) or None
+
+
+def _conversation(value: Any, at: str, complain: Complain) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        complain(f"{at} must be a list, got {type_name(value)}")
+        return ()
+    if not value:
+        complain(f"{at} is empty")
+    messages = [_message(item, f"{at}[{number}]", complain) for number, item in enumerate(value)]
+    good = [message for message in messages if message is not None]
+    _check_tool_answers(good, at, complain)
+    # A conversation with a message left out is no conversation: the rules about its end would complain of what is not so.
+    return tuple(good) if len(good) == len(messages) else ()
+
+
+def _message(value: Any, at: str, complain: Complain) -> Message | None:
+    """Return one message without its null keys and with its content as a string; None where it cannot be used at all."""
+    if not isinstance(value, dict):
+        complain(f"{at} must be an object, got {type_name(value)}")
+        return None
+    message: Message = {key: item for key, item in value.items() if item is not None}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        _complain_of_role(role, at, complain)
+        return None
+    _refuse_untrainable(message, at, complain)
+    known = {key: item for key, item in value.items() if key not in _NULL_ONLY}
+    _check_message_keys(known, role, at, complain)
+    if "name" in message and not isinstance(message["name"], str):
+        complain(f"{at}.name must be a string, got {type_name(message['name'])}")
+    if role == "assistant":
+        _check_assistant(message, at, complain)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        complain(f"{at}.tool_call_id is missing: a tool message names the call it answers")
+    if "content" in message:
+        message["content"] = _content(message["content"], f"{at}.content", complain)
+    elif "tool_calls" in message and role == "assistant":
+        message["content"] = None  # the key is there in every message: templates read it
+    else:
+        what = "null (allowed with tool_calls only)" if "content" in value else "missing"
+        complain(f"{at}.content is {what}; it must be a string or a list of text parts")
+    return message
+
+
+def _complain_of_role(role: Any, at: str, complain: Complain) -> None:
+    allowed = ", ".join(ROLES)
+    if role == "function":
+        complain(f"{at}.role 'function' is the old form of 'tool': use the role tool with a tool_call_id")
+    elif isinstance(role, str):
+        near = nearest(role, ROLES)
+        complain(f"{at}.role is not one of {allowed}" + (f"; did you mean {near!r}?" if near else ""))
+    else:
+        complain(f"{at}.role must be one of {allowed}, got {'nothing' if role is None else type_name(role)}")
+
+
+def _refuse_untrainable(message: Message, at: str, complain: Complain) -> None:
+    for key, advice in _NULL_ONLY.items():
+        if key in message and message[key] != []:  # annotations: [] says nothing either
+            complain(f"{at}.{key} cannot be trained: {advice}")
+        message.pop(key, None)
+
+
+def _check_message_keys(value: dict[str, Any], role: str, at: str, complain: Complain) -> None:
+    allowed = _KEYS.get(role, _OTHER_KEYS)
+    for key in ("weight", "tool_calls", "tool_call_id"):
+        if value.get(key) is not None and key not in allowed:
+            complain(f"{at}.{key} is not allowed on messages of the role {role}")
+    check_keys({key: item for key, item in value.items() if key not in _ALL_KEYS}, allowed, f"{at}.", complain)
+
+
+def _check_assistant(message: Message, at: str, complain: Complain) -> None:
+    if "weight" in message:
+        weight = message["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+            complain(f"{at}.weight must be 0 (context only) or 1 (trained)")
+    if "tool_calls" not in message:
+        return
+    calls = message["tool_calls"]
+    if not isinstance(calls, list) or not calls:
+        complain(f"{at}.tool_calls must be a list that is not empty")
+        return
+    for number, call in enumerate(calls):
+        _check_call(call, f"{at}.tool_calls[{number}]", complain)
+
+
+def _check_call(call: Any, at: str, complain: Complain) -> None:
+    if not isinstance(call, dict):
+        complain(f"{at} must be an object, got {type_name(call)}")
+        return
+    check_keys(call, ("id", "type", "function"), f"{at}.", complain)
+    if not isinstance(call.get("id"), str) or not call["id"]:
+        complain(f"{at}.id must be a string that is not empty")
+    if call.get("type") != "function":
+        complain(f"{at}.type must be 'function'")
+    function = call.get("function")
+    if not isinstance(function, dict):
+        complain(f"{at}.function must be an object, got {type_name(function)}")
+        return
+    check_keys(function, ("name", "arguments"), f"{at}.function.", complain)
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        complain(f"{at}.function.name must be a string that is not empty")
+    _check_arguments(function.get("arguments"), f"{at}.function.arguments", complain)
+
+
+def _check_arguments(value: Any, at: str, complain: Complain) -> None:
+    if isinstance(value, str):
+        try:
+            value = parse_value(value)
+        except LineProblem as problem:
+            complain(f"{at} must spell a JSON object: {problem}")
+            return
+    if not isinstance(value, dict):
+        complain(f"{at} must be an object, or a string that spells one; got {type_name(value)}")
+
+
+def _check_tool_answers(messages: list[Message], at: str, complain: Complain) -> None:
+    """Complain of a tool message that answers no earlier call, and of a call id used twice."""
+    asked: set[str] = set()
+    for message in messages:
+        calls = message.get("tool_calls", []) if message["role"] == "assistant" else []
+        for call in calls if isinstance(calls, list) else []:
+            identity = call.get("id") if isinstance(call, dict) else None
+            if isinstance(identity, str):
+                if identity in asked:
+                    complain(f"{at} give one tool call id twice")
+                asked.add(identity)
+        answered = message.get("tool_call_id") if message["role"] == "tool" else None
+        if isinstance(answered, str) and answered not in asked:
+            complain(f"{at} hold a tool message whose tool_call_id is of no earlier tool call")
+
+
+def _content(value: Any, at: str, complain: Complain) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        complain(f"{at} must be a string or a list of text parts, got {type_name(value)}")
+        return ""
+    return "".join(_part(part, f"{at}[{number}]", complain) for number, part in enumerate(value))
+
+
+def _part(part: Any, at: str, complain: Complain) -> str:
+    allowed = 'only {"type": "text", "text": "..."} parts are allowed'
+    if not isinstance(part, dict):
+        complain(f"{at} must be an object, got {type_name(part)}; {allowed}")
+        return ""
+    kind = part.get("type")
+    if kind != "text":
+        media = {
+            "image_url": "an image",
+            "image": "an image",
+            "input_audio": "audio",
+            "audio": "audio",
+            "video": "video",
+            "file": "a file",
+        }
+        name = media.get(kind) if isinstance(kind, str) else None
+        complain(f"{at} is {name or 'a part of another type'}, which cannot be trained; {allowed}")
+        return ""
+    check_keys(part, ("type", "text"), f"{at}.", complain)
+    if not isinstance(part.get("text"), str):
+        complain(f"{at}.text must be a string, got {type_name(part.get('text'))}")
+        return ""
+    return part["text"]
