@@ -16,7 +16,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -44,7 +44,7 @@ _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turn the disk's own failures inside the block into StorageError, naming `path`; other errors pass unchanged."""
     try:
         yield
@@ -105,7 +105,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Generator[Path]:
     """Give an empty folder to fill; at the block's end make it durable and rename it to `path`.
 
     A folder already at `path` is replaced as a whole: it is moved aside, the new one takes its name, then it is deleted. A

@@ -221,23 +221,19 @@ def _field_types(kind: type[Event]) -> dict[str, Any]:
 
 def _checked(value: Any, annotation: Any, name: str) -> Any:
     """Return `value` as its annotation has it (a JSON list becomes a tuple, an int a float). Raises TypeError."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Literal and value in parts:
-        return value
-    if origin is dict and isinstance(value, dict):
-        items = cast(dict[Any, Any], value).items()
-        return {_checked(key, parts[0], name): _checked(entry, parts[1], name) for key, entry in items}
-    if origin is list and isinstance(value, list):
-        return [_checked(entry, parts[0], name) for entry in cast(list[Any], value)]
-    if origin is tuple and isinstance(value, (list, tuple)) and len(cast(list[Any], value)) == len(parts):
-        return tuple(_checked(entry, part, name) for entry, part in zip(cast(list[Any], value), parts, strict=True))
-    if annotation is float and not isinstance(value, bool) and (isinstance(value, (int, float)) or value in _NON_FINITE):
+    kind, origin, parts = type(value), get_origin(annotation), get_args(annotation)
+    if kind is dict and origin is dict:
+        return {_checked(key, parts[0], name): _checked(entry, parts[1], name) for key, entry in value.items()}
+    if kind in (list, tuple) and origin is list:
+        return [_checked(entry, parts[0], name) for entry in value]
+    if kind in (list, tuple) and origin is tuple and len(value) == len(parts):
+        return tuple(_checked(entry, part, name) for entry, part in zip(value, parts, strict=True))
+    if annotation is float and (kind is int or issubclass(kind, float) or (kind is str and value in _NON_FINITE)):
         return float(value)
-    if annotation is object or (type(value) is annotation):
+    if annotation is object or kind is annotation or (origin is Literal and value in parts):
         return value
-    raise TypeError(
-        f"{name} must be {annotation.__name__ if isinstance(annotation, type) else annotation}, got {type(value).__name__}"
-    )
+    wanted = annotation.__name__ if isinstance(annotation, type) else annotation
+    raise TypeError(f"{name} must be {wanted}, got {kind.__name__}")
 
 
 _NON_FINITE = ("nan", "inf", "-inf")

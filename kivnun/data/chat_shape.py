@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kivnun.data.jsonl import LineProblem, key_name, parse_value, type_name
+from kivnun.data.jsonl import LineProblem, as_list, as_object, key_name, parse_value, type_name
 
 Complain = Callable[[str], None]
 Message = dict[str, Any]
@@ -42,7 +42,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def check_keys(value: dict[str, Any], allowed: Sequence[str], at: str, complain: Complain) -> None:
+def check_keys(value: Iterable[str], allowed: Sequence[str], at: str, complain: Complain) -> None:
     """Complain of every key outside `allowed`: with the nearest allowed name where one is near, else all in one sentence."""
     unknown = [key for key in value if key not in allowed]
     far: list[str] = []
@@ -88,58 +88,77 @@ def check_reply(value: Any, at: str, complain: Complain) -> str | None:
     """Return the text of one side of a preference: a string, or a list of one assistant message."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
+    items = as_list(value)
+    if items is None:
         complain(f"{at} must be a string or a list of one assistant message, got {type_name(value)}")
         return None
-    if len(value) != 1 or not isinstance(value[0], dict):
-        complain(f"{at} must hold exactly one assistant message, got {len(value)} items")
+    given = as_object(items[0]) if len(items) == 1 else None
+    if given is None:
+        complain(f"{at} must hold exactly one assistant message, got {len(items)} items")
         return None
-    message = {key: item for key, item in value[0].items() if item is not None}
-    if message.get("role") != "assistant":
+    if given.get("role") != "assistant":
         complain(f"{at}[0].role must be 'assistant'")
         return None
-    check_keys({key: None for key in message if key not in _NULL_ONLY}, ("role", "content"), f"{at}[0].", complain)
-    _refuse_untrainable(message, f"{at}[0]", complain)
-    if "content" not in message:
-        complain(f"{at}[0].content is missing or null; a reply is a string")
-        return None
-    return _content(message["content"], f"{at}[0].content", complain)
+    return _reply_text(given, f"{at}[0]", complain)
 
 
 def check_tools(value: Any, complain: Complain, at: str = "tools") -> tuple[dict[str, Any], ...] | None:
     """Return the function schemas that a conversation may call; None where there are none."""
     if value is None:
         return None
-    if not isinstance(value, list):
+    tools = as_list(value)
+    if tools is None:
         complain(f"{at} must be a list of function schemas, got {type_name(value)}")
         return None
-    for number, tool in enumerate(value):
-        here = f"{at}[{number}]"
-        if not isinstance(tool, dict):
-            complain(f"{here} must be an object, got {type_name(tool)}")
-            continue
-        check_keys(tool, ("type", "function"), f"{here}.", complain)
-        if tool.get("type") != "function":
-            complain(f"{here}.type must be 'function'")
-        function = tool.get("function")
-        if not isinstance(function, dict):
-            complain(f"{here}.function must be an object, got {type_name(function)}")
-            continue
-        check_keys(function, ("name", "description", "parameters", "strict"), f"{here}.function.", complain)
-        if not isinstance(function.get("name"), str) or not function["name"]:
-            complain(f"{here}.function.name must be a string that is not empty")
-        if not isinstance(function.get("parameters", {}), dict):
-            complain(f"{here}.function.parameters must be an object (a JSON schema), got {type_name(function['parameters'])}")
-    return tuple(value) or None
+    for number, tool in enumerate(tools):
+        _check_tool(tool, f"{at}[{number}]", complain)
+    return tuple(tools) or None
+
+
+def _check_tool(value: Any, at: str, complain: Complain) -> None:
+    function = _function_of(value, ("type", "function"), at, complain)
+    if function is None:
+        return
+    check_keys(function, ("name", "description", "parameters", "strict"), f"{at}.function.", complain)
+    parameters = function.get("parameters", {})
+    if not isinstance(parameters, dict):
+        complain(f"{at}.function.parameters must be an object (a JSON schema), got {type_name(parameters)}")
+
+
+def _function_of(value: Any, keys: Sequence[str], at: str, complain: Complain) -> dict[str, Any] | None:
+    """Return the `function` object of a tool or a tool call, having checked what both have in common."""
+    outer = as_object(value)
+    if outer is None:
+        complain(f"{at} must be an object, got {type_name(value)}")
+        return None
+    check_keys(outer, keys, f"{at}.", complain)
+    if outer.get("type") != "function":
+        complain(f"{at}.type must be 'function'")
+    function = as_object(outer.get("function"))
+    if function is None:
+        complain(f"{at}.function must be an object, got {type_name(outer.get('function'))}")
+    elif not isinstance(function.get("name"), str) or not function["name"]:
+        complain(f"{at}.function.name must be a string that is not empty")
+    return function
+
+
+def _reply_text(given: Message, at: str, complain: Complain) -> str | None:
+    message = _without_nulls(given, at, complain)
+    check_keys(message, ("role", "content"), f"{at}.", complain)
+    if "content" not in message:
+        complain(f"{at}.content is missing or null; a reply is a string")
+        return None
+    return _content(message["content"], f"{at}.content", complain)
 
 
 def _conversation(value: Any, at: str, complain: Complain) -> tuple[Message, ...]:
-    if not isinstance(value, list):
+    items = as_list(value)
+    if items is None:
         complain(f"{at} must be a list, got {type_name(value)}")
         return ()
-    if not value:
+    if not items:
         complain(f"{at} is empty")
-    messages = [_message(item, f"{at}[{number}]", complain) for number, item in enumerate(value)]
+    messages = [_message(item, f"{at}[{number}]", complain) for number, item in enumerate(items)]
     good = [message for message in messages if message is not None]
     _check_tool_answers(good, at, complain)
     # A conversation with a message left out is no conversation: the rules about its end would complain of what is not so.
@@ -148,17 +167,16 @@ def _conversation(value: Any, at: str, complain: Complain) -> tuple[Message, ...
 
 def _message(value: Any, at: str, complain: Complain) -> Message | None:
     """Return one message without its null keys and with its content as a string; None where it cannot be used at all."""
-    if not isinstance(value, dict):
+    given = as_object(value)
+    if given is None:
         complain(f"{at} must be an object, got {type_name(value)}")
         return None
-    message: Message = {key: item for key, item in value.items() if item is not None}
-    role = message.get("role")
+    role = given.get("role")
     if not isinstance(role, str) or role not in ROLES:
         _complain_of_role(role, at, complain)
         return None
-    _refuse_untrainable(message, at, complain)
-    known = {key: item for key, item in value.items() if key not in _NULL_ONLY}
-    _check_message_keys(known, role, at, complain)
+    message = _without_nulls(given, at, complain)
+    _check_message_keys(message, role, at, complain)
     if "name" in message and not isinstance(message["name"], str):
         complain(f"{at}.name must be a string, got {type_name(message['name'])}")
     if role == "assistant":
@@ -170,7 +188,7 @@ def _message(value: Any, at: str, complain: Complain) -> Message | None:
     elif "tool_calls" in message and role == "assistant":
         message["content"] = None  # the key is there in every message: templates read it
     else:
-        what = "null (allowed with tool_calls only)" if "content" in value else "missing"
+        what = "null (allowed with tool_calls only)" if "content" in given else "missing"
         complain(f"{at}.content is {what}; it must be a string or a list of text parts")
     return message
 
@@ -186,19 +204,21 @@ def _complain_of_role(role: Any, at: str, complain: Complain) -> None:
         complain(f"{at}.role must be one of {allowed}, got {'nothing' if role is None else type_name(role)}")
 
 
-def _refuse_untrainable(message: Message, at: str, complain: Complain) -> None:
+def _without_nulls(given: Message, at: str, complain: Complain) -> Message:
+    """Return the message without the known keys that hold null, complaining of those that may hold nothing else."""
+    message = {key: item for key, item in given.items() if item is not None or key not in (*_ALL_KEYS, *_NULL_ONLY)}
     for key, advice in _NULL_ONLY.items():
-        if key in message and message[key] != []:  # annotations: [] says nothing either
+        if message.pop(key, []) != []:  # annotations: [] says nothing either
             complain(f"{at}.{key} cannot be trained: {advice}")
-        message.pop(key, None)
+    return message
 
 
-def _check_message_keys(value: dict[str, Any], role: str, at: str, complain: Complain) -> None:
+def _check_message_keys(message: Message, role: str, at: str, complain: Complain) -> None:
     allowed = _KEYS.get(role, _OTHER_KEYS)
     for key in ("weight", "tool_calls", "tool_call_id"):
-        if value.get(key) is not None and key not in allowed:
+        if key in message and key not in allowed:
             complain(f"{at}.{key} is not allowed on messages of the role {role}")
-    check_keys({key: item for key, item in value.items() if key not in _ALL_KEYS}, allowed, f"{at}.", complain)
+    check_keys([key for key in message if key not in _ALL_KEYS], allowed, f"{at}.", complain)
 
 
 def _check_assistant(message: Message, at: str, complain: Complain) -> None:
@@ -208,30 +228,21 @@ def _check_assistant(message: Message, at: str, complain: Complain) -> None:
             complain(f"{at}.weight must be 0 (context only) or 1 (trained)")
     if "tool_calls" not in message:
         return
-    calls = message["tool_calls"]
-    if not isinstance(calls, list) or not calls:
+    calls = as_list(message["tool_calls"])
+    if not calls:
         complain(f"{at}.tool_calls must be a list that is not empty")
         return
     for number, call in enumerate(calls):
         _check_call(call, f"{at}.tool_calls[{number}]", complain)
 
 
-def _check_call(call: Any, at: str, complain: Complain) -> None:
-    if not isinstance(call, dict):
-        complain(f"{at} must be an object, got {type_name(call)}")
+def _check_call(value: Any, at: str, complain: Complain) -> None:
+    function = _function_of(value, ("id", "type", "function"), at, complain)
+    if function is None:
         return
-    check_keys(call, ("id", "type", "function"), f"{at}.", complain)
-    if not isinstance(call.get("id"), str) or not call["id"]:
+    if not isinstance(value.get("id"), str) or not value["id"]:
         complain(f"{at}.id must be a string that is not empty")
-    if call.get("type") != "function":
-        complain(f"{at}.type must be 'function'")
-    function = call.get("function")
-    if not isinstance(function, dict):
-        complain(f"{at}.function must be an object, got {type_name(function)}")
-        return
     check_keys(function, ("name", "arguments"), f"{at}.function.", complain)
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        complain(f"{at}.function.name must be a string that is not empty")
     _check_arguments(function.get("arguments"), f"{at}.function.arguments", complain)
 
 
@@ -250,14 +261,13 @@ def _check_tool_answers(messages: list[Message], at: str, complain: Complain) ->
     """Complain of a tool message that answers no earlier call, and of a call id used twice."""
     asked: set[str] = set()
     for message in messages:
-        calls = message.get("tool_calls", []) if message["role"] == "assistant" else []
-        for call in calls if isinstance(calls, list) else []:
-            identity = call.get("id") if isinstance(call, dict) else None
+        calls = as_list(message.get("tool_calls")) or []
+        for identity in [call.get("id") for call in map(as_object, calls) if call is not None]:
             if isinstance(identity, str):
                 if identity in asked:
                     complain(f"{at} give one tool call id twice")
                 asked.add(identity)
-        answered = message.get("tool_call_id") if message["role"] == "tool" else None
+        answered = message.get("tool_call_id")
         if isinstance(answered, str) and answered not in asked:
             complain(f"{at} hold a tool message whose tool_call_id is of no earlier tool call")
 
@@ -265,32 +275,27 @@ def _check_tool_answers(messages: list[Message], at: str, complain: Complain) ->
 def _content(value: Any, at: str, complain: Complain) -> str:
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
+    parts = as_list(value)
+    if parts is None:
         complain(f"{at} must be a string or a list of text parts, got {type_name(value)}")
         return ""
-    return "".join(_part(part, f"{at}[{number}]", complain) for number, part in enumerate(value))
+    return "".join(_part(part, f"{at}[{number}]", complain) for number, part in enumerate(parts))
 
 
-def _part(part: Any, at: str, complain: Complain) -> str:
+def _part(value: Any, at: str, complain: Complain) -> str:
     allowed = 'only {"type": "text", "text": "..."} parts are allowed'
-    if not isinstance(part, dict):
-        complain(f"{at} must be an object, got {type_name(part)}; {allowed}")
+    part = as_object(value)
+    if part is None:
+        complain(f"{at} must be an object, got {type_name(value)}; {allowed}")
         return ""
     kind = part.get("type")
     if kind != "text":
-        media = {
-            "image_url": "an image",
-            "image": "an image",
-            "input_audio": "audio",
-            "audio": "audio",
-            "video": "video",
-            "file": "a file",
-        }
-        name = media.get(kind) if isinstance(kind, str) else None
+        name = _MEDIA.get(kind) if isinstance(kind, str) else None
         complain(f"{at} is {name or 'a part of another type'}, which cannot be trained; {allowed}")
         return ""
     check_keys(part, ("type", "text"), f"{at}.", complain)
-    if not isinstance(part.get("text"), str):
-        complain(f"{at}.text must be a string, got {type_name(part.get('text'))}")
+    text = part.get("text")
+    if not isinstance(text, str):
+        complain(f"{at}.text must be a string, got {type_name(text)}")
         return ""
-    return part["text"]
+    return text

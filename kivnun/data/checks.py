@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kivnun.data.formats import read_records
 from kivnun.data.rows import ChatRecord, PreferenceRecord, PromptRecord, Record, TextRecord
@@ -161,13 +162,13 @@ def _content(record: Record) -> list[object]:
             return [prompt, record.chosen, record.rejected]
 
 
-def _messages(record: Record) -> Sequence[dict[str, str | None]]:
+def _messages(record: Record) -> Sequence[dict[str, Any]]:
     if isinstance(record, PreferenceRecord) and isinstance(record.prompt, ChatRecord):
         return record.prompt.messages
     return record.messages if isinstance(record, ChatRecord) else ()
 
 
-def _trained(record: ChatRecord) -> list[dict[str, str | None]]:
+def _trained(record: ChatRecord) -> list[dict[str, Any]]:
     return [message for message in record.messages if message["role"] == "assistant" and message.get("weight") != 0]
 
 

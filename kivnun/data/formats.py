@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kivnun.data.chat_shape import Complain, check_keys, check_messages, check_prompt_messages, check_reply, check_tools, nearest
-from kivnun.data.jsonl import LineProblem, key_name, read_objects, type_name
+from kivnun.data.jsonl import LineProblem, as_list, as_object, key_name, read_objects, type_name
 from kivnun.data.rows import ChatRecord, PreferenceRecord, PromptRecord, Record, TextRecord, Where
 from kivnun.errors import DataError, RowProblem, SpecError
 
@@ -46,7 +46,7 @@ _SHAPES = (
 class _Complaints:
     """The problems of one row, in words; bounded, so that one broken row of 16 MiB does not make a million of them."""
 
-    messages: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list[str])
     more: int = 0
 
     def __call__(self, message: str) -> None:
@@ -151,7 +151,7 @@ def _string(row: dict[str, Any], key: str, complain: Complain) -> str:
         return ""
     value = row[key]
     if not isinstance(value, str):
-        advice = "; for conversations use the messages format" if isinstance(value, list) else ""
+        advice = "; for conversations use the messages format" if as_list(value) is not None else ""
         complain(f"{key} must be a string, got {type_name(value)}{advice}")
         return "?"  # not empty: one complaint is enough
     return value
@@ -182,20 +182,21 @@ def _preference(row: dict[str, Any], where: Where, complain: Complain) -> Record
 
 
 def _hosted_prompt(value: Any, where: Where, complain: Complain) -> ChatRecord | None:
-    if not isinstance(value, dict):
+    given = as_object(value)
+    if given is None:
         complain(f"input must be an object with messages, got {type_name(value)}")
         return None
-    check_keys(value, ("messages", "tools"), "input.", complain)
-    if "messages" not in value:
+    check_keys(given, ("messages", "tools"), "input.", complain)
+    if "messages" not in given:
         complain("the key 'input.messages' is missing")
         return None
-    messages = check_prompt_messages(value["messages"], "input.messages", complain)
-    return ChatRecord(messages, check_tools(value.get("tools"), complain, "input.tools"), where)
+    messages = check_prompt_messages(given["messages"], "input.messages", complain)
+    return ChatRecord(messages, check_tools(given.get("tools"), complain, "input.tools"), where)
 
 
 def _plain_prompt(row: dict[str, Any], where: Where, complain: Complain) -> ChatRecord | str | None:
     prompt = row["prompt"]
-    if isinstance(prompt, list):
+    if as_list(prompt) is not None:
         messages = check_prompt_messages(prompt, "prompt", complain)
         return ChatRecord(messages, check_tools(row.get("tools"), complain), where)
     if not isinstance(prompt, str):

@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 from kivnun.errors import DataError, StorageError
 
@@ -59,9 +59,10 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if text.startswith("\ufeff"):
         raise LineProblem("starts with a byte order mark, which is allowed at the start of the file only")
     value = parse_value(text)
-    if not isinstance(value, dict):
+    row = as_object(value)
+    if row is None:
         raise LineProblem(f"holds {type_name(value)}; each line must be one JSON object")
-    return value
+    return row
 
 
 def parse_value(text: str) -> Any:
@@ -79,6 +80,16 @@ def parse_value(text: str) -> Any:
     if "\\u" in text:  # raw bytes were checked before; only an escape can still make these characters
         _check_strings(value)
     return value
+
+
+def as_object(value: object) -> dict[str, Any] | None:
+    """Return a JSON value that is an object, None for any other."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """Return a JSON value that is a list, None for any other."""
+    return cast(list[Any], value) if isinstance(value, list) else None
 
 
 def type_name(value: object) -> str:
@@ -219,10 +230,9 @@ def _check_strings(value: Any) -> None:
             raise LineProblem("a string holds an escaped NUL character (\\u0000)")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise LineProblem("a string holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no character")
-    elif isinstance(value, list):
-        for item in value:
-            _check_strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_strings(key)
-            _check_strings(item)
+        return
+    for item in as_list(value) or ():
+        _check_strings(item)
+    for key, item in (as_object(value) or {}).items():
+        _check_strings(key)
+        _check_strings(item)

@@ -90,15 +90,15 @@ class _Item:
 class _File:
     path: Path
     share: float | None
-    items: list[_Item] = field(default_factory=list)
+    items: list[_Item] = field(default_factory=list[_Item])
 
 
 @dataclass
 class _Findings:
     """What reading all files brought up. `fatal` ends the run, `listed` is reported."""
 
-    fatal: list[RowProblem] = field(default_factory=list)
-    listed: list[RowProblem] = field(default_factory=list)
+    fatal: list[RowProblem] = field(default_factory=list[RowProblem])
+    listed: list[RowProblem] = field(default_factory=list[RowProblem])
     over_long: int = 0
     rows: int = 0
     truncated: int = 0
@@ -121,7 +121,8 @@ def load_dataset(spec: DataSpec, tokenizer: RowTokenizer, seed: int, max_seq_len
     _check_left(files, held_out)
     train = _number_sources(files)
     validation = _number(held_out.items, 0) if held_out else []
-    report = _report(name, files, held_out, train, validation, spec, max_seq_len, findings)
+    notes = tokenizer.notes if name in ("messages", "preference") else ()
+    report = _report(name, files, held_out, train, validation, spec, max_seq_len, findings, notes)
     return Dataset(train, validation, name, report, _content_hash(name, train, validation))
 
 
@@ -153,7 +154,7 @@ def _item(record: Record, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: 
     try:
         drafts = make_drafts(record, tokenizer)
     except DataError as error:
-        bad.append(RowProblem(where.path, where.line, error.message))
+        bad.extend(error.problems or [RowProblem(where.path, where.line, error.message)])
         return None
     longest = max(draft.length for draft in drafts)
     if longest <= max_seq_len:
@@ -175,7 +176,7 @@ def _item(record: Record, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: 
 
 def _refusal(findings: _Findings, max_seq_len: int) -> DataError:
     problems = tuple(sorted(findings.fatal, key=lambda problem: (problem.path, problem.line)))
-    hints = []
+    hints: list[str] = []
     if findings.over_long:
         hints.append(f"rows longer than data.max_seq_len ({max_seq_len:,}): raise it, or set data.over_long to skip or truncate")
     if findings.over_long < num_bad_rows(problems):
@@ -251,6 +252,7 @@ def _report(
     spec: DataSpec,
     max_seq_len: int,
     findings: _Findings,
+    tokenizer_notes: Sequence[str],
 ) -> DataReport:
     records = [item.record for file in files for item in file.items]
     held_records = [item.record for item in held_out.items] if held_out else []
@@ -274,7 +276,7 @@ def _report(
         empty_replies=sum(num_empty_replies(record) for record in (*records, *held_records)),
         problems=tuple(findings.listed),
         reasons=reasons(findings.listed),
-        notes=tuple(_notes(name, train, files, held_out, spec, max_seq_len, findings)),
+        notes=(*_notes(name, train, files, held_out, spec, max_seq_len, findings), *tokenizer_notes),
         warnings=tuple(_warnings(overlap, len(held_records))),
     )
 

@@ -1,7 +1,6 @@
 """Records to token ids and weights, before a row has its number: the one way, for training and for held-out rows.
 
-Prompt and completion are encoded apart and joined, so that the ids a generation starts from are exactly the row's first ids
-(encoding the joined text could merge a token across the seam). Next: `template.py` (conversations), `loader.py` (whole files).
+The ids that a generation starts from are exactly a row's first ids: no token lies over the seam of prompt and reply. Next: `template.py` (conversations), `loader.py` (whole files).
 """
 
 from __future__ import annotations
@@ -22,8 +21,17 @@ class RowTokenizer(Protocol):
     @property
     def eos_id(self) -> int: ...
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Return the ids of plain text; with `add_bos` the BOS comes first where the tokenizer's own policy adds one."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the chat template, in sentences."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, with BOS first where the tokenizer's own policy adds one, without EOS."""
+        ...
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """Return the ids of a prompt with its completion, without EOS, and how many are the prompt's: those of `encode(prompt)`."""
         ...
 
     def chat_rows(self, record: ChatRecord) -> list[tuple[np.ndarray, np.ndarray, int]]:
@@ -87,8 +95,8 @@ def _draft(ids: Sequence[int], prompt_len: int) -> Draft:
 
 
 def _completed(prompt: str, completion: str, tokenizer: RowTokenizer) -> Draft:
-    before = tokenizer.encode(prompt)
-    return _draft([*before, *tokenizer.encode(completion, add_bos=False), tokenizer.eos_id], len(before))
+    ids, prompt_len = tokenizer.encode_pair(prompt, completion)
+    return _draft([*ids, tokenizer.eos_id], prompt_len)
 
 
 def _reply(record: PreferenceRecord, reply: str, tokenizer: RowTokenizer) -> Draft:

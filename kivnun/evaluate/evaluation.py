@@ -21,15 +21,12 @@ from kivnun.data.template import ChatTokenizer
 from kivnun.errors import DataError, IntegrityError, SpecError
 from kivnun.evaluate.heldout import Progress, Scorer, held_out_nll
 from kivnun.evaluate.intervals import Interval, difference_interval, interval_of, verdict_of
-from kivnun.evaluate.metrics import Measure, higher_is_better
+from kivnun.evaluate.metrics import DIFFERENCE, Measure, higher_is_better
 from kivnun.evaluate.tasks import Sample, generation_rows, run_tasks
 from kivnun.spec.tune import EvaluationSpec
 
 StageProgress = Callable[[str, int, int], None]
 """Called with ("score" or "generate", rows done, rows in all)."""
-
-# The interval of tuned minus base stands beside the intervals of the figures, under the metric's name and this ending.
-DIFFERENCE = "_difference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ def evaluate_scorer(
     if settings.metrics and not picked:
         raise SpecError(
             f"evaluation.metrics asks for {', '.join(settings.metrics)}, but no held-out row has a prompt and a reply",
-            hint="running text has no replies to compare: remove evaluation.metrics, or set evaluation.generate_rows above 0",
+            hint="running text has no replies to compare: remove evaluation.metrics",
         )
     if picked:
         stage = _stage(on_progress, "generate")
@@ -98,7 +95,7 @@ def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
         "nll": evaluation.nll,
         "rows": evaluation.rows,
         "metrics": evaluation.metrics,
-        "intervals": dict(evaluation.intervals),
+        "intervals": {name: tuple(interval) for name, interval in evaluation.intervals.items()},
         "samples": [asdict(sample) for sample in evaluation.samples],
     }
 

@@ -19,6 +19,8 @@ import numpy as np
 
 CHRF_ORDERS = 6
 CHRF_BETA = 2
+# Where intervals are kept by name, that of tuned minus base has the metric's name and this ending.
+DIFFERENCE = "_difference"
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,9 @@ def _new_site(base: Base, name: str, shape: AdapterShape, init: str, seed: int) 
     return _site(base, name, shape, seed, torch.from_numpy(a), torch.zeros(linear.out_features, shape.rank), None)
 
 
-def _site(base: Base, name: str, shape: AdapterShape, seed: int, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None) -> AdapterSite:
+def _site(
+    base: Base, name: str, shape: AdapterShape, seed: int, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None
+) -> AdapterSite:
     a, b = _parameter(a_RI, base.device), _parameter(b_OR, base.device)
     dropout = DropoutDraw(shape.dropout, site_key(seed, name))
     if shape.kind == "lora":
@@ -225,8 +227,12 @@ def _read_peft_config(folder: Path) -> Mapping[str, object]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{folder} holds no readable adapter_config.json: {error}", hint="give a PEFT adapter folder") from error
-    unusual = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias") if config.get(key)]
+        raise IntegrityError(
+            f"{folder} holds no readable adapter_config.json: {error}", hint="give a PEFT adapter folder"
+        ) from error
+    unusual = [
+        key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias") if config.get(key)
+    ]
     if config.get("peft_type") != "LORA" or unusual or config.get("bias", "none") != "none":
         raise IntegrityError(
             f"{folder}: peft_type {config.get('peft_type')!r} with {unusual or 'no unusual fields'} cannot be used",

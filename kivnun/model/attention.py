@@ -26,7 +26,9 @@ NAME = "kivnun_rows"
 MATMUL_MAX_LENGTH_BF16_CPU = 1024
 
 # Arguments that models hand to every attention function and that say nothing about the result when rows are causal.
-_INERT = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal", "cache_position"})
+_INERT = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal", "cache_position"}
+)
 
 
 class KVCache:
@@ -133,7 +135,13 @@ def _one_row(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, window: 
 
 def _sdpa(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
     out = F.scaled_dot_product_attention(
-        q_HLK[None], k_GCK[None], v_GCK[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q_HLK.shape[0] != k_GCK.shape[0]
+        q_HLK[None],
+        k_GCK[None],
+        v_GCK[None],
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_HLK.shape[0] != k_GCK.shape[0],
     )
     return out[0]
 

@@ -7,6 +7,8 @@ configuration. Imports nothing heavy, so that listing bases costs nothing. Next:
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ FUSED_PARTS = {
     "qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}),
     "gate_up_proj": frozenset({"gate_proj", "up_proj"}),
 }
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 REFUSED = {
     "phi3small": "Phi-3-small computes block-sparse attention in code of its own that transformers does not hold",
@@ -57,6 +61,35 @@ class BaseInfo:
     licence: str
 
 
+def find_base(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a base: a built-in id, a folder, or a model hub's id (downloaded or taken from its cache).
+
+    Raises BaseModelError when it is nowhere to be found.
+    """
+    if model in BUILT_IN:
+        return BUILT_IN[model]
+    if Path(model).is_dir():
+        return Path(model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise BaseModelError(
+            f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"
+        )
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    hint = "check the id, the network and, for gated models, `hf auth login`; or give a folder"
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise BaseModelError(f"base {model!r} could not be downloaded{offline}: {type(error).__name__}", hint=hint) from error
+
+
 def builtin_bases() -> list[BaseInfo]:
     """Return the bases that come with the package."""
     return [_info(model_id, folder) for model_id, folder in BUILT_IN.items() if (folder / "config.json").is_file()]
@@ -69,7 +102,8 @@ def read_config(folder: Path) -> dict[str, object]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BaseModelError(
-            f"{folder} is not a model folder: it has no config.json", hint="give a folder as save_pretrained writes it, or a model's id"
+            f"{folder} is not a model folder: it has no config.json",
+            hint="give a folder as save_pretrained writes it, or a model's id",
         ) from error
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path} cannot be read: {error}", hint="download the model again") from error
@@ -103,6 +137,15 @@ def _header_elements(file: Path) -> int:
             elements *= size
         total += elements
     return total
+
+
+def copy_tokenizer(base_folder: Path, place: Path, template: Path | None) -> None:
+    """Put a base's tokenizer and chat template (or the one that took its place) beside a result: ids travel with weights."""
+    for name in TOKENIZER_FILES:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, place / name)
+    if template is not None:
+        shutil.copyfile(template, place / "chat_template.jinja")
 
 
 def _info(model_id: str, folder: Path) -> BaseInfo:

@@ -51,7 +51,9 @@ class _Row:
 
 
 @torch.no_grad()
-def generate(base: Base, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
+def generate(
+    base: Base, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None
+) -> list[list[int]]:
     """Return the new token ids of each prompt, in the prompts' order, stop ids left out.
 
     `on_token(row, id)` hears each token as it is chosen. Runs with whatever adapter the base has been lent. Prompts must not be
@@ -106,7 +108,11 @@ def decode_step(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
     A row that has just crossed LongRoPE's original length is filled again from its start: its cached keys were rotated with the
     short factors.
     """
-    crossing = [row for row in rows if base.rotary is not None and base.rotary.is_long(len(row.ids)) != base.rotary.is_long(len(row.ids) - 1)]
+    crossing = [
+        row
+        for row in rows
+        if base.rotary is not None and base.rotary.is_long(len(row.ids)) != base.rotary.is_long(len(row.ids) - 1)
+    ]
     for row in crossing:
         cache.drop(row.slot)
     new = [row.ids if row in crossing else row.ids[-1:] for row in rows]
@@ -116,7 +122,9 @@ def decode_step(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
 def _pass(base: Base, cache: KVCache, rows: Sequence[_Row], new: Sequence[list[int]], starts: Sequence[int]) -> Tensor:
     lengths = [len(ids) for ids in new]
     ids_T = torch.tensor([token for ids in new for token in ids], device=base.device)
-    positions_T = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]).to(base.device)
+    positions_T = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]).to(
+        base.device
+    )
     h_TD = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]))
     last_ND = h_TD[torch.tensor(np.cumsum(lengths) - 1, device=base.device)]
     short = max(0, MIN_ROWS - len(last_ND))

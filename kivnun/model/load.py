@@ -7,7 +7,6 @@ Next: `attention.py` (what a row sees), `adapters.py` (what is lent to a base), 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
 from kivnun.model import attention
 from kivnun.model.attention import Rows
-from kivnun.model.families import BUILT_IN, REFUSED, read_config
+from kivnun.model.families import REFUSED, read_config
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
 from kivnun.model.rope import RowRotary
 
@@ -30,35 +29,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Fewer rows than this go through a matrix product in another kernel, with other last bits than the same rows among more.
 MIN_TOKENS = 16
-
-
-def find_base(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a base: a built-in id, a folder, or a model hub's id (downloaded or taken from its cache).
-
-    Raises BaseModelError when it is nowhere to be found.
-    """
-    if model in BUILT_IN:
-        return BUILT_IN[model]
-    if Path(model).is_dir():
-        return Path(model)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise BaseModelError(
-            f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"
-        )
-    return _from_hub(model, revision)
-
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    hint = "check the id, the network and, for gated models, `hf auth login`; or give a folder"
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise BaseModelError(f"base {model!r} could not be downloaded{offline}: {type(error).__name__}", hint=hint) from error
 
 
 @dataclass(slots=True)
@@ -154,7 +124,8 @@ def _refuse_unsupported(folder: Path) -> None:
         raise BaseModelError(f"{folder}: {REFUSED[kind]}", hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead")
     if "auto_map" in config and kind not in _known_types():
         raise BaseModelError(
-            f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run", hint="use a model that transformers holds"
+            f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run",
+            hint="use a model that transformers holds",
         )
     for name in ("logit_scale", "logits_scaling"):
         if config.get(name) not in (None, 1, 1.0):

@@ -20,7 +20,9 @@ CHUNK = 512
 MIN_ROWS = 16
 
 
-def weighted_nll(head: Head, head_parameters: Sequence[Tensor], h_SD: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_nll(
+    head: Head, head_parameters: Sequence[Tensor], h_SD: Tensor, targets_S: Tensor, weights_S: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the sum of weights * NLL (nats, float32 scalar, differentiable) and each position's NLL [S] (float32, detached).
 
     `head_parameters` are the trained tensors that `head` uses (its weight, or an adapter's); their gradient is exact too.

@@ -45,7 +45,10 @@ TargetModules: TypeAlias = Annotated[
 class FullSpec(Section, frozen=True):
     """Train every weight of the base; the result is a whole model."""
 
-    kind: Annotated[Literal["full"], Why("names this adapter")] = Field(default="full", description="Every weight is trained.")
+    kind: Annotated[
+        Literal["full"],
+        Why("names this adapter"),
+    ] = Field(default="full", description="Every weight is trained.")
 
 
 class LowRank(Section, frozen=True):
@@ -54,9 +57,10 @@ class LowRank(Section, frozen=True):
     kind: Annotated[Literal["lora", "dora"], Why("LoRA is the adapter every server and tool loads")] = Field(
         default="lora", description="Which low-rank adapter: lora, or dora, which also trains the norm of each output."
     )
-    rank: Annotated[int, Why("enough for most data sets of up to some ten thousand rows; 0.1 to 1 % of the base's size")] = Field(
-        default=16, ge=1, le=1024, description="Rank of the update: the inner size of the product of B and A."
-    )
+    rank: Annotated[
+        int,
+        Why("enough for most data sets of up to some ten thousand rows; 0.1 to 1 % of the base's size"),
+    ] = Field(default=16, ge=1, le=1024, description="Rank of the update: the inner size of the product of B and A.")
     alpha: Annotated[
         float | None,
         Why("2 * rank, so that the update's scale alpha / rank is 2 whatever the rank; with rslora 8, the same at rank 16"),
@@ -71,7 +75,7 @@ class LowRank(Section, frozen=True):
         Why("adapting attention and MLP alike is what brings LoRA to full tuning's quality (arXiv:2305.14314, section 4)"),
     ] = Field(
         default="all-linear",
-        description="Which linear layers get an adapter: all but the head, or names such as qkv_proj. A name that matches nothing is refused.",
+        description="Which linear layers get an adapter: all but the head, or those named, such as qkv_proj; each name must match.",
     )
     rslora: Annotated[bool, Why("alpha / rank is what other tools assume; turn it on above rank 64")] = Field(
         default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732), which keeps high ranks learning."

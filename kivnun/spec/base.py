@@ -24,21 +24,18 @@ class BaseSpec(Section, frozen=True):
     model: Annotated[
         Name, Allowed("a hub id such as microsoft/Phi-4-mini-instruct, a built-in id such as kivnun/tiny-phi, or a folder")
     ] = Field(description="The model: a hub id `org/name`, a built-in id `kivnun/...`, or a folder, relative to the spec's.")
-    revision: Annotated[Name | None, Why("the hub's default branch; the manifest records the hash of the weights themselves")] = (
-        Field(default=None, description="Branch, tag or commit of a hub id. Refused for folders and built-in ids, which have none.")
-    )
+    revision: Annotated[
+        Name | None,
+        Why("the hub's default branch; the manifest records the hash of the weights themselves"),
+    ] = Field(default=None, description="Branch, tag or commit of a hub id. Refused for folders and built-in ids, which have none.")
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         Why("fp32 on a CPU below 500 M parameters, where memory is no concern and exactness is; otherwise bf16, half the memory"),
     ] = Field(default="auto", description="Precision the base computes in. Trained weights and sums are fp32 whichever it is.")
     rope_factors: Annotated[
         Literal["per_row", "short", "long"],
-        Why(
-            "a row's own length decides, as it will when the model is used, so a neighbour in the batch never changes a row's result"
-        ),
-    ] = Field(
-        default="per_row", description="Which LongRoPE factors to use, in the families that have two sets; others ignore none."
-    )
+        Why("a row's own length decides, as when the model is used, so that no neighbour in a batch changes a row's result"),
+    ] = Field(default="per_row", description="Which LongRoPE factors to use, in families that have two sets.")
 
     @model_validator(mode="before")
     @classmethod

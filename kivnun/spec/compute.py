@@ -12,7 +12,10 @@ from kivnun.spec.section import Section, Why, kind_chooser
 class LocalSpec(Section, frozen=True):
     """One process on this machine."""
 
-    kind: Annotated[Literal["local"], Why("one process needs nothing set up")] = Field(default="local", description="One process.")
+    kind: Annotated[
+        Literal["local"],
+        Why("one process needs nothing set up"),
+    ] = Field(default="local", description="One process.")
     device: Annotated[Literal["auto", "cpu", "cuda"], Why("a GPU where there is one, else the CPU")] = Field(
         default="auto", description="What computes."
     )

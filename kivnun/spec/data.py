@@ -1,15 +1,18 @@
-"""Options of the data: which rows are trained on, which are held out, and what happens to rows that do not fit. Next: `adapters.py`."""
+"""Options of the data: which rows are trained on, which are held out, what happens to those that do not fit. Next: `adapters.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from kivnun.spec.section import Allowed, Section, SpecPath, Why, as_list, broken_rule, path_from, wrong_value
 
 PATH_SCHEMA = {"type": "string", "minLength": 1}
+
+
+DataFormat: TypeAlias = Literal["auto", "messages", "prompt_completion", "text", "preference"]
 
 
 class SourceSpec(Section, frozen=True):
@@ -67,7 +70,7 @@ class DataSpec(Section, frozen=True):
         Why("a tenth is enough to tell base from tuned with an interval, and costs little of the training data"),
     ] = Field(default=0.1, description="Held-out rows: a share of the training rows, a file of its own, or null for none.")
     format: Annotated[
-        Literal["auto", "messages", "prompt_completion", "text", "preference"],
+        DataFormat,
         Why("the keys of the first row say which format a file is in; a file that mixes formats is refused"),
     ] = Field(default="auto", description="How rows are written. Named, a file in another format is refused.")
     template: Annotated[SpecPath | None, Why("the base's own chat template is what it was trained with")] = Field(
@@ -76,7 +79,10 @@ class DataSpec(Section, frozen=True):
     max_seq_len: Annotated[int | None, Why("as many tokens as the base was made for")] = Field(
         default=None, ge=2, description="Longest row in tokens; `over_long` says what happens to longer ones."
     )
-    bad_rows: Annotated[Literal["refuse", "skip"], Why("a row that cannot be read is usually a mistake worth seeing")] = Field(
+    bad_rows: Annotated[
+        Literal["refuse", "skip"],
+        Why("a row that cannot be read is usually a mistake worth seeing"),
+    ] = Field(
         default="refuse",
         description="Rows that cannot be read: refuse the file with every error listed, or skip them and list them.",
     )

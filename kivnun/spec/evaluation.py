@@ -14,9 +14,10 @@ Metric: TypeAlias = Literal["exact_match", "chrf"]
 class EvaluationSpec(Section, frozen=True):
     """Base against tuned, on the held-out rows."""
 
-    every_steps: Annotated[int | None, Why("at the end of each epoch, where the rows have all been seen equally often")] = Field(
-        default=None, ge=1, description="Steps between evaluations during the run; null evaluates at the end of each epoch."
-    )
+    every_steps: Annotated[
+        int | None,
+        Why("at the end of each epoch, where the rows have all been seen equally often"),
+    ] = Field(default=None, ge=1, description="Steps between evaluations during the run; null evaluates at the end of each epoch.")
     metrics: Annotated[
         tuple[Metric, ...],
         BeforeValidator(tuple_from_list),

@@ -174,7 +174,7 @@ def _kinds_with(path: Location) -> list[str]:
 
 
 def nearest_path(path: Location) -> str | None:
-    """Return the option that was most likely meant by an unknown path: the same name elsewhere, another tool's name, a misspelling."""
+    """Return the option that was most likely meant by an unknown path: a name elsewhere, another tool's, a misspelling."""
     key = str(path[-1])
     name = ELSEWHERE.get(key.lower().replace("-", "_"), key.lower().replace("-", "_"))
     known = list(dict.fromkeys(_all_paths()))

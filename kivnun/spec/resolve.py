@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from kivnun.spec.adapters import DoraSpec, LoraSpec
 from kivnun.spec.base import is_hub_id
 from kivnun.spec.catalogue import fields_of, why_of
+from kivnun.spec.data import DataFormat
 from kivnun.spec.objectives import ObjectiveKind
 from kivnun.spec.problems import Problem, problems_of, spec_error
 from kivnun.spec.read import validate
@@ -34,7 +35,8 @@ class ResolveFacts:
     """What is known of data, base and machine when a run starts.
 
     `objective_kind` is what the data's format is for, `max_seq_len` the longest row the base takes, `longest_row` the longest
-    trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use.
+    trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
+    `data_format` the format the rows turned out to have (auto: not told).
     """
 
     objective_kind: ObjectiveKind
@@ -43,6 +45,7 @@ class ResolveFacts:
     base_parameters: int
     device: Literal["cpu", "cuda"]
     threads: int
+    data_format: DataFormat = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _Choice("base.revision", "main", "the hub's default branch; the manifest records the hash of the weights themselves")
     if spec.base.precision == "auto":
         yield _precision(device, facts.base_parameters)
+    if spec.data.format == "auto" and facts.data_format != "auto":
+        yield _Choice("data.format", facts.data_format, "what the keys of the rows say")
     if spec.data.max_seq_len is None:
         yield _Choice("data.max_seq_len", facts.max_seq_len, "the longest row this base takes")
     if spec.objective is None:

@@ -21,10 +21,14 @@ class AdamWSpec(Section, frozen=True):
     beta2: Annotated[float, Why("the paper's value; short runs lose nothing by it")] = Field(
         default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients."
     )
-    eps: Annotated[float, Why("the paper's value")] = Field(default=1e-8, gt=0, description="Added to the root before dividing.")
-    weight_decay: Annotated[float, Why("an adapter is small, and shrinking it pulls towards the base for no measured gain")] = (
-        Field(default=0.0, ge=0, description="Share of a weight, times the learning rate, taken off it each step. Matrices only.")
-    )
+    eps: Annotated[
+        float,
+        Why("the paper's value"),
+    ] = Field(default=1e-8, gt=0, description="Added to the root before dividing.")
+    weight_decay: Annotated[
+        float,
+        Why("an adapter is small, and shrinking it pulls towards the base for no measured gain"),
+    ] = Field(default=0.0, ge=0, description="Share of a weight, times the learning rate, taken off it each step. Matrices only.")
 
 
 class MuonSpec(Section, frozen=True):
@@ -77,9 +81,10 @@ class ScheduleSpec(Section, frozen=True):
         float | None,
         Why("by adapter, objective and size of the base: an adapter takes ten times what the whole model does, DPO far less"),
     ] = Field(default=None, gt=0, description="The highest learning rate, reached after the warm-up.")
-    warmup_share: Annotated[float, Why("a few steps for the optimizer's averages to fill before it moves at full speed")] = Field(
-        default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly from zero."
-    )
+    warmup_share: Annotated[
+        float,
+        Why("a few steps for the optimizer's averages to fill before it moves at full speed"),
+    ] = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly from zero.")
     decay: Annotated[
         Literal["linear", "cosine", "constant"], Why("ends at zero, where the last steps settle; no shape beats it clearly")
     ] = Field(default="linear", description="How the rate falls after the warm-up.")
@@ -89,9 +94,10 @@ class ScheduleSpec(Section, frozen=True):
     final_share: Annotated[float, Why("a run ends at rest")] = Field(
         default=0.0, ge=0, lt=1, description="Share of learning_rate that is left at the last step."
     )
-    max_grad_norm: Annotated[float | None, Why("one bad batch cannot undo many good ones; steady runs stay below it")] = Field(
-        default=1.0, gt=0, description="Norm above which a step's gradient is scaled down; null for no limit."
-    )
+    max_grad_norm: Annotated[
+        float | None,
+        Why("one bad batch cannot undo many good ones; steady runs stay below it"),
+    ] = Field(default=1.0, gt=0, description="Norm above which a step's gradient is scaled down; null for no limit.")
     optimizer: Annotated[OptimizerSpec, Why("AdamW needs the least tuning")] = Field(
         default=AdamWSpec(), description="How gradients become updates."
     )

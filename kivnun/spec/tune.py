@@ -35,9 +35,10 @@ class TuneSpec(Section, frozen=True):
     adapter: Annotated[AdapterSpec, Why("LoRA is the adapter every server and tool loads")] = Field(
         default=LoraSpec(), description="What is trained."
     )
-    objective: Annotated[ObjectiveSpec | None, Why("what the format of the data is for: replies, texts or preferences")] = Field(
-        default=None, description="What the loss rewards."
-    )
+    objective: Annotated[
+        ObjectiveSpec | None,
+        Why("what the format of the data is for: replies, texts or preferences"),
+    ] = Field(default=None, description="What the loss rewards.")
     schedule: Annotated[ScheduleSpec, Why("each of its options has its own reason")] = Field(
         default=ScheduleSpec(), description="How long, in what portions, how fast."
     )
@@ -90,6 +91,6 @@ class TuneSpec(Section, frozen=True):
         return write_yaml(self.to_tree())
 
     def content_hash(self) -> str:
-        """Return the SHA-256 (hex) of the canonical JSON: equal for equal specs, whatever the files they were read from looked like."""
+        """Return the SHA-256 (hex) of the canonical JSON: equal for equal specs, whatever their files looked like."""
         canonical = json.dumps(self.to_tree(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The YAML that specs are written in: YAML 1.2's scalars, no tags, no anchors, no key twice, and the line of every value.
 
-PyYAML's own loader follows YAML 1.1, in which `1e-3` is text, `no` is false and `0o17` is text; here its parser gives the events and
-this file gives them their meaning. What is written here is read back as the same values.
+PyYAML's own loader follows YAML 1.1, in which `1e-3` is text, `no` is false and `0o17` is text; here its parser gives the events
+and this file gives them their meaning. What is written here is read back as the same values.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Document:
 
 
 def read_scalar(text: str) -> object:
-    """Return the value of a scalar written without quotes: null, true, false, a number, or else the text itself (YAML 1.2, 10.3)."""
+    """Return the value of a scalar without quotes: null, true, false, a number, or else the text itself (YAML 1.2, 10.3)."""
     if text in WORDS:
         return WORDS[text]
     if WHOLE.fullmatch(text):
@@ -101,8 +101,7 @@ def read_yaml(text: str) -> Document:
 def _events(text: str) -> Iterator[Event]:
     """Yield the parser's events; its error messages become ours, with the line they speak of."""
     try:
-        for event in cast("Iterator[Event]", yaml.parse(text, Loader=yaml.SafeLoader)):
-            yield event
+        yield from cast("Iterator[Event]", yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 0 if mark is None else mark.line + 1
@@ -158,7 +157,7 @@ def _sequence(events: Iterator[Event], at: Location, lines: dict[Location, int])
 
 
 def _mapping(events: Iterator[Event], at: Location, lines: dict[Location, int]) -> dict[str, object]:
-    """Return a mapping. Keys are text as written: what YAML 1.1 would read as `true` or a number is an unknown key like any other."""
+    """Return a mapping. Keys are text as written: what YAML 1.1 reads as `true` or a number is an unknown key like any."""
     items: dict[str, object] = {}
     while not isinstance(event := next(events), MappingEndEvent):
         if not isinstance(event, ScalarEvent) or event.tag is not None or event.anchor is not None:

@@ -20,13 +20,15 @@ from torch import Tensor
 from kivnun.data.packing import PackedBatch
 from kivnun.data.rows import Where
 from kivnun.errors import IntegrityError, NonFiniteLossError
+from kivnun.model.adapters import Adapter
 from kivnun.model.attention import Rows
 from kivnun.model.generate import OnToken, SamplingParams, generate
+from kivnun.model.linear import AdapterSite
 from kivnun.model.load import Base
 from kivnun.model.loss import token_log_probs, weighted_nll
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings, Optimizer, build_optimizer
-from kivnun.train.weights import Weights, lent
+from kivnun.train.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +39,34 @@ class StepResult:
     clip_factor: float
 
 
-class BaseModel:
-    """The base as it is, with the two verbs that need no training."""
+class FixedModel:
+    """A base with an adapter, or with none, and the two verbs that need no training."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, sites: Mapping[str, AdapterSite]) -> None:
         self._base = base
+        self._sites = sites
 
     def forward(self, batch: PackedBatch) -> np.ndarray:
-        return _forward(self._base, batch)
+        """Return the log-probability (nats, float32 [S]) of each target token of the pack."""
+        with self._base.using(self._sites):
+            return _forward(self._base, batch)
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
-        return generate(self._base, prompts, params, on_token)
+        """Return the new token ids of each prompt."""
+        with self._base.using(self._sites):
+            return generate(self._base, prompts, params, on_token)
 
 
 class Trainee:
     """One adapter (or the whole model) with its own optimizer and counters."""
 
     def __init__(
-        self, base: Base, weights: Weights, objective: Objective, optimizer: AdamWSettings | MuonSettings, max_grad_norm: float | None
+        self,
+        base: Base,
+        weights: Weights,
+        objective: Objective,
+        optimizer: AdamWSettings | MuonSettings,
+        max_grad_norm: float | None,
     ) -> None:
         self._base = base
         self.weights = weights
@@ -71,7 +83,7 @@ class Trainee:
 
     def forward(self, batch: PackedBatch) -> np.ndarray:
         """Return the log-probability (nats, float32 [S]) of each target token of the pack; no gradient, no dropout."""
-        with lent(self._base, self.weights):
+        with self._base.using(self.weights.sites()):
             return _forward(self._base, batch)
 
     def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
@@ -82,7 +94,7 @@ class Trainee:
         """
         self._rows_of_step.extend(batch.where)
         select_S, targets_S = _on(self._base, batch.select_S), _on(self._base, batch.targets_S)
-        with lent(self._base, self.weights):
+        with self._base.using(self.weights.sites()):
             self.weights.draw_dropout(self.steps + 1, *_token_places(self._base, batch))
             try:
                 h_SD = _hidden(self._base, batch).index_select(0, select_S)
@@ -119,7 +131,7 @@ class Trainee:
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
         """Return the new token ids of each prompt, written with this trainee's weights."""
-        with lent(self._base, self.weights):
+        with self._base.using(self.weights.sites()):
             return generate(self._base, prompts, params, on_token)
 
     def save(self, folder: Path) -> None:
@@ -134,7 +146,9 @@ class Trainee:
         tensors = load_file(folder / "state.safetensors")
         if set(tensors) != set(self._parameters):
             odd = sorted(set(tensors) ^ set(self._parameters))
-            raise IntegrityError(f"{folder} does not fit: {len(odd)} tensors differ, first {odd[0]}", hint="resume with the spec it was made by")
+            raise IntegrityError(
+                f"{folder} does not fit: {len(odd)} tensors differ, first {odd[0]}", hint="resume with the spec it was made by"
+            )
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
         self._optimizer.load(load_file(folder / "optimizer.safetensors"))
@@ -160,13 +174,18 @@ class Trainee:
 
 
 class TorchEngine:
-    """The engine of one process. `open` gives trainees; `base_model` the base without any."""
+    """The engine of one process. `open` gives trainees; `base_model` and `with_adapter` what is only used."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
 
-    def base_model(self) -> BaseModel:
-        return BaseModel(self.base)
+    def base_model(self) -> FixedModel:
+        """Return the base as it is."""
+        return FixedModel(self.base, {})
+
+    def with_adapter(self, adapter: Adapter) -> FixedModel:
+        """Return the base with a finished adapter."""
+        return FixedModel(self.base, adapter.sites)
 
     def open(
         self, weights: Weights, objective: Objective, optimizer: AdamWSettings | MuonSettings, max_grad_norm: float | None = None

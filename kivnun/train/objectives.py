@@ -28,7 +28,9 @@ class Objective(Protocol):
         """Return what an item adds to its step's total weight."""
         ...
 
-    def token_weights(self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def token_weights(
+        self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the weight of each token's NLL (float32 [S], the division by `total_weight` done) and, where the loss is not
         the weighted NLL itself, the batch's share of the loss (scalar). `log_probs()` gives the policy's log-probabilities [S]."""
         ...
@@ -43,7 +45,9 @@ class LikelihoodObjective:
     def weight_of(self, item: Trainable) -> float:
         return cast(TokenRow, item).total_weight
 
-    def token_weights(self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def token_weights(
+        self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         return torch.from_numpy((batch.weights_S.astype(np.float64) / total_weight).astype(np.float32)), None
 
 
@@ -64,7 +68,9 @@ class DpoObjective:
     def weight_of(self, item: Trainable) -> float:
         return 1.0
 
-    def token_weights(self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def token_weights(
+        self, batch: PackedBatch, total_weight: float, log_probs: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         policy_P2 = row_sums(log_probs().cpu().double(), batch).view(-1, 2)
         reference_P2 = torch.tensor([self.reference[row] for row in batch.rows[::2]], dtype=torch.float64)
         loss_P, weights_P2 = dpo_weights(policy_P2, reference_P2, self.beta)

@@ -51,17 +51,19 @@ class MuonSettings:
     adamw: AdamWSettings
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], settings: AdamWSettings | MuonSettings, not_matrices: frozenset[str]) -> Optimizer:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: AdamWSettings | MuonSettings, not_matrices: frozenset[str]
+) -> Optimizer:
     """Return the optimizer for these float32 parameters. `not_matrices` names those Muon must leave to AdamW although 2-D."""
     if isinstance(settings, AdamWSettings):
-        return _Named([_Group(dict(parameters), _adamw(list(parameters.values()), settings), 1.0)])
+        return _Named([_Group(dict(parameters), _adamw(parameters, settings), 1.0)])
     matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and name not in not_matrices}
     others = {name: p for name, p in parameters.items() if name not in matrices}
     groups = []
     if matrices:
         groups.append(_Group(matrices, _muon(list(matrices.values()), settings), 1.0))
     if others:
-        groups.append(_Group(others, _adamw(list(others.values()), settings.adamw), settings.adamw_share))
+        groups.append(_Group(others, _adamw(others, settings.adamw), settings.adamw_share))
     return _Named(groups)
 
 
@@ -96,13 +98,19 @@ class _Named:
                 moments = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
                 # Step counters stay where torch keeps them (CPU, float32); moments live beside their parameter.
                 group.rule.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True) for moment, value in moments.items()
+                    moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
+                    for moment, value in moments.items()
                 }
 
 
-def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.Optimizer:
+def _adamw(parameters: Mapping[str, nn.Parameter], settings: AdamWSettings) -> torch.optim.Optimizer:
+    """AdamW that decays matrices alone: norms, biases and magnitudes have nothing to shrink to."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        parameters, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
+        [group for group in groups if group["params"]], lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps
     )
 
 

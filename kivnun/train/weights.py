@@ -6,8 +6,7 @@ it, since a bfloat16 weight swallows small updates. Next: `engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +87,7 @@ class FullWeights:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._live = {name: p for name, p in base.model.named_parameters()}
+        self._live = dict(base.model.named_parameters())
         for parameter in self._live.values():
             parameter.requires_grad_(True)
         self._masters = {name: _master(p) for name, p in self._live.items()}
@@ -130,10 +129,3 @@ class FullWeights:
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
-
-
-@contextmanager
-def lent(base: Base, weights: Weights) -> Iterator[None]:
-    """Lend a trainee's sites to the base for a pass."""
-    with base.using(weights.sites()):
-        yield

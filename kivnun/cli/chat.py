@@ -1,0 +1,145 @@
+"""`kivnun chat`: talk to the tuned model, in a terminal or in one turn from a script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kivnun.data.template import ChatTokenizer
+    from kivnun.model.generate import SamplingParams
+
+Messages: TypeAlias = list[dict[str, str]]
+
+
+class Sampler(Protocol):
+    """What chat needs of a model: a trainee, or the bare base."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]: ...
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--once", metavar="TEXT", help="Answer this one message on stdout and end.")
+@click.option("--system", metavar="TEXT", help="A system message before the conversation.")
+@click.option("--base", is_flag=True, help="Talk to the base, without the adapter.")
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens of this share.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="The longest reply.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The draws' seed, where the temperature is above 0.")
+@click.option("--json", "as_json", is_flag=True, help="With --once: print {reply, tokens, finish_reason} as one JSON object.")
+def chat(
+    run: Path, once: str | None, system: str | None, base: bool, temperature: float, top_p: float, max_new_tokens: int, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Talk to the model of RUN. An empty line or Ctrl-D ends the conversation; /new forgets it."""
+    if as_json and once is None:
+        raise click.UsageError("--json needs --once")
+    from kivnun.cli.process import keep_freed_memory
+    from kivnun.cli.screen import working
+
+    keep_freed_memory()
+    with working("loading the run"):
+        from kivnun.model.generate import SamplingParams
+        from kivnun.pipeline import open_run
+
+        opened = open_run(run)
+    model: Sampler = opened.engine.base_model() if base else opened.trainee
+    params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    if once is not None:
+        _answer_once(model, opened.tokenizer, params, [*opening, {"role": "user", "content": once}], as_json)
+    else:
+        _converse(model, opened.tokenizer, params, opening)
+
+
+def _answer_once(
+    model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: list[dict[str, str]], as_json: bool
+) -> None:
+    from kivnun.cli.screen import print_json
+
+    ids = _reply(model, tokenizer, params, messages, None if as_json else _write)
+    if as_json:
+        reason = "length" if len(ids) == params.max_new_tokens else "stop"
+        print_json({"reply": tokenizer.decode(ids), "tokens": len(ids), "finish_reason": reason})
+    else:
+        _write("\n")
+
+
+def _converse(model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, opening: Messages) -> None:
+    messages = list(opening)
+    while True:
+        try:
+            text = input("you> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        if text.strip() == "/new":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = _reply(model, tokenizer, params, messages, _write)
+        _write("\n")
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+
+
+def _reply(
+    model: Sampler,
+    tokenizer: ChatTokenizer,
+    params: SamplingParams,
+    messages: list[dict[str, str]],
+    write: Callable[[str], None] | None,
+) -> list[int]:
+    """Return the reply's ids; `write` gets its text as it grows."""
+    stream = TextStream(tokenizer.decode)
+    prompt = tokenizer.prompt_ids(messages)
+    on_token = None if write is None else (lambda _row, token: write(stream.add(token)))
+    ids = model.sample([prompt], params, on_token)[0]
+    if write is not None:
+        write(stream.rest())
+    return ids
+
+
+class TextStream:
+    """Turns tokens into text as they come. A letter may be spread over tokens: text is held back until it is whole."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._written = ""
+
+    def add(self, token: int) -> str:
+        """Return the text that this token completes, which may be empty."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") or not text.startswith(self._written):
+            return ""
+        return self._advance(text)
+
+    def rest(self) -> str:
+        """Return what is still held back, after the last token."""
+        return self._advance(self._decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        new, self._written = text[len(self._written) :], text
+        return new
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,145 @@
+"""`kivnun data`: look at data before spending time on it. Loads no model and no torch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kivnun.errors import DataError
+
+if TYPE_CHECKING:
+    from kivnun.data.rows import TokenRow, Trainable
+    from kivnun.data.template import ChatTokenizer
+    from kivnun.spec.tune import TuneSpec
+
+FORMATS = ("auto", "messages", "prompt_completion", "text", "preference")
+
+
+@click.group()
+def data() -> None:
+    """Check a data file; see the tokens a spec trains."""
+
+
+@data.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "format_name", type=click.Choice(FORMATS), default="auto", show_default=True, help="The shape of the rows."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def check(file: Path, format_name: str, as_json: bool) -> None:
+    """Check every row of FILE (JSONL) and say what is in it.
+
+    All problems are found, with their line numbers; the first 20 are shown, with --json all. Needs no model: lengths in tokens
+    are shown by `kivnun data show`.
+    """
+    from kivnun.cli.screen import print_json, stdout, table
+    from kivnun.data.checks import check_file, describe
+
+    report = check_file(file, format_name)
+    if report.problems:
+        raise DataError(
+            f"{file}: {report.bad_rows:,} of {report.rows + report.bad_rows:,} rows cannot be used",
+            report.problems,
+            hint="mend the lines, or set data.bad_rows to skip to leave them out",
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        table(("", ""), describe(report), stdout())
+
+
+@data.command()
+@click.argument("spec", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec.")
+@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=3, show_default=True, help="Training rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids, weights and text of each row shown.")
+def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -> None:
+    """Show the first rows of SPEC as the model will see them, with the trained tokens marked.
+
+    Trained text is green on a terminal, and between ⟦ and ⟧ elsewhere.
+    """
+    from kivnun.cli.screen import print_json, stdout, table
+    from kivnun.data.checks import describe
+    from kivnun.data.loader import load_dataset
+    from kivnun.spec.tune import load_spec
+
+    checked = load_spec(spec, overrides)
+    tokenizer, max_seq_len = _tokenizer(checked)
+    dataset = load_dataset(checked.data, tokenizer, checked.seed, max_seq_len)
+    first = list(itertools.islice(itertools.chain.from_iterable(_sources(dataset.train)), num_rows))
+    shown = [row for item in first for row in _token_rows(item)]
+    if as_json:
+        print_json(
+            {"format": dataset.format, "report": asdict(dataset.report), "rows": [_row_fields(row, tokenizer) for row in shown]}
+        )
+        return
+    console = stdout()
+    for row in shown:
+        _print_row(console, row, tokenizer)
+    console.print()
+    table(("", ""), describe(dataset.report), console)
+
+
+def _tokenizer(spec: TuneSpec) -> tuple[ChatTokenizer, int]:
+    """Return the base's tokenizer and the longest row allowed, from the base's folder alone."""
+    from kivnun.data.template import load_tokenizer
+    from kivnun.model.families import find_base, read_config
+
+    folder = find_base(spec.base.model, spec.base.revision)
+    limit = spec.data.max_seq_len or int(str(read_config(folder)["max_position_embeddings"]))
+    return load_tokenizer(folder, spec.data.template), limit
+
+
+def _row_fields(row: TokenRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    return {
+        "path": row.where.path,
+        "line": row.where.line,
+        "row": row.row,
+        "tokens": row.length,
+        "trained_tokens": int((row.weights != 0).sum()),
+        "total_weight": row.total_weight,
+        "prompt_len": row.prompt_len,
+        "text": tokenizer.decode(row.ids.tolist()),
+        "trained": [text for text, weight in _spans(row, tokenizer) if weight],
+        "ids": row.ids.tolist(),
+        "weights": row.weights.tolist(),
+    }
+
+
+def _print_row(console: Any, row: TokenRow, tokenizer: ChatTokenizer) -> None:
+    from rich.text import Text
+
+    trained = int((row.weights != 0).sum())
+    console.print(f"\n{row.where}  {row.length:,} tokens, {trained:,} trained", style="bold")
+    text = Text()
+    for piece, weight in _spans(row, tokenizer):
+        if not weight:
+            text.append(piece, style="dim")
+        elif console.is_terminal and not console.no_color:
+            text.append(piece, style="bold green")
+        else:
+            text.append(f"⟦{piece}⟧")
+        if weight not in (0.0, 1.0):
+            text.append(f"(weight {weight:g})", style="yellow")
+    console.print(text)
+
+
+def _spans(row: TokenRow, tokenizer: ChatTokenizer) -> list[tuple[str, float]]:
+    """Return the row's text cut where the weight changes. Neighbours are decoded together: one letter may be several tokens."""
+    pairs = zip(row.weights.tolist(), row.ids.tolist(), strict=True)
+    groups = itertools.groupby(pairs, key=lambda pair: pair[0])
+    return [(tokenizer.decode([token for _, token in group]), weight) for weight, group in groups]
+
+
+def _token_rows(item: Trainable) -> list[TokenRow]:
+    from kivnun.data.rows import PreferencePair
+
+    return [item.chosen, item.rejected] if isinstance(item, PreferencePair) else [item]
+
+
+def _sources(train: Any) -> list[list[Trainable]]:
+    return [list(source.rows) for source in train]

@@ -1,0 +1,19 @@
+"""`kivnun schema`: the JSON Schema of the spec, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec.
+
+    Save it beside your spec and name it in the spec's first line, and an editor completes and checks what you write:
+    `# yaml-language-server: $schema=kivnun.schema.json`
+    """
+    from kivnun.spec.tune import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

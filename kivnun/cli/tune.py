@@ -1,0 +1,68 @@
+"""`kivnun tune`: the main job, from a spec to a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kivnun.errors import InterruptedRun
+
+SPEC = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("spec", type=SPEC)
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), metavar="RUN",
+    help="The run folder to make.  [default: runs/ and the spec's name, in the current folder]",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec, e.g. --set adapter.rank=32."
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; a finished run prints its result again.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line of stdout.")
+def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Tune a base as SPEC (YAML or JSON) says.
+
+    Scores the base on held-out rows, trains, scores again, and leaves everything in the run folder: the adapter, checkpoints,
+    the record of events and a report. Ctrl-C finishes the step and saves; a second Ctrl-C ends at once, and the last
+    checkpoint stands.
+    """
+    from kivnun.cli.process import keep_freed_memory, set_threads
+    from kivnun.cli.screen import open_screen
+    from kivnun.spec.tune import load_spec
+
+    checked = load_spec(spec, overrides)
+    text = spec.read_text(encoding="utf-8-sig")
+    keep_freed_memory()
+    set_threads(checked.compute.threads)
+    run = output if output is not None else Path("runs") / spec.stem
+    with open_screen() as screen:
+        # torch is loaded here: after the thread count and the allocator are set, and behind a screen that says what goes on.
+        from kivnun.pipeline import tune as run_spec
+
+        try:
+            result = run_spec(checked, text, run, resume=resume, listener=screen)
+        except InterruptedRun as stopped:
+            raise InterruptedRun(stopped.message, hint=f"go on with: {_again(spec, run, overrides)}") from None
+    _show(result, run, as_json)
+
+
+def _show(result: dict[str, Any], run: Path, as_json: bool) -> None:
+    from kivnun.cli.result import sample_pairs, show_comparison, show_next, show_samples
+    from kivnun.cli.screen import print_json, stderr, stdout
+
+    if as_json:
+        print_json(result)
+        return
+    show_comparison(stdout(), result["base"], result["tuned"])
+    show_samples(stdout(), sample_pairs(run))
+    show_next(stderr(), run)
+
+
+def _again(spec: Path, run: Path, overrides: tuple[str, ...]) -> str:
+    sets = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["kivnun", "tune", str(spec), "--output", str(run), *sets, "--resume"])

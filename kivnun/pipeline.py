@@ -1,0 +1,453 @@
+"""From a spec to a tuned model: every stage, in its order. Start reading here.
+
+    spec -> data -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
+
+Stages hand each other values and folders, never a live model of their own. Next: `train/loop.py` (what training is),
+`opened.py` (a finished run, opened for use).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from kivnun.artifacts import atomic_folder, atomic_write, code_hash, numeric_environment, sweep, write_manifest
+from kivnun.data.loader import Dataset, load_dataset
+from kivnun.data.order import RowOrder
+from kivnun.data.packing import micro_batches, pack_pairs
+from kivnun.data.rows import PreferencePair
+from kivnun.data.template import ChatTokenizer, load_tokenizer
+from kivnun.errors import KivnunError, StorageError
+from kivnun.evaluate.evaluation import (
+    Evaluation,
+    StageProgress,
+    evaluate_scorer,
+    evaluation_fields,
+    load_evaluation,
+    result_fields,
+    save_evaluation,
+)
+from kivnun.evaluate.heldout import Scorer
+from kivnun.evaluate.report import write_report
+from kivnun.events import (
+    AdapterOpened,
+    BaseLoaded,
+    CheckpointSaved,
+    DataLoaded,
+    Evaluated,
+    Event,
+    EventLog,
+    Resumed,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Warned,
+    read_events,
+    utc_now,
+)
+from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
+from kivnun.model.families import copy_tokenizer, count_parameters, find_base, read_config
+from kivnun.model.load import Base, load_base
+from kivnun.run_folder import RunFolder, check_same, claim, seconds_worked, write_specs
+from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
+from kivnun.train.checkpoint import Cadence, CheckpointStore
+from kivnun.train.engine import FixedModel, TorchEngine, Trainee
+from kivnun.train.loop import fit
+from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
+from kivnun.train.optim import AdamWSettings, MuonSettings
+from kivnun.train.schedule import Schedule
+from kivnun.train.weights import AdapterWeights, FullWeights, Weights
+
+Emit = Callable[[Event], None]
+NO_LIMIT = 1 << 30  # tokens in a row, for a base whose configuration names no longest row
+
+
+def tune(
+    spec: TuneSpec,
+    spec_text: str,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    listener: Callable[[Event], None] = lambda event: None,
+    on_progress: StageProgress | None = None,
+) -> dict[str, Any]:
+    """Run a spec in a folder and return the final object: run, status, steps, trained_tokens, base, tuned, plan, actual.
+
+    `listener` hears every event as it is recorded. With `resume`, a finished run gives its result, one with checkpoints goes on
+    from the newest, one without starts over. Raises KivnunError subclasses; what was saved before stays whole.
+    """
+    folder = RunFolder(run_dir)
+    claim(folder, resume=resume)
+    if folder.is_finished:
+        return folder.read_result()
+    with EventLog(folder.events, utc_now) as log:
+        sweep(folder.path)
+
+        def emit(event: Event) -> None:
+            listener(log.append(event))
+
+        try:
+            return _Run(spec, spec_text, folder, emit, on_progress).execute()
+        except KivnunError as error:
+            with contextlib.suppress(StorageError):  # the first error is the one to tell
+                emit(RunFailed(code=error.code, message=error.message))
+            raise
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One execution. `execute` reads as the list of stages."""
+
+    spec: TuneSpec
+    spec_text: str
+    folder: RunFolder
+    emit: Emit
+    on_progress: StageProgress | None
+
+    def execute(self) -> dict[str, Any]:
+        base_folder = find_base(self.spec.base.model, self.spec.base.revision)
+        tokenizer = load_tokenizer(base_folder, self.spec.data.template)
+        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, max_seq_len(self.spec, base_folder))
+        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder))
+        write_specs(self.folder, self.spec_text, spec, reasons)
+        self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
+        self._tell_data(dataset, tokenizer)
+
+        base = self._load_base(spec, base_folder)
+        engine = TorchEngine(base)
+        scored_base = self._score_base(spec, engine, dataset, tokenizer)
+        trainee = self._open_trainee(spec, engine, dataset)
+        self._train(spec, trainee, dataset, tokenizer, base)
+
+        with atomic_folder(self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter) as place:
+            trainee.export(place, spec.base.model)
+            copy_tokenizer(base_folder, place, spec.data.template)
+        scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base)
+        return self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps)
+
+    def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer) -> None:
+        report = dataset.report
+        self.emit(
+            DataLoaded(
+                format=dataset.format,
+                train_rows=report.train_rows,
+                validation_rows=report.validation_rows,
+                train_tokens=report.train_tokens,
+                trained_tokens=report.trained_tokens,
+                skipped=report.skipped,
+                truncated=report.truncated,
+            )
+        )
+        for message in (*report.notes, *report.warnings, *tokenizer.notes):
+            self.emit(Warned(message=message))
+
+    def _load_base(self, spec: TuneSpec, base_folder: Path) -> Base:
+        began = time.monotonic()
+        torch.set_num_threads(cast(int, spec.compute.threads))
+        base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors)
+        self.emit(
+            BaseLoaded(
+                model=spec.base.model,
+                parameters=base.num_parameters,
+                precision=spec.base.precision,
+                content_hash=base.content_hash,
+                seconds=time.monotonic() - began,
+            )
+        )
+        return base
+
+    def _score_base(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset, tokenizer: ChatTokenizer) -> Evaluation | None:
+        """Score the base before anything changes; a resumed run takes the figures it has."""
+        if self.folder.base_evaluation.is_file():
+            return load_evaluation(self.folder.base_evaluation)
+        return self._score(spec, engine.base_model(), dataset, tokenizer, "base", 0, None)
+
+    def _score(
+        self,
+        spec: TuneSpec,
+        scorer: Scorer,
+        dataset: Dataset,
+        tokenizer: ChatTokenizer,
+        which: str,
+        step: int,
+        base: Evaluation | None,
+    ) -> Evaluation | None:
+        if not dataset.validation:
+            return None
+        scored = evaluate_scorer(
+            scorer,
+            dataset.validation,
+            tokenizer,
+            spec.evaluation,
+            spec.seed,
+            self.on_progress,
+            micro_batch_tokens=cast(int, spec.compute.micro_batch_tokens),
+            base=base,
+        )
+        path = self.folder.base_evaluation if which == "base" else self.folder.tuned_evaluation
+        path.parent.mkdir(exist_ok=True)
+        save_evaluation(scored, path)
+        self.emit(Evaluated(which=which, step=step, **evaluation_fields(scored)))  # type: ignore[arg-type]
+        return scored
+
+    def _open_trainee(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset) -> Trainee:
+        # The reference of DPO is the state at the start: taken before full tuning takes the base over.
+        objective = open_objective(spec, engine, dataset, self.folder.reference)
+        weights = open_weights(spec, engine.base)
+        optimizer = optimizer_settings(spec.schedule.optimizer)
+        trainee = engine.open(weights, objective, optimizer, spec.schedule.max_grad_norm)
+        sites = list(weights.sites())
+        self.emit(
+            AdapterOpened(
+                kind=spec.adapter.kind,
+                trainable_parameters=trainee.trainable_parameters,
+                modules=dict(Counter(name.rpartition(".")[2] for name in sites)),
+                sites=len(sites),
+            )
+        )
+        return trainee
+
+    def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, base: Base) -> None:
+        fields = {
+            "data_hash": dataset.content_hash,
+            "base_hash": base.content_hash,
+            "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
+        }
+        saver = _Saver(spec, self.folder, trainee, fields, self.emit)
+        saver.restore()
+        order = row_order(spec, dataset)
+        light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
+
+        def evaluate(step: int) -> None:
+            if dataset.validation:
+                budget = cast(int, spec.compute.micro_batch_tokens)
+                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
+                self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
+
+        with _stop_on_signals() as stop_requested:
+            fit(
+                trainee,
+                dataset.train.rows,
+                order,
+                schedule_of(spec, order.steps),
+                cast(int, spec.compute.micro_batch_tokens),
+                emit=self.emit,
+                evaluate=evaluate,
+                evaluate_every_steps=spec.evaluation.every_steps,
+                saver=saver,
+                stop_requested=stop_requested,
+            )
+
+    def _finish(
+        self,
+        spec: TuneSpec,
+        dataset: Dataset,
+        base: Base,
+        scored_base: Evaluation | None,
+        scored_tuned: Evaluation | None,
+        steps: int,
+    ) -> dict[str, Any]:
+        """Write the result, the report and, last, the manifest that says the run is whole."""
+        events = read_events(self.folder.events)
+        trained = sum(event.trained_tokens for event in events if isinstance(event, StepDone))
+        actual = {"peak_bytes": _peak_bytes(spec.compute.device), "seconds": round(seconds_worked(events), 3)}
+        result = {
+            "run": str(self.folder.path),
+            "status": "succeeded",
+            "steps": steps,
+            "trained_tokens": trained,
+            "base": result_fields(scored_base) if scored_base else None,
+            "tuned": result_fields(scored_tuned) if scored_tuned else None,
+            "plan": None,
+            "actual": actual,
+        }
+        self.emit(RunFinished(status="succeeded", steps=steps, trained_tokens=trained, **actual))  # type: ignore[arg-type]
+        fields = {
+            "kind": "run",
+            "spec_hash": spec.content_hash(),
+            "data_hash": dataset.content_hash,
+            "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
+            "code_hash": code_hash(),
+            "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
+        }
+        kept = ["spec.yaml", "resolved.yaml", "evaluation", self._result_folder(spec)]
+        write_manifest(self.folder.path, fields, kept)
+        write_report(self.folder.path)
+        atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_manifest(self.folder.path, fields, [*kept, "report.html", "report.json", "result.json"])
+        return result
+
+    def _result_folder(self, spec: TuneSpec) -> str:
+        return (self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter).name
+
+
+class _Saver:
+    """Checkpoints of one run: saved when due, restored once at the start."""
+
+    def __init__(self, spec: TuneSpec, folder: RunFolder, trainee: Trainee, fields: Mapping[str, Any], emit: Emit) -> None:
+        rule = spec.checkpoints
+        self._store = CheckpointStore(folder.checkpoints, rule.keep)
+        self._cadence = Cadence(rule.every_steps, rule.every_epoch, rule.every_seconds, time.monotonic)
+        self._folder, self._trainee, self._fields, self._emit = folder, trainee, fields, emit
+
+    def restore(self) -> None:
+        """Take the newest checkpoint, if there is one. Raises RunFolderError when it was made from something else."""
+        self._store.recover()
+        checkpoint = self._store.latest()
+        if checkpoint is None:
+            if any(isinstance(event, StepDone) for event in read_events(self._folder.events)):
+                self._emit(Resumed(step=0, path=""))
+            return
+        for warning in checkpoint.warnings:
+            self._emit(Warned(message=warning))
+        check_same(self._folder, checkpoint.fields, self._fields)
+        self._trainee.load(checkpoint.path)
+        self._emit(Resumed(step=checkpoint.step, path=str(checkpoint.path.relative_to(self._folder.path))))
+
+    def after_step(self, step: int, epoch_ended: bool) -> None:
+        if self._cadence.due(step, epoch_ended):
+            self.now(step)
+
+    def now(self, step: int) -> None:
+        began = time.monotonic()
+        path = self._store.save(step, self._trainee.save, self._fields)
+        self._cadence.saved()
+        name = str(path.relative_to(self._folder.path))
+        self._emit(CheckpointSaved(step=step, path=name, seconds=time.monotonic() - began))
+
+
+def max_seq_len(spec: TuneSpec, base_folder: Path) -> int:
+    """Return the longest row in tokens: the spec's word, else what the base was made for."""
+    longest = read_config(base_folder).get("max_position_embeddings")
+    return spec.data.max_seq_len or (int(longest) if isinstance(longest, int) else NO_LIMIT)
+
+
+def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
+    longest = read_config(base_folder).get("max_position_embeddings")
+    return ResolveFacts(
+        objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
+        max_seq_len=int(longest) if isinstance(longest, int) else NO_LIMIT,
+        longest_row=dataset.report.longest_row,
+        base_parameters=count_parameters(base_folder),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        threads=len(os.sched_getaffinity(0)),
+        data_format=dataset.format,  # type: ignore[arg-type]
+    )
+
+
+def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:
+    """Return the order of training that the spec and the data give."""
+    sources, schedule = dataset.train, spec.schedule
+    return RowOrder(
+        lengths=sources.lengths,
+        source_sizes=sources.sizes,
+        shares=sources.shares,
+        batch_rows=schedule.batch_rows,
+        batch_tokens=schedule.batch_tokens,
+        epochs=schedule.epochs,
+        num_steps=schedule.steps,
+        seed=spec.seed,
+    )
+
+
+def schedule_of(spec: TuneSpec, steps: int) -> Schedule:
+    given = spec.schedule
+    return Schedule(
+        steps, cast(float, given.learning_rate), given.warmup_share, given.decay, given.decay_start_share, given.final_share
+    )
+
+
+def optimizer_settings(spec: OptimizerSpec) -> AdamWSettings | MuonSettings:
+    adamw = AdamWSettings(spec.beta1, spec.beta2, spec.eps, spec.weight_decay)
+    if isinstance(spec, MuonSpec):
+        return MuonSettings(spec.momentum, spec.weight_decay, spec.adamw_share, adamw)
+    return adamw
+
+
+def open_weights(spec: TuneSpec, base: Base) -> Weights:
+    """Return what the spec trains, at its start."""
+    adapter = spec.adapter
+    if isinstance(adapter, FullSpec):
+        return FullWeights(base)
+    shape = AdapterShape(
+        kind=adapter.kind,
+        rank=adapter.rank,
+        alpha=cast(float, adapter.alpha),
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+        sites=resolve_targets(base, adapter.target_modules),
+    )
+    return AdapterWeights(base, new_adapter(base, shape, adapter.init, spec.seed))
+
+
+def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path) -> Objective:
+    """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
+    if not isinstance(spec.objective, DpoSpec):
+        return LikelihoodObjective()
+    pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
+    key = hashlib.sha256(f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype}".encode()).hexdigest()
+    return DpoObjective(
+        spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, cast(int, spec.compute.micro_batch_tokens))
+    )
+
+
+def _reference(
+    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, micro_batch_tokens: int
+) -> dict[int, tuple[float, float]]:
+    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number."""
+    if cache.is_file():
+        kept = np.load(cache)
+        if str(kept["key"]) == key:
+            return dict(zip(kept["rows"].tolist(), map(tuple, kept["sums"].tolist()), strict=True))
+    sums: dict[int, tuple[float, float]] = {}
+    for part in micro_batches(pairs, micro_batch_tokens):
+        batch = pack_pairs(cast(list[PreferencePair], part))
+        both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
+        sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
+    with cache.with_suffix(".tmp").open("wb") as stream:
+        np.savez(stream, key=np.array(key), rows=np.array(list(sums)), sums=np.array(list(sums.values())))
+    cache.with_suffix(".tmp").replace(cache)
+    return sums
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Let the first SIGINT or SIGTERM ask for a stop after the step in progress; a second SIGINT ends at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _peak_bytes(device: str) -> int:
+    """Return the most memory this process held: resident on a CPU, allocated on a GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,151 @@
+"""A run's folder: where each file is, who may write it, and whether it may be gone on with.
+
+The layout is fixed; `docs/concepts/run-folder.md` shows it. Next: `pipeline.py` (who fills it), `artifacts.py` (how).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, storage_errors
+from kivnun.errors import RunFolderError
+from kivnun.events import Event, RunStarted
+from kivnun.spec import TuneSpec, load_spec, resolved_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result of LoRA and DoRA: a PEFT folder."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The result of full tuning: a transformers folder."""
+        return self.path / "model"
+
+    @property
+    def base_evaluation(self) -> Path:
+        return self.path / "evaluation" / "base.json"
+
+    @property
+    def tuned_evaluation(self) -> Path:
+        return self.path / "evaluation" / "tuned.json"
+
+    @property
+    def reference(self) -> Path:
+        """The log-probabilities that DPO holds the tuned model to."""
+        return self.path / "reference.npz"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the run came to its end: the result and the manifest are written last."""
+        return self.result.is_file() and (self.path / MANIFEST).is_file()
+
+    def read_spec(self) -> TuneSpec:
+        """Return the resolved spec. Raises RunFolderError when the folder is not a run."""
+        if not self.resolved.is_file():
+            raise RunFolderError(
+                f"{self.path} is not a run folder: it has no resolved.yaml", hint="give the folder that tune wrote"
+            )
+        return load_spec(self.resolved)
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the final object of a finished run. Raises RunFolderError when there is none yet."""
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self.path} holds no finished run", hint="finish it with `kivnun tune SPEC --resume`") from error
+        return result
+
+
+def claim(folder: RunFolder, *, resume: bool) -> None:
+    """Make the folder ready for a run. Raises RunFolderError when it holds one that was not asked to be gone on with."""
+    occupied = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
+    if occupied and not resume:
+        raise RunFolderError(f"{folder.path} exists already", hint="choose another --output, or go on with it with --resume")
+    if occupied and not folder.events.is_file():
+        raise RunFolderError(f"{folder.path} is not a run folder: it has no events.jsonl", hint="choose another --output")
+    with storage_errors(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+
+
+def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapping[str, str]) -> None:
+    """Write the spec as given and as resolved. Raises RunFolderError when the folder's run was made by another one."""
+    if folder.resolved.is_file():
+        before = folder.read_spec()
+        changed = _differences(before.to_tree(), spec.to_tree())
+        if changed:
+            raise RunFolderError(
+                f"{folder.path} was made by another spec: {'; '.join(changed)}",
+                hint="resume with the spec it was made by, or choose another --output",
+            )
+    atomic_write(folder.spec, spec_text)
+    atomic_write(folder.resolved, resolved_yaml(spec, reasons))
+
+
+def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint made from other data, another base or in another numeric environment.
+
+    `before` and `now` hold `data_hash`, `base_hash` and `environment`. Raises RunFolderError, which says what differs.
+    """
+    changed = [
+        f"the {what} changed since the checkpoint was saved"
+        for name, what in (("data_hash", "training or validation data"), ("base_hash", "base's weights or configuration"))
+        if before[name] != now[name]
+    ]
+    changed += environment_difference(before["environment"], now["environment"])
+    if changed:
+        raise RunFolderError(
+            f"{folder.path} cannot be resumed to the same bits: {'; '.join(changed)}",
+            hint="restore what changed, or start over in another --output",
+        )
+
+
+def seconds_worked(events: list[Event]) -> float:
+    """Return the wall-clock seconds of all processes that worked on the run, pauses between them left out."""
+    total, began, last = 0.0, None, None
+    for event in events:
+        now = datetime.fromisoformat(event.time)
+        if isinstance(event, RunStarted):
+            total += (last - began).total_seconds() if began is not None and last is not None else 0.0
+            began = now
+        last = now
+    return total + ((last - began).total_seconds() if began is not None and last is not None else 0.0)
+
+
+def _differences(before: object, now: object, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
