@@ -116,9 +116,10 @@ def _fused_names(base: Base, targets: list[str]) -> list[str]:
         if not named or fused not in _endings(base) or named.intersection(_endings(base)):
             continue
         if named != parts:
+            whole = ", ".join(sorted(parts))
             raise BaseModelError(
-                f"adapter.target_modules names {', '.join(sorted(named))}, but this base stores {', '.join(sorted(parts))} as one {fused}",
-                hint=f"name {fused}, or all of {', '.join(sorted(parts))}: a part of it cannot be adapted alone",
+                f"adapter.target_modules names {', '.join(sorted(named))}, but this base stores {whole} as one {fused}",
+                hint=f"name {fused}, or all of {whole}: a part of it cannot be adapted alone",
             )
         targets = [target for target in targets if target not in parts]
         targets += [fused] if fused not in targets else []
@@ -154,9 +155,8 @@ def _site(
     dropout = DropoutDraw(shape.dropout, site_key(seed, name))
     if shape.kind == "lora":
         return LoraSite(a, b, shape.scaling, dropout)
-    if magnitude_O is None:
-        magnitude_O = torch.linalg.vector_norm(base.linears[name].weight.float(), dim=1)
-    return DoraSite(a, b, _parameter(magnitude_O, base.device), shape.scaling, dropout)
+    start_O = torch.linalg.vector_norm(base.linears[name].weight.float(), dim=1) if magnitude_O is None else magnitude_O
+    return DoraSite(a, b, _parameter(start_O, base.device), shape.scaling, dropout)
 
 
 def _parameter(tensor: Tensor, device: torch.device) -> nn.Parameter:
@@ -243,9 +243,10 @@ def _read_peft_config(folder: Path) -> Mapping[str, object]:
 
 def _check_shapes(base: Base, name: str, rank: int, a_RI: Tensor, b_OR: Tensor) -> None:
     linear = base.linears[name]
-    expected = ((rank, linear.in_features), (linear.out_features, rank))
-    if (tuple(a_RI.shape), tuple(b_OR.shape)) != expected:
+    needed = ((rank, linear.in_features), (linear.out_features, rank))
+    found = (tuple(a_RI.shape), tuple(b_OR.shape))
+    if found != needed:
         raise IntegrityError(
-            f"{name}: adapter tensors are {tuple(a_RI.shape)} and {tuple(b_OR.shape)}, the base needs {expected[0]} and {expected[1]}",
+            f"{name}: the adapter's A and B are {found[0]} and {found[1]}, the base needs {needed[0]} and {needed[1]}",
             hint="load the adapter on the base it was trained on",
         )

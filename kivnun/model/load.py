@@ -133,9 +133,9 @@ def _refuse_unsupported(folder: Path) -> None:
 
 
 def _known_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return set(CONFIG_MAPPING_NAMES)
+    return set(CONFIG_MAPPING.keys())
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
