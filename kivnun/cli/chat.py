@@ -55,10 +55,10 @@ def chat(
     keep_freed_memory()
     with working("loading the run"):
         from kivnun.model.generate import SamplingParams
-        from kivnun.pipeline import open_run
+        from kivnun.opened import open_run
 
         opened = open_run(run)
-    model: Sampler = opened.engine.base_model() if base else opened.trainee
+        model: Sampler = opened.base_model if base else opened.tuned
     params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
     opening = [] if system is None else [{"role": "system", "content": system}]
     if once is not None:
@@ -67,15 +67,13 @@ def chat(
         _converse(model, opened.tokenizer, params, opening)
 
 
-def _answer_once(
-    model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: list[dict[str, str]], as_json: bool
-) -> None:
+def _answer_once(model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: Messages, as_json: bool) -> None:
     from kivnun.cli.screen import print_json
 
-    ids = _reply(model, tokenizer, params, messages, None if as_json else _write)
+    text, ids = _reply(model, tokenizer, params, messages, _ignore if as_json else _write)
     if as_json:
         reason = "length" if len(ids) == params.max_new_tokens else "stop"
-        print_json({"reply": tokenizer.decode(ids), "tokens": len(ids), "finish_reason": reason})
+        print_json({"reply": text, "tokens": len(ids), "finish_reason": reason})
     else:
         _write("\n")
 
@@ -93,53 +91,31 @@ def _converse(model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, 
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": text})
-        ids = _reply(model, tokenizer, params, messages, _write)
+        reply, _ = _reply(model, tokenizer, params, messages, _write)
         _write("\n")
-        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+        messages.append({"role": "assistant", "content": reply})
 
 
 def _reply(
-    model: Sampler,
-    tokenizer: ChatTokenizer,
-    params: SamplingParams,
-    messages: list[dict[str, str]],
-    write: Callable[[str], None] | None,
-) -> list[int]:
-    """Return the reply's ids; `write` gets its text as it grows."""
-    stream = TextStream(tokenizer.decode)
-    prompt = tokenizer.prompt_ids(messages)
-    on_token = None if write is None else (lambda _row, token: write(stream.add(token)))
-    ids = model.sample([prompt], params, on_token)[0]
-    if write is not None:
-        write(stream.rest())
-    return ids
+    model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: Messages, write: Callable[[str], None]
+) -> tuple[str, list[int]]:
+    """Return the reply's text and ids; `write` gets the text as it grows."""
+    stream = tokenizer.stream_decoder()
+    pieces: list[str] = []
 
+    def take(text: str) -> None:
+        pieces.append(text)
+        write(text)
 
-class TextStream:
-    """Turns tokens into text as they come. A letter may be spread over tokens: text is held back until it is whole."""
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._written = ""
-
-    def add(self, token: int) -> str:
-        """Return the text that this token completes, which may be empty."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") or not text.startswith(self._written):
-            return ""
-        return self._advance(text)
-
-    def rest(self) -> str:
-        """Return what is still held back, after the last token."""
-        return self._advance(self._decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        new, self._written = text[len(self._written) :], text
-        return new
+    ids = model.sample([tokenizer.prompt_ids(messages)], params, lambda _row, token: take(stream.push(token)))[0]
+    take(stream.finish())
+    return "".join(pieces), ids
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _ignore(_text: str) -> None:
+    """With --json the text is written once, whole."""

@@ -14,7 +14,7 @@ from kivnun.errors import DataError
 if TYPE_CHECKING:
     from kivnun.data.rows import TokenRow, Trainable
     from kivnun.data.template import ChatTokenizer
-    from kivnun.spec.tune import TuneSpec
+    from kivnun.spec import TuneSpec
 
 FORMATS = ("auto", "messages", "prompt_completion", "text", "preference")
 
@@ -65,13 +65,12 @@ def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -
     from kivnun.cli.screen import print_json, stdout, table
     from kivnun.data.checks import describe
     from kivnun.data.loader import load_dataset
-    from kivnun.spec.tune import load_spec
+    from kivnun.spec import load_spec
 
     checked = load_spec(spec, overrides)
     tokenizer, max_seq_len = _tokenizer(checked)
     dataset = load_dataset(checked.data, tokenizer, checked.seed, max_seq_len)
-    first = list(itertools.islice(itertools.chain.from_iterable(_sources(dataset.train)), num_rows))
-    shown = [row for item in first for row in _token_rows(item)]
+    shown = [row for item in dataset.train.rows[:num_rows] for row in _token_rows(item)]
     if as_json:
         print_json(
             {"format": dataset.format, "report": asdict(dataset.report), "rows": [_row_fields(row, tokenizer) for row in shown]}
@@ -87,11 +86,10 @@ def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -
 def _tokenizer(spec: TuneSpec) -> tuple[ChatTokenizer, int]:
     """Return the base's tokenizer and the longest row allowed, from the base's folder alone."""
     from kivnun.data.template import load_tokenizer
-    from kivnun.model.families import find_base, read_config
+    from kivnun.model.families import find_base, max_seq_len
 
     folder = find_base(spec.base.model, spec.base.revision)
-    limit = spec.data.max_seq_len or int(str(read_config(folder)["max_position_embeddings"]))
-    return load_tokenizer(folder, spec.data.template), limit
+    return load_tokenizer(folder, spec.data.template), spec.data.max_seq_len or max_seq_len(folder)
 
 
 def _row_fields(row: TokenRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -139,7 +137,3 @@ def _token_rows(item: Trainable) -> list[TokenRow]:
     from kivnun.data.rows import PreferencePair
 
     return [item.chosen, item.rejected] if isinstance(item, PreferencePair) else [item]
-
-
-def _sources(train: Any) -> list[list[Trainable]]:
-    return [list(source.rows) for source in train]

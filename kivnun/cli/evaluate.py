@@ -23,10 +23,11 @@ def evaluate(run: Path, as_json: bool) -> None:
 
     keep_freed_memory()
     with working("loading the run") as show:
-        from kivnun.pipeline import evaluate_run
+        from kivnun.evaluate.evaluation import result_fields
+        from kivnun.opened import open_run
 
-        result = evaluate_run(run, show)
+        base, tuned = (result_fields(scored) for scored in open_run(run).evaluate(show))
     if as_json:
-        print_json(result)
+        print_json({"run": str(run), "base": base, "tuned": tuned})
     else:
-        show_comparison(stdout(), result["base"], result["tuned"])
+        show_comparison(stdout(), base, tuned)

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
 from kivnun.cli.screen import figure, table
+from kivnun.evaluate.metrics import DIFFERENCE
 from kivnun.events import Evaluated, read_events
 
+Scores: TypeAlias = Mapping[str, Any]
+"""`base` or `tuned` of the result: rows, nll and each metric by its name, intervals (name -> [low, high]), verdicts."""
+
 # Keys of `base` and `tuned` that are not a metric.
-NOT_METRICS = ("intervals", "rows", "samples")
+NOT_METRICS = ("intervals", "rows", "verdicts")
 
 
-def show_comparison(console: Console, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
-    """Write one line per metric: base, tuned and their difference, each with its 95 % interval."""
-    names = [name for name in tuned if name not in NOT_METRICS and isinstance(tuned[name], (int, float))]
-    differences = tuned.get("intervals", {}).get("difference", {})
-    rows = [(name, _with_interval(name, base), _with_interval(name, tuned), *_difference(name, differences)) for name in names]
-    console.print(f"\n{tuned.get('rows', 0):,} held-out rows, 95 % intervals in brackets", style="bold")
+def show_comparison(console: Console, base: Scores, tuned: Scores) -> None:
+    """Write one line per metric: base, tuned and their difference, each with its 95 % interval, and what that says in words."""
+    names = [name for name in tuned if name not in NOT_METRICS]
+    verdicts = tuned.get("verdicts", {})
+    rows = [
+        (name, _value(name, base), _value(name, tuned), _difference(name, base, tuned), verdicts.get(name, "")) for name in names
+    ]
+    console.print(f"\n{tuned['rows']:,} held-out rows, 95 % intervals in brackets", style="bold")
     table(("", "base", "tuned", "difference", ""), rows, console)
 
 
@@ -57,22 +63,23 @@ def show_next(console: Console, run: Path) -> None:
     console.print(f"  kivnun verify {run}")
 
 
-def _with_interval(name: str, scores: Mapping[str, Any]) -> str:
-    if name not in scores:
-        return "-"
-    interval = scores.get("intervals", {}).get(name)
-    text = figure(name, scores[name])
-    return text if interval is None else f"{text} [{figure(name, interval['low'])}, {figure(name, interval['high'])}]"
+def _value(name: str, scores: Scores) -> str:
+    return f"{figure(name, scores[name])}{_interval(name, name, scores)}" if name in scores else "-"
 
 
-def _difference(name: str, differences: Mapping[str, Any]) -> tuple[str, str]:
-    if name not in differences:
-        return "", ""
-    found = differences[name]
-    sign = "+" if found["value"] >= 0 else ""
-    return f"{sign}{figure(name, found['value'])} [{figure(name, found['low'])}, {figure(name, found['high'])}]", str(
-        found["verdict"]
-    )
+def _difference(name: str, base: Scores, tuned: Scores) -> str:
+    if name not in base:
+        return ""
+    value = tuned[name] - base[name]
+    sign = "+" if value >= 0 else ""
+    return f"{sign}{figure(name, value)}{_interval(name, name + DIFFERENCE, tuned)}"
+
+
+def _interval(name: str, key: str, scores: Scores) -> str:
+    if key not in scores["intervals"]:
+        return ""
+    low, high = scores["intervals"][key]
+    return f" [{figure(name, low)}, {figure(name, high)}]"
 
 
 def _one_line(text: str) -> str:

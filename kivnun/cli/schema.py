@@ -14,6 +14,6 @@ def schema() -> None:
     Save it beside your spec and name it in the spec's first line, and an editor completes and checks what you write:
     `# yaml-language-server: $schema=kivnun.schema.json`
     """
-    from kivnun.spec.tune import json_schema
+    from kivnun.spec import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

@@ -45,6 +45,10 @@ class Screen(Protocol):
 
     def __call__(self, event: Event) -> None: ...
 
+    def scoring(self, stage: str, done: int, total: int) -> None:
+        """Say how far an evaluation is: "score" or "generate", rows done, rows in all."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
@@ -149,6 +153,11 @@ class LiveScreen:
         elif (phase := next_phase(event)) is not None:
             self._wait_for(phase)
 
+    def scoring(self, stage: str, done: int, total: int) -> None:
+        if self._task is not None:
+            detail = "replies" if stage == "generate" else "rows"
+            self._progress.update(self._task, completed=done, total=total, detail=detail)
+
     def _step(self, event: StepDone) -> None:
         self._wait_for(None)
         if self._bar is None:
@@ -187,6 +196,9 @@ class PlainScreen:
         line = self._step(event) if isinstance(event, StepDone) else describe(event)
         if line is not None:
             self._console.print(line)
+
+    def scoring(self, stage: str, done: int, total: int) -> None:
+        """Nothing: a log is told when the score is there."""
 
     def _step(self, event: StepDone) -> str | None:
         now, speed = self._clock(), self._speed.add(event)

@@ -33,7 +33,7 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     """
     from kivnun.cli.process import keep_freed_memory, set_threads
     from kivnun.cli.screen import open_screen
-    from kivnun.spec.tune import load_spec
+    from kivnun.spec import load_spec
 
     checked = load_spec(spec, overrides)
     text = spec.read_text(encoding="utf-8-sig")
@@ -45,7 +45,7 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
         from kivnun.pipeline import tune as run_spec
 
         try:
-            result = run_spec(checked, text, run, resume=resume, listener=screen)
+            result = run_spec(checked, text, run, resume=resume, listener=screen, on_progress=screen.scoring)
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"go on with: {_again(spec, run, overrides)}") from None
     _show(result, run, as_json)
@@ -58,8 +58,9 @@ def _show(result: dict[str, Any], run: Path, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    show_comparison(stdout(), result["base"], result["tuned"])
-    show_samples(stdout(), sample_pairs(run))
+    if result["base"] is not None:
+        show_comparison(stdout(), result["base"], result["tuned"])
+        show_samples(stdout(), sample_pairs(run))
     show_next(stderr(), run)
 
 
