@@ -61,7 +61,7 @@ from kivnun.events import (
     utc_now,
 )
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
-from kivnun.model.families import copy_tokenizer, count_parameters, find_base, read_config
+from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder, check_same, claim, seconds_worked, write_specs
 from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
@@ -75,7 +75,6 @@ from kivnun.train.schedule import Schedule
 from kivnun.train.weights import AdapterWeights, FullWeights, Weights
 
 Emit = Callable[[Event], None]
-NO_LIMIT = 1 << 30  # tokens in a row, for a base whose configuration names no longest row
 
 
 def tune(
@@ -123,7 +122,8 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
-        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, max_seq_len(self.spec, base_folder))
+        longest = self.spec.data.max_seq_len or longest_row(base_folder)
+        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
         spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder))
         write_specs(self.folder, self.spec_text, spec, reasons)
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
@@ -332,17 +332,10 @@ class _Saver:
         self._emit(CheckpointSaved(step=step, path=name, seconds=time.monotonic() - began))
 
 
-def max_seq_len(spec: TuneSpec, base_folder: Path) -> int:
-    """Return the longest row in tokens: the spec's word, else what the base was made for."""
-    longest = read_config(base_folder).get("max_position_embeddings")
-    return spec.data.max_seq_len or (int(longest) if isinstance(longest, int) else NO_LIMIT)
-
-
 def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
-    longest = read_config(base_folder).get("max_position_embeddings")
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
-        max_seq_len=int(longest) if isinstance(longest, int) else NO_LIMIT,
+        max_seq_len=longest_row(base_folder),
         longest_row=dataset.report.longest_row,
         base_parameters=count_parameters(base_folder),
         device="cuda" if torch.cuda.is_available() else "cpu",

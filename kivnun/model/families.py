@@ -112,6 +112,15 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
+NO_LIMIT = 1 << 30
+
+
+def longest_row(folder: Path) -> int:
+    """Return the longest row, in tokens, that a base was made for; NO_LIMIT when its configuration names none."""
+    longest = read_config(folder).get("max_position_embeddings")
+    return longest if isinstance(longest, int) else NO_LIMIT
+
+
 def count_parameters(folder: Path) -> int:
     """Return the number of weights stored in the folder's safetensors files, read from their headers alone.
 
