@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,17 @@ def reasons(problems: Sequence[RowProblem]) -> dict[str, int]:
     """Return reason -> number of rows, most frequent first. A reason is a problem's words without its numbers and names."""
     rows = {(problem.path, problem.line, _reason(problem.message)) for problem in problems}
     return dict(sorted(Counter(reason for _, _, reason in rows).items(), key=lambda item: (-item[1], item[0])))
+
+
+def by_reason(problems: Sequence[RowProblem], places: int = 20) -> Iterator[str]:
+    """Yield one sentence per reason: how many rows, why, and where (the first `places`)."""
+    where: dict[str, list[str]] = {}
+    for problem in problems:
+        where.setdefault(_reason(problem.message), []).append(f"{problem.path}:{problem.line}")
+    for reason, count in reasons(problems).items():
+        found = list(dict.fromkeys(where[reason]))
+        more = f" and {len(found) - places:,} more" if len(found) > places else ""
+        yield f"{count:,} {'row' if count == 1 else 'rows'} skipped: {reason} ({', '.join(found[:places])}{more})"
 
 
 def num_empty_replies(record: Record) -> int:

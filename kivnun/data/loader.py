@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kivnun.data.checks import DataReport, fingerprint, num_bad_rows, num_duplicates, num_empty_replies, reasons
+from kivnun.data.checks import DataReport, by_reason, fingerprint, num_bad_rows, num_duplicates, num_empty_replies, reasons
 from kivnun.data.formats import UNKNOWN, read_records
 from kivnun.data.rows import PreferencePair, PreferenceRecord, Record, TokenRow, Trainable
 from kivnun.data.tokens import Draft, RowTokenizer, cut_drafts, make_drafts
@@ -23,7 +23,7 @@ from kivnun.errors import DataError, RowProblem, SpecError
 from kivnun.randomness import permutation
 
 if TYPE_CHECKING:
-    from kivnun.spec.tune import DataSpec
+    from kivnun.spec import DataSpec
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _report(
         problems=tuple(findings.listed),
         reasons=reasons(findings.listed),
         notes=(*_notes(name, train, files, held_out, spec, max_seq_len, findings), *tokenizer_notes),
-        warnings=tuple(_warnings(overlap, len(held_records))),
+        warnings=(*by_reason(findings.listed), *_overlap_warning(overlap, len(held_records))),
     )
 
 
@@ -306,7 +306,7 @@ def _notes(
             yield f"{file.path} gives no training row: its rows are all skipped or held out"
 
 
-def _warnings(overlap: int, num_held_out: int) -> Iterable[str]:
+def _overlap_warning(overlap: int, num_held_out: int) -> Iterable[str]:
     if overlap:
         yield (
             f"{overlap:,} of {num_held_out:,} held-out records are also training records: the held-out score is too good; "

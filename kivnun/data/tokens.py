@@ -1,6 +1,7 @@
 """Records to token ids and weights, before a row has its number: the one way, for training and for held-out rows.
 
-The ids that a generation starts from are exactly a row's first ids: no token lies over the seam of prompt and reply. Next: `template.py` (conversations), `loader.py` (whole files).
+The ids that a generation starts from are exactly a row's first ids: no token lies over the seam of prompt and reply.
+Next: `template.py` (conversations), `loader.py` (whole files).
 """
 
 from __future__ import annotations

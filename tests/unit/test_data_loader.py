@@ -14,7 +14,7 @@ from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.rows import ChatRecord, PreferencePair, TokenRow
 from kivnun.errors import DataError, SpecError
 from kivnun.randomness import permutation
-from kivnun.spec.data import DataSpec, SourceSpec
+from kivnun.spec import DataSpec, SourceSpec
 
 BOS, EOS, TURN, END = 1, 2, 3, 4
 
@@ -23,12 +23,17 @@ class ByteTokenizer:
     """One id per byte, a BOS before every text, a chat template of two markers per turn; `per_turn` makes a row of each reply."""
 
     eos_id = EOS
+    notes = ("a note on the template",)
 
     def __init__(self, per_turn: bool = False) -> None:
         self.per_turn = per_turn
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         return [BOS] * add_bos + [byte + 10 for byte in text.encode()]
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        before = self.encode(prompt)
+        return before + self.encode(completion, add_bos=False), len(before)
 
     def chat_rows(self, record: ChatRecord) -> list[tuple[np.ndarray, np.ndarray, int]]:
         ids, weights, rows, prompt_len = [BOS], [0.0], [], 0
@@ -207,6 +212,8 @@ def test_bad_rows_may_be_skipped_and_are_counted_by_reason(tmp_path: Path) -> No
     assert (report.train_rows, report.skipped) == (1, 5)
     assert next(iter(report.reasons.items())) == ("text must be a string, got a number", 2)
     assert sum(report.reasons.values()) == 5
+    assert report.warnings[0] == f"2 rows skipped: text must be a string, got a number ({path}:2, {path}:4)"
+    assert len(report.warnings) == len(report.reasons)
 
 
 def test_the_first_problems_are_shown_and_all_are_kept(tmp_path: Path) -> None:
@@ -296,6 +303,11 @@ def test_counts_add_up(tmp_path: Path) -> None:
     assert (report.train_rows, report.train_tokens, report.trained_tokens) == (3, 8 + 6 + 13, 3 + 1 + 2)
     assert report.longest_row == 1 + 4 * 3
     assert report.empty_replies == 1
+
+
+def test_notes_on_the_template_are_passed_on_for_conversations_only(tmp_path: Path) -> None:
+    assert ByteTokenizer.notes[0] in load(write(tmp_path, [chat("a", "b")])).report.notes
+    assert ByteTokenizer.notes[0] not in load(write(tmp_path, texts("a"))).report.notes
 
 
 def test_check_file_counts_without_a_tokenizer(tmp_path: Path) -> None:
