@@ -37,8 +37,8 @@ def fields_of(model: Model) -> Mapping[str, FieldInfo]:
 
 def models_in(annotation: object) -> tuple[Model, ...]:
     """Return the sections that a field's type names: none for a plain option, several for a tagged union."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return (annotation,)
+    if isinstance(annotation, type):
+        return (annotation,) if issubclass(annotation, Section) else ()
     return tuple(model for part in _parts(annotation) for model in models_in(part))
 
 

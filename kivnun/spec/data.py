@@ -1,4 +1,4 @@
-"""Options of the data: which rows are trained on, which are held out, what happens to those that do not fit. Next: `adapters.py`."""
+"""Options of the data: which rows are trained on, which are held out, what happens to misfits. Next: `adapters.py`."""
 
 from __future__ import annotations
 

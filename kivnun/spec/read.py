@@ -146,7 +146,8 @@ def _opened(path: Location, found: object) -> dict[str, object] | list[object] |
         return {"path": found} if len(path) == 3 else [found]
     if found is None:
         return {}
-    return as_list(found) if isinstance(found, list) else as_mapping(found)
+    items = as_list(found)
+    return as_mapping(found) if items is None else items
 
 
 def _get(here: dict[str, object] | list[object], step: str | int) -> object:

@@ -32,7 +32,7 @@ HEXADECIMAL = re.compile(r"0x[0-9a-fA-F]+", re.ASCII)
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
 SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII)
 PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./\-]*", re.ASCII)
-WORDS: dict[str, object] = {"": None, "~": None} | {
+WORDS: Mapping[str, bool | None] = {"": None, "~": None} | {
     form: value
     for word, value in (("null", None), ("true", True), ("false", False))
     for form in (word, word.capitalize(), word.upper())
@@ -101,7 +101,7 @@ def read_yaml(text: str) -> Document:
 def _events(text: str) -> Iterator[Event]:
     """Yield the parser's events; its error messages become ours, with the line they speak of."""
     try:
-        yield from cast("Iterator[Event]", yaml.parse(text, Loader=yaml.SafeLoader))
+        yield from cast("Iterator[Event]", yaml.parse(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 0 if mark is None else mark.line + 1
