@@ -39,8 +39,7 @@ bench: setup  ## measure, and write dated files to benchmarks/
 	@$(BIN)/python -m benchmarks
 
 docs: setup  ## write the generated pages of docs/reference again
-	@$(BIN)/python scripts/reference_cli.py
-	@$(BIN)/python scripts/reference_errors.py
+	@for script in scripts/reference_*.py; do $(BIN)/python $$script; done
 
 fix: setup  ## format, and mend what the linter can mend
 	@$(BIN)/ruff format .

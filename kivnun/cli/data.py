@@ -86,10 +86,10 @@ def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -
 def _tokenizer(spec: TuneSpec) -> tuple[ChatTokenizer, int]:
     """Return the base's tokenizer and the longest row allowed, from the base's folder alone."""
     from kivnun.data.template import load_tokenizer
-    from kivnun.model.families import find_base, max_seq_len
+    from kivnun.model.families import find_base, longest_row
 
     folder = find_base(spec.base.model, spec.base.revision)
-    return load_tokenizer(folder, spec.data.template), spec.data.max_seq_len or max_seq_len(folder)
+    return load_tokenizer(folder, spec.data.template), spec.data.max_seq_len or longest_row(folder)
 
 
 def _row_fields(row: TokenRow, tokenizer: ChatTokenizer) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def show_comparison(console: Console, base: Scores, tuned: Scores) -> None:
     rows = [
         (name, _value(name, base), _value(name, tuned), _difference(name, base, tuned), verdicts.get(name, "")) for name in names
     ]
-    console.print(f"\n{tuned['rows']:,} held-out rows, 95 % intervals in brackets", style="bold")
+    brackets = ", 95 % intervals in brackets" if tuned["intervals"] else ", too few for intervals"
+    console.print(f"\n{tuned['rows']:,} held-out rows{brackets}", style="bold")
     table(("", "base", "tuned", "difference", ""), rows, console)
 
 

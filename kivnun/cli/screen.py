@@ -244,7 +244,7 @@ def describe(event: Event) -> str | None:
         case Resumed():
             return f"resumed after step {event.step}" if event.path else "no checkpoint yet: the run starts over"
         case Warned():
-            return f"warning: {event.message}"
+            return f"note: {event.message}"
         case RunInterrupted():
             return f"stopped after step {event.step}; its state is saved"
         case RunFinished():

@@ -48,6 +48,9 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
             result = run_spec(checked, text, run, resume=resume, listener=screen, on_progress=screen.scoring)
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"go on with: {_again(spec, run, overrides)}") from None
+        except KeyboardInterrupt:
+            # Before the first step, or at the second Ctrl-C: nothing was finished, the last checkpoint stands if there is one.
+            raise InterruptedRun("stopped at once", hint=f"go on with: {_again(spec, run, overrides)}") from None
     _show(result, run, as_json)
 
 

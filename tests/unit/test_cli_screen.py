@@ -62,7 +62,7 @@ def test_plain_lines_tell_the_whole_story() -> None:
     assert lines[2] == "adapter: lora, 120,000 trained parameters at 8 modules (qkv_proj x4, o_proj x4)"
     assert lines[3] == "held out, base: nll 4.2500, exact_match 1.0 %, chrf 12.3 (200 rows)"
     assert lines[4] == "step 1/40  loss 2.500  800 tokens/s  0:39 left"
-    assert "warning: the disk is [nearly] full" in lines
+    assert "note: the disk is [nearly] full" in lines
     assert lines[-2] == "held out, after step 40: nll 0.2500, exact_match 98.5 % (200 rows)"
     assert lines[-1] == "finished: 40 steps, 16,000 trained tokens, 1:04, 512 MiB at most"
 

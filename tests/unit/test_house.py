@@ -107,6 +107,17 @@ def test_decision_records_are_numbered_without_gaps_and_hold_their_four_parts() 
             assert part in text, f"{path.name} lacks {part!r}"
 
 
+def test_every_verb_that_the_documents_name_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        verb
+        for path in own_files()
+        if path.suffix in (".md", ".sh", ".py")
+        for verb in re.findall(r"`make ([a-z-]+)`", path.read_text(encoding="utf-8"))
+    }
+    assert named - targets == set()
+
+
 def test_relative_links_of_the_documents_lead_somewhere() -> None:
     broken = [
         f"{path.relative_to(ROOT)} -> {link}"
