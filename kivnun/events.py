@@ -221,7 +221,8 @@ def _field_types(kind: type[Event]) -> dict[str, Any]:
 
 def _checked(value: Any, annotation: Any, name: str) -> Any:
     """Return `value` as its annotation has it (a JSON list becomes a tuple, an int a float). Raises TypeError."""
-    kind, origin, parts = type(value), get_origin(annotation), get_args(annotation)
+    kind = cast(type[object], type(value))
+    origin, parts = get_origin(annotation), get_args(annotation)
     if kind is dict and origin is dict:
         return {_checked(key, parts[0], name): _checked(entry, parts[1], name) for key, entry in value.items()}
     if kind in (list, tuple) and origin is list:
@@ -258,8 +259,8 @@ def utc_now() -> datetime:
 
 
 class EventLog:
-    """The writer of one `events.jsonl`. Opening it cuts off a torn last line and locks the file, so that two processes never
-    write one run. Use as a context manager. Raises RunFolderError when another process writes there, StorageError."""
+    """The writer of one `events.jsonl`, which goes on after its last whole line. The file stays locked while it is open, so
+    that two processes never write one run. Use as a context manager. Raises RunFolderError when another process writes there, StorageError."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         self.path = path
@@ -268,7 +269,7 @@ class EventLog:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock()
-            self._length = self._cut_torn_line()
+            self._length = self._end_of_whole_lines()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -280,7 +281,7 @@ class EventLog:
         line = (to_json(stamped) + "\n").encode()
         with storage_errors(self.path):
             try:
-                os.ftruncate(self._descriptor, self._length)  # no-op, unless a failed write could not be taken back below
+                os.ftruncate(self._descriptor, self._length)  # cuts what a killed writer or a failed write left behind
                 _write_all(self._descriptor, line, self._length)
             except OSError:
                 with suppress(OSError):
@@ -291,11 +292,16 @@ class EventLog:
                 os.fsync(self._descriptor)
         return stamped
 
+    def sync(self) -> None:
+        """Put all lines on disk. Called before a checkpoint is saved: after a power cut the record reaches at least as far as
+        the newest checkpoint, so that no step between them is missing from it. Raises StorageError."""
+        with storage_errors(self.path):
+            os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Make all lines durable and release the lock."""
         try:
-            with storage_errors(self.path):
-                os.fsync(self._descriptor)
+            self.sync()
         finally:
             os.close(self._descriptor)
 
@@ -315,16 +321,14 @@ class EventLog:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
 
-    def _cut_torn_line(self) -> int:
+    def _end_of_whole_lines(self) -> int:
+        """Return where the next line goes. A last line that lacks only its line feed gets it; a torn one is cut by `append`."""
         with storage_errors(self.path):
-            content = self.path.read_bytes()
-            whole, torn = _split_torn(content)
-            if torn:
-                os.ftruncate(self._descriptor, len(whole))
-            if whole and not whole.endswith(b"\n"):
-                _write_all(self._descriptor, b"\n", len(whole))
-                return len(whole) + 1
-        return len(whole)
+            whole, _ = _split_torn(self.path.read_bytes())
+            if not whole or whole.endswith(b"\n"):
+                return len(whole)
+            _write_all(self._descriptor, b"\n", len(whole))
+            return len(whole) + 1
 
 
 def read_events(path: Path) -> list[Event]:
@@ -348,8 +352,8 @@ def read_events(path: Path) -> list[Event]:
 
 
 def _superseded(event: Event, resumed: Resumed) -> bool:
-    """A run that went back redoes the later steps; one that started over (no path) redoes the evaluation of step 0 too."""
-    return isinstance(event, (StepDone, Evaluated, CheckpointSaved)) and (event.step > resumed.step or not resumed.path)
+    """A run that went back redoes the later steps. What was found before the first step (the base's score) holds for any."""
+    return isinstance(event, (StepDone, Evaluated, CheckpointSaved)) and event.step > resumed.step
 
 
 def _split_torn(content: bytes) -> tuple[bytes, bytes]:

@@ -19,8 +19,8 @@ has `name` and `time`; the other fields are below. JSON has no NaN and no infini
 `"nan"`, `"inf"`, `"-inf"`.
 
 Readers skip a torn last line (a process was killed while writing it). After a line `resumed`, the `step_done`, `evaluated` and
-`checkpoint_saved` lines before it with a later step than its own are superseded: the run does those steps again. Where its `path`
-is empty the run started over, and all of them are. `kivnun.events.read_events` applies both rules.
+`checkpoint_saved` lines before it with a later step than its own are superseded: the run does those steps again.
+`kivnun.events.read_events` applies both rules.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -85,6 +86,22 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert names(tmp_path / "made") == ["second"]
 
 
+def test_a_folder_that_cannot_take_its_name_gives_it_back_to_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "x").write_text("old")
+
+    def rename(source: Path, target: Path, real=os.rename) -> None:
+        if source.name.startswith(".tmp-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(StorageError, match="input/output error"), atomic_folder(tmp_path / "made"):
+        pass
+    assert names(tmp_path) == ["made"]
+    assert (tmp_path / "made" / "x").read_text() == "old"
+
+
 def test_files_of_a_folder_follow_the_umask_whatever_the_library_that_wrote_them(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
@@ -113,6 +130,14 @@ def test_discard_deletes_the_folder(tmp_path: Path) -> None:
     (tmp_path / "made" / "x").write_text("x")
     discard(tmp_path / "made")
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_being_deleted_has_lost_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made").mkdir()
+    seen: list[bool] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: seen.append((tmp_path / "made").exists()))
+    discard(tmp_path / "made")
+    assert seen == [False]
 
 
 # --- the disk's failures -----------------------------------------------------------------------------------------------------

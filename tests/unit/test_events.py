@@ -190,10 +190,24 @@ def test_what_a_run_redoes_after_a_checkpoint_supersedes_what_it_did_before(tmp_
     ]
 
 
-def test_a_run_that_started_over_supersedes_every_step(tmp_path: Path) -> None:
+def test_a_run_that_started_over_keeps_the_score_of_the_base_and_no_step(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    write(path, [evaluated("base", 0), step(1), step(2), Resumed(0, ""), evaluated("base", 0), step(1)])
-    assert [event.name for event in read_events(path)] == ["resumed", "evaluated", "step_done"]
+    write(path, [evaluated("base", 0), step(1), step(2), evaluated("tuned", 2), Resumed(0, ""), step(1)])
+    assert [event.name for event in read_events(path)] == ["evaluated", "resumed", "step_done"]
+
+
+def test_lines_reach_the_disk_when_they_are_asked_to_and_when_others_rely_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    path = tmp_path / "events.jsonl"
+    with EventLog(path, clock) as log:
+        monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(path.read_bytes()))
+        log.append(step(1))
+        assert synced == []
+        log.sync()
+        log.append(CheckpointSaved(1, "checkpoints/step-000001", 0.0))
+        assert [content.count(b"\n") for content in synced] == [1, 2]
 
 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
