@@ -30,6 +30,7 @@ _NULL_ONLY = {
     "annotations": "only text is trained",
     "reasoning_content": "put what is to be trained in content",
 }
+_MAY_BE_NULL = frozenset((*_ALL_KEYS, *_NULL_ONLY))
 _MEDIA = {
     "image_url": "an image", "image": "an image", "input_audio": "audio", "audio": "audio", "video": "video", "file": "a file",
     "refusal": "a refusal",
@@ -206,10 +207,10 @@ def _complain_of_role(role: Any, at: str, complain: Complain) -> None:
 
 def _without_nulls(given: Message, at: str, complain: Complain) -> Message:
     """Return the message without the known keys that hold null, complaining of those that may hold nothing else."""
-    message = {key: item for key, item in given.items() if item is not None or key not in (*_ALL_KEYS, *_NULL_ONLY)}
-    for key, advice in _NULL_ONLY.items():
-        if message.pop(key, []) != []:  # annotations: [] says nothing either
-            complain(f"{at}.{key} cannot be trained: {advice}")
+    message = {key: item for key, item in given.items() if item is not None or key not in _MAY_BE_NULL}
+    for key in [key for key in message if key in _NULL_ONLY]:
+        if message.pop(key) != []:  # annotations: [] says nothing either
+            complain(f"{at}.{key} cannot be trained: {_NULL_ONLY[key]}")
     return message
 
 
