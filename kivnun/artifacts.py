@@ -101,7 +101,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             with suppress(OSError):  # the first error is the one to tell; `sweep` clears what stays
                 temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
     it was and the partial folder is removed. Raises StorageError."""
     temporary = _beside(path, "tmp")
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             temporary.mkdir()
             yield temporary
@@ -124,12 +124,21 @@ def atomic_folder(path: Path) -> Generator[Path]:
             raise
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, and put their names on disk. One that is there already is left as it is."""
+    with storage_errors(path):
+        if not path.is_dir():
+            make_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
+
+
 def discard(path: Path) -> None:
     """Delete a folder so that a process killed in the middle never leaves a part of it under its own name."""
     aside = _beside(path, "tmp")
     with storage_errors(path):
         os.rename(path, aside)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         shutil.rmtree(aside)
 
 
@@ -147,7 +156,7 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-            _sync_folder(parent)
+            sync_folder(parent)
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -165,7 +174,7 @@ def _take_name(temporary: Path, path: Path) -> None:
         if aside is not None:
             os.rename(aside, path)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if aside is not None:
         shutil.rmtree(aside)
 
@@ -179,10 +188,10 @@ def _sync_tree(folder: Path) -> None:
             with open(Path(place, name), "rb") as file:
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
-        _sync_folder(Path(place))
+        sync_folder(Path(place))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable. Some file systems (FUSE, network) refuse fsync on a folder: nothing more can be done."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, cast, get_args, get_origin, get_type_hints
 
-from kivnun.artifacts import storage_errors
+from kivnun.artifacts import storage_errors, sync_folder
 from kivnun.errors import IntegrityError, RunFolderError
 
 Time: TypeAlias = Annotated[str, "when it was appended, UTC, ISO 8601; set by the log"]
@@ -214,6 +215,7 @@ def from_json(line: str) -> Event:
         raise IntegrityError(f"{kind.name}: {error}") from None
 
 
+@cache
 def _field_types(kind: type[Event]) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
@@ -260,7 +262,9 @@ def utc_now() -> datetime:
 
 class EventLog:
     """The writer of one `events.jsonl`, which goes on after its last whole line. The file stays locked while it is open, so
-    that two processes never write one run. Use as a context manager. Raises RunFolderError when another process writes there, StorageError."""
+    that two processes never write one run. Use as a context manager.
+
+    Raises RunFolderError when another process writes there, StorageError."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         self.path = path
@@ -270,6 +274,8 @@ class EventLog:
         try:
             self._lock()
             self._length = self._end_of_whole_lines()
+            with storage_errors(path):
+                sync_folder(path.parent)
         except BaseException:
             os.close(self._descriptor)
             raise

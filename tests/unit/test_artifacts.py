@@ -27,6 +27,7 @@ from kivnun.artifacts import (
     environment_difference,
     hash_file,
     hash_folder,
+    make_folder,
     numeric_environment,
     read_manifest,
     storage_errors,
@@ -67,6 +68,15 @@ def test_content_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch
         (folder / "y").write_bytes(b"y")
     parent = f"sync {tmp_path.name.split('-')[0]}"
     assert calls == ["sync x", "sync inner", "sync y", "sync .tmp", "rename to made", parent]
+
+
+def test_every_folder_on_the_way_is_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [str(tmp_path), str(tmp_path / "a")]
 
 
 def test_a_block_that_raises_leaves_the_old_folder_and_no_part_of_the_new(tmp_path: Path) -> None:
