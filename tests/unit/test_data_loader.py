@@ -330,3 +330,49 @@ def test_tables_leave_out_what_says_nothing(tmp_path: Path) -> None:
     assert [name for name, _ in describe(load(path, format="text").report)] == [
         "format", "training rows", "training tokens", "held-out rows", "longest row",
     ]  # fmt: skip
+
+
+def test_a_file_that_gives_no_row_is_told_of_and_refused_if_it_has_a_share(tmp_path: Path) -> None:
+    good, bad = write(tmp_path, texts("a"), "good.jsonl"), write(tmp_path, ["{"], "bad.jsonl")
+    dataset = load(bad, good, bad_rows="skip")
+    assert dataset.train.sizes == (1,)
+    assert any(f"{bad} gives no training row" in note for note in dataset.report.notes)
+    with pytest.raises(DataError, match=r"no training row is left of .*bad\.jsonl, which has a share"):
+        load(bad, good, shares=(1, 1), bad_rows="skip")
+
+
+def test_a_row_whose_tokens_train_nothing_is_a_problem(tmp_path: Path) -> None:
+    class Mute(ByteTokenizer):
+        def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+            return []
+
+    with pytest.raises(DataError, match="the row trains nothing"):
+        load(write(tmp_path, texts("a")), tokenizer=Mute())
+
+
+def test_a_template_that_renders_a_prompt_by_its_reply_makes_no_pairs(tmp_path: Path) -> None:
+    class Peeking(ByteTokenizer):
+        def chat_rows(self, record: ChatRecord) -> list[tuple[np.ndarray, np.ndarray, int]]:
+            [(ids, weights, prompt_len)] = super().chat_rows(record)
+            ids[0] = len(ids)
+            return [(ids, weights, prompt_len)]
+
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "cd"}]
+    with pytest.raises(DataError, match="renders the prompt differently"):
+        load(write(tmp_path, rows), tokenizer=Peeking())
+
+
+@pytest.mark.parametrize(
+    ("row", "characters", "empty"),
+    [
+        ({"prompt": "abc", "completion": ""}, 3, 1),
+        ({"text": "אבג"}, 3, 0),
+        ({"prompt": "ab", "chosen": "", "rejected": "c"}, 3, 1),
+        ({"prompt": [{"role": "user", "content": "ab"}], "chosen": "cd", "rejected": "e"}, 5, 0),
+    ],
+)
+def test_check_file_counts_characters_and_empty_replies_of_every_format(
+    tmp_path: Path, row: dict[str, Any], characters: int, empty: int
+) -> None:
+    report = check_file(write(tmp_path, [row, row]))
+    assert (report.characters, report.empty_replies, report.duplicates) == (2 * characters, 2 * empty, 1)
