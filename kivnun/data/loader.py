@@ -121,8 +121,7 @@ def load_dataset(spec: DataSpec, tokenizer: RowTokenizer, seed: int, max_seq_len
     _check_left(files, held_out)
     train = _number_sources(files)
     validation = _number(held_out.items, 0) if held_out else []
-    notes = tokenizer.notes if name in ("messages", "preference") else ()
-    report = _report(name, files, held_out, train, validation, spec, max_seq_len, findings, notes)
+    report = _report(name, files, held_out, train, validation, spec, max_seq_len, findings)
     return Dataset(train, validation, name, report, _content_hash(name, train, validation))
 
 
@@ -252,7 +251,6 @@ def _report(
     spec: DataSpec,
     max_seq_len: int,
     findings: _Findings,
-    tokenizer_notes: Sequence[str],
 ) -> DataReport:
     records = [item.record for file in files for item in file.items]
     held_records = [item.record for item in held_out.items] if held_out else []
@@ -276,7 +274,7 @@ def _report(
         empty_replies=sum(num_empty_replies(record) for record in (*records, *held_records)),
         problems=tuple(findings.listed),
         reasons=reasons(findings.listed),
-        notes=(*_notes(name, train, files, held_out, spec, max_seq_len, findings), *tokenizer_notes),
+        notes=tuple(_notes(name, train, files, held_out, spec, max_seq_len, findings)),
         warnings=(*by_reason(findings.listed), *_overlap_warning(overlap, len(held_records))),
     )
 

@@ -22,11 +22,6 @@ class RowTokenizer(Protocol):
     @property
     def eos_id(self) -> int: ...
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know about the chat template, in sentences."""
-        ...
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, with BOS first where the tokenizer's own policy adds one, without EOS."""
         ...

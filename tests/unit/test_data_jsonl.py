@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kivnun.data import jsonl
 from kivnun.data.formats import read_records
+from kivnun.data.rows import TextRecord
 from kivnun.errors import DataError, RowProblem, StorageError
 
 ROW = b'{"prompt": "a", "completion": "b"}'
@@ -101,6 +102,7 @@ def test_depth_is_checked_in_linear_time_on_unclosed_strings() -> None:
 def test_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     _, records, problems = read_records(write(tmp_path, b'{"text": "\\ud83d\\ude00"}'))
     assert problems == []
+    assert isinstance(records[0], TextRecord)
     assert records[0].text == "\U0001f600"
 
 

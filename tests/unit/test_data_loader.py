@@ -11,7 +11,7 @@ import pytest
 
 from kivnun.data.checks import check_file, describe
 from kivnun.data.loader import Dataset, load_dataset
-from kivnun.data.rows import ChatRecord, PreferencePair, TokenRow
+from kivnun.data.rows import ChatRecord, PreferencePair, TokenRow, Trainable
 from kivnun.errors import DataError, SpecError
 from kivnun.randomness import permutation
 from kivnun.spec import DataSpec, SourceSpec
@@ -23,7 +23,6 @@ class ByteTokenizer:
     """One id per byte, a BOS before every text, a chat template of two markers per turn; `per_turn` makes a row of each reply."""
 
     eos_id = EOS
-    notes = ("a note on the template",)
 
     def __init__(self, per_turn: bool = False) -> None:
         self.per_turn = per_turn
@@ -77,7 +76,8 @@ def chat(*contents: str, **last: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def trained(row: TokenRow) -> list[int]:
+def trained(row: Trainable) -> list[int]:
+    assert isinstance(row, TokenRow)
     return row.ids[row.weights != 0].tolist()
 
 
@@ -171,7 +171,9 @@ def test_skipping_bad_rows_still_refuses_over_long_ones(tmp_path: Path) -> None:
 
 def test_truncated_text_loses_its_end_and_the_report_says_so(tmp_path: Path) -> None:
     dataset = load(write(tmp_path, texts("abcdef", "a")), max_seq_len=4, over_long="truncate")
-    assert dataset.train.rows[0].ids.tolist() == [BOS, 107, 108, 109]
+    first = dataset.train.rows[0]
+    assert isinstance(first, TokenRow)
+    assert first.ids.tolist() == [BOS, 107, 108, 109]
     assert trained(dataset.train.rows[0]) == [107, 108, 109]
     assert trained(dataset.train.rows[1]) == [107, EOS]
     assert (dataset.report.truncated, dataset.report.cut_tokens) == (1, 4)
@@ -303,11 +305,6 @@ def test_counts_add_up(tmp_path: Path) -> None:
     assert (report.train_rows, report.train_tokens, report.trained_tokens) == (3, 8 + 6 + 13, 3 + 1 + 2)
     assert report.longest_row == 1 + 4 * 3
     assert report.empty_replies == 1
-
-
-def test_notes_on_the_template_are_passed_on_for_conversations_only(tmp_path: Path) -> None:
-    assert ByteTokenizer.notes[0] in load(write(tmp_path, [chat("a", "b")])).report.notes
-    assert ByteTokenizer.notes[0] not in load(write(tmp_path, texts("a"))).report.notes
 
 
 def test_check_file_counts_without_a_tokenizer(tmp_path: Path) -> None:
