@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -46,7 +47,10 @@ def chat(
     run: Path, once: str | None, system: str | None, base: bool, temperature: float, top_p: float, max_new_tokens: int, seed: int,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Talk to the model of RUN. An empty line or Ctrl-D ends the conversation; /new forgets it."""
+    """Talk to the model of RUN. An empty line or Ctrl-D ends the conversation; /new forgets it.
+
+    A run on chats goes on with the conversation; one on prompts or running text takes each line as a prompt of its own.
+    """
     if as_json and once is None:
         raise click.UsageError("--json needs --once")
     from kivnun.cli.process import keep_freed_memory
@@ -58,58 +62,83 @@ def chat(
         from kivnun.opened import open_run
 
         opened = open_run(run)
-        model: Sampler = opened.base_model if base else opened.tuned
-    params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
-    opening = [] if system is None else [{"role": "system", "content": system}]
+        params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
+        templated = opened.spec.data.format in ("messages", "preference") and opened.tokenizer.has_template
+        talk = Talk(opened.base_model if base else opened.tuned, opened.tokenizer, params, templated)
+    if system is not None and not templated:
+        raise click.UsageError("--system needs a run on chats; this one was trained on plain prompts or text")
+    opening = [] if system is None else [_message("system", system)]
     if once is not None:
-        _answer_once(model, opened.tokenizer, params, [*opening, {"role": "user", "content": once}], as_json)
+        _answer_once(talk, [*opening, _message("user", once)], as_json)
     else:
-        _converse(model, opened.tokenizer, params, opening)
+        _converse(talk, opening)
 
 
-def _answer_once(model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: Messages, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """A model with what it needs to answer. `templated`: the conversation is rendered as training rendered it; else the last
+    message alone is the prompt, as it is."""
+
+    model: Sampler
+    tokenizer: ChatTokenizer
+    params: SamplingParams
+    templated: bool
+
+    def reply(self, messages: Messages, write: Callable[[str], None]) -> tuple[str, list[int]]:
+        """Return the reply's text and ids; `write` gets the text as it grows."""
+        prompt = self.tokenizer.prompt_ids(messages) if self.templated else self.tokenizer.encode(messages[-1]["content"])
+        if not prompt:
+            raise click.UsageError("the prompt is empty: nothing would predict the first token")
+        stream = self.tokenizer.stream_decoder()
+        pieces: list[str] = []
+
+        def take(text: str) -> None:
+            pieces.append(text)
+            write(text)
+
+        ids = self.model.sample([prompt], self.params, lambda _row, token: take(stream.push(token)))[0]
+        take(stream.finish())
+        return "".join(pieces), ids
+
+
+def _answer_once(talk: Talk, messages: Messages, as_json: bool) -> None:
     from kivnun.cli.screen import print_json
 
-    text, ids = _reply(model, tokenizer, params, messages, _ignore if as_json else _write)
+    text, ids = talk.reply(messages, _ignore if as_json else _write)
     if as_json:
-        reason = "length" if len(ids) == params.max_new_tokens else "stop"
+        reason = "length" if len(ids) == talk.params.max_new_tokens else "stop"
         print_json({"reply": text, "tokens": len(ids), "finish_reason": reason})
     else:
         _write("\n")
 
 
-def _converse(model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, opening: Messages) -> None:
+def _converse(talk: Talk, opening: Messages) -> None:
     messages = list(opening)
-    while True:
-        try:
-            text = input("you> ") if sys.stdin.isatty() else input()
-        except EOFError:
-            return
-        if not text.strip():
-            return
-        if text.strip() == "/new":
+    while text := _next_line():
+        if text == "/new":
             messages = list(opening)
             continue
-        messages.append({"role": "user", "content": text})
-        reply, _ = _reply(model, tokenizer, params, messages, _write)
+        messages.append(_message("user", text))
+        reply, _ = talk.reply(messages, _write)
         _write("\n")
-        messages.append({"role": "assistant", "content": reply})
+        messages.append(_message("assistant", reply))
 
 
-def _reply(
-    model: Sampler, tokenizer: ChatTokenizer, params: SamplingParams, messages: Messages, write: Callable[[str], None]
-) -> tuple[str, list[int]]:
-    """Return the reply's text and ids; `write` gets the text as it grows."""
-    stream = tokenizer.stream_decoder()
-    pieces: list[str] = []
+def _next_line() -> str:
+    """Return what the user typed, without outer white space; "" at the end of the input."""
+    try:
+        return input("you> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+    except UnicodeDecodeError:
+        raise click.UsageError("stdin is not UTF-8") from None
 
-    def take(text: str) -> None:
-        pieces.append(text)
-        write(text)
 
-    ids = model.sample([tokenizer.prompt_ids(messages)], params, lambda _row, token: take(stream.push(token)))[0]
-    take(stream.finish())
-    return "".join(pieces), ids
+def _message(role: str, content: str) -> dict[str, str]:
+    """Return a message. Arguments that are not UTF-8 reach Python as lone surrogates, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise click.UsageError(f"the {role} message is not UTF-8")
+    return {"role": role, "content": content}
 
 
 def _write(text: str) -> None:

@@ -12,6 +12,8 @@ import click
 from kivnun.errors import DataError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kivnun.data.rows import TokenRow, Trainable
     from kivnun.data.template import ChatTokenizer
     from kivnun.spec import TuneSpec
@@ -70,15 +72,19 @@ def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -
     checked = load_spec(spec, overrides)
     tokenizer, max_seq_len = _tokenizer(checked)
     dataset = load_dataset(checked.data, tokenizer, checked.seed, max_seq_len)
-    shown = [row for item in dataset.train.rows[:num_rows] for row in _token_rows(item)]
+    shown = [part for item in dataset.train.rows[:num_rows] for part in _parts(item)]
     if as_json:
         print_json(
-            {"format": dataset.format, "report": asdict(dataset.report), "rows": [_row_fields(row, tokenizer) for row in shown]}
+            {
+                "format": dataset.format,
+                "report": asdict(dataset.report),
+                "rows": [{"part": part, **_row_fields(row, tokenizer)} for part, row in shown],
+            }
         )
         return
     console = stdout()
-    for row in shown:
-        _print_row(console, row, tokenizer)
+    for part, row in shown:
+        _print_row(console, part, row, tokenizer)
     console.print()
     table(("", ""), describe(dataset.report), console)
 
@@ -108,11 +114,12 @@ def _row_fields(row: TokenRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     }
 
 
-def _print_row(console: Any, row: TokenRow, tokenizer: ChatTokenizer) -> None:
+def _print_row(console: Console, part: str, row: TokenRow, tokenizer: ChatTokenizer) -> None:
     from rich.text import Text
 
     trained = int((row.weights != 0).sum())
-    console.print(f"\n{row.where}  {row.length:,} tokens, {trained:,} trained", style="bold")
+    of = f"{part} reply, " if part != "row" else ""
+    console.print(f"\n{row.where}  {of}{row.length:,} tokens, {trained:,} trained", style="bold")
     text = Text()
     for piece, weight in _spans(row, tokenizer):
         if not weight:
@@ -133,7 +140,8 @@ def _spans(row: TokenRow, tokenizer: ChatTokenizer) -> list[tuple[str, float]]:
     return [(tokenizer.decode([token for _, token in group]), weight) for weight, group in groups]
 
 
-def _token_rows(item: Trainable) -> list[TokenRow]:
+def _parts(item: Trainable) -> list[tuple[str, TokenRow]]:
+    """Return the token rows to show, each with what it is: a row, or one side of a preference."""
     from kivnun.data.rows import PreferencePair
 
-    return [item.chosen, item.rejected] if isinstance(item, PreferencePair) else [item]
+    return [("chosen", item.chosen), ("rejected", item.rejected)] if isinstance(item, PreferencePair) else [("row", item)]

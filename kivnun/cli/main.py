@@ -6,6 +6,7 @@ needs when it runs.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -70,5 +71,8 @@ def _wants_json(args: Sequence[str]) -> bool:
 
 
 def main() -> None:
-    """Entry point of the installed script."""
+    """Entry point of the installed script. Output is UTF-8 whatever the locale says: it is data in many scripts."""
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
     sys.exit(run(sys.argv[1:]))

@@ -8,7 +8,8 @@ import click
 
 
 @click.command()
-def schema() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print it on one line.")
+def schema(as_json: bool) -> None:
     """Print the JSON Schema of the spec.
 
     Save it beside your spec and name it in the spec's first line, and an editor completes and checks what you write:
@@ -16,4 +17,4 @@ def schema() -> None:
     """
     from kivnun.spec import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(json_schema(), indent=None if as_json else 2, ensure_ascii=False))

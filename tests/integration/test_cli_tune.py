@@ -181,6 +181,50 @@ def test_data_show_marks_exactly_the_replies_and_loads_no_torch(spec: Path) -> N
     assert "<|end|>⟧" in plain.stdout
 
 
+def test_data_show_names_the_sides_of_a_preference(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"prompt": [{"role": "user", "content": "one"}], "chosen": "אחת", "rejected": "שתיים"}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n"), encoding="utf-8")
+    (tmp_path / "spec.yaml").write_text(
+        f"{{version: 1, base: {base}, data: {{train: pairs.jsonl, validation: null}}}}", encoding="utf-8"
+    )
+    assert run(["data", "show", str(tmp_path / "spec.yaml"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(row["part"], row["trained"]) for row in shown["rows"]] == [("chosen", ["אחת<|end|>"]), ("rejected", ["שתיים<|end|>"])]
+    assert run(["data", "show", str(tmp_path / "spec.yaml")]) == 0
+    assert "rejected reply, " in capsys.readouterr().out
+
+
+def test_a_run_on_prompts_is_talked_to_with_prompts(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(json.dumps({"prompt": f"{word}:", "completion": f" {word}"}) + "\n" for word in WORDS)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    tree = yaml.safe_load(spec.read_text(encoding="utf-8"))
+    tree["data"] = {"train": "rows.jsonl", "validation": None}
+    tree["evaluation"] = {"metrics": []}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    folder = str(tmp_path / "run")
+    assert run(["tune", str(tmp_path / "spec.yaml"), "--output", folder]) == 0
+    assert "held-out rows" not in capsys.readouterr().out
+    assert run(["chat", folder, "--once", "one:", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] >= 1
+    assert run(["chat", folder, "--once", "one:", "--system", "be brief"]) == 2
+    assert "trained on plain prompts" in capsys.readouterr().err
+    assert run(["evaluate", folder]) == 3
+
+
+def test_text_that_is_not_utf_8_is_refused(
+    tuned: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["chat", str(tuned[0]), "--once", "\udcff"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_output_is_utf_8_whatever_the_locale(spec: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([*PROGRAM, "data", "show", str(spec)], env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert HEBREW[0] in done.stdout.decode("utf-8")
+
+
 def test_data_check_lists_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.dumps({"prompt": "a", "completion": "b"})
     (tmp_path / "rows.jsonl").write_text("\n".join([good, "{", good, '{"prompt": "a"}']) + "\n", encoding="utf-8")
