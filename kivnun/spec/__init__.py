@@ -2,13 +2,13 @@
 
 from kivnun.spec.adapters import AdapterSpec, DoraSpec, FullSpec, LoraSpec
 from kivnun.spec.base import BaseSpec, is_hub_id
-from kivnun.spec.catalogue import count_options, options
+from kivnun.spec.catalogue import Option, count_options, options
 from kivnun.spec.compute import ComputeSpec, LocalSpec
 from kivnun.spec.data import DataSpec, SourceSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec, Metric
 from kivnun.spec.objectives import DpoSpec, ObjectiveKind, ObjectiveSpec, PretrainingSpec, SupervisedSpec
 from kivnun.spec.read import load_spec, parse_spec, read_spec_text
-from kivnun.spec.resolve import ResolveFacts, resolve, resolved_yaml
+from kivnun.spec.resolve import ResolveFacts, rate_table, resolve, resolved_yaml
 from kivnun.spec.schedule import AdamWSpec, MuonSpec, OptimizerSpec, ScheduleSpec
 from kivnun.spec.schema import json_schema
 from kivnun.spec.tune import TuneSpec
@@ -31,6 +31,7 @@ __all__ = [
     "ObjectiveKind",
     "ObjectiveSpec",
     "OptimizerSpec",
+    "Option",
     "PretrainingSpec",
     "ResolveFacts",
     "ScheduleSpec",
@@ -43,6 +44,7 @@ __all__ = [
     "load_spec",
     "options",
     "parse_spec",
+    "rate_table",
     "read_spec_text",
     "resolve",
     "resolved_yaml",

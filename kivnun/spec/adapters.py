@@ -59,7 +59,7 @@ class LowRank(Section, frozen=True):
     )
     rank: Annotated[
         int,
-        Why("enough for most data sets of up to some ten thousand rows; 0.1 to 1 % of the base's size"),
+        Why("what most tools and papers start from; below 1 % of a large base's size"),
     ] = Field(default=16, ge=1, le=1024, description="Rank of the update: the inner size of the product of B and A.")
     alpha: Annotated[
         float | None,
@@ -96,7 +96,7 @@ class LoraSpec(LowRank, frozen=True):
 class DoraSpec(LowRank, frozen=True):
     """Train a low-rank product and the norm of each output; slower than LoRA, at times better at low rank."""
 
-    kind: Annotated[Literal["dora"], Why("names this adapter")] = Field(
+    kind: Literal["dora"] = Field(
         default="dora", description="As lora, and the norm of each output of a target module is trained too."
     )
 

@@ -11,11 +11,14 @@ from typing import Annotated, Literal, Union, cast, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from kivnun.spec.section import Allowed, Section, Why
+from kivnun.spec.section import Allowed, Section, Why, as_list
 from kivnun.spec.tune import TuneSpec
 from kivnun.spec.yaml_text import write_scalar
 
 Model = type[Section]
+
+DEFAULT_KINDS = ("lora", "adamw", "local")
+"""Members of tagged unions that a mapping without `kind` stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,16 @@ def count_options() -> int:
 
 
 def _option(path: str, kind: str | None, field: FieldInfo) -> Option:
-    default = "" if field.is_required() else write_scalar(_plain(cast("object", field.default)))
-    return Option(path, kind, allowed_text(field), field.is_required(), default, field.description or "", why_of(field))
+    required = field.is_required() or (path.endswith(".kind") and kind not in DEFAULT_KINDS)
+    default = "" if required else default_text(field)
+    return Option(path, kind, allowed_text(field), required, default, field.description or "", why_of(field))
 
 
-def _plain(value: object) -> object:
-    """Return a default as what YAML writes."""
-    return list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
+def default_text(field: FieldInfo) -> str:
+    """Return an option's default as it would be written in a spec."""
+    value = cast("object", field.default)
+    items = as_list(value)
+    return write_scalar(value if items is None else items)
 
 
 def why_of(field: FieldInfo) -> str:
@@ -117,14 +123,17 @@ def _range(metadata: list[object]) -> str:
     low = high = ""
     for item in metadata:
         if isinstance(item, annotated_types.Ge):
-            low = f"at least {item.ge}"
+            low = f"of at least {item.ge}"
         elif isinstance(item, annotated_types.Gt):
             low = f"above {item.gt}"
         elif isinstance(item, annotated_types.Le):
             high = f"at most {item.le}"
         elif isinstance(item, annotated_types.Lt):
             high = f"below {'2^63' if item.lt == 2**63 else item.lt}"
-    return "".join(f" {text}" for text in [" and ".join(part for part in (low, high) if part)] if text)
+    if low.startswith("of at least") and high.startswith("at most"):
+        return f" from {low.removeprefix('of at least ')} to {high.removeprefix('at most ')}"
+    text = " and ".join(part for part in (low, high) if part)
+    return f" {text}" if text else ""
 
 
 def _takes_null(annotation: object) -> bool:

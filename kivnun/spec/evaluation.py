@@ -25,7 +25,7 @@ class EvaluationSpec(Section, frozen=True):
         WithJsonSchema({"type": "array", "uniqueItems": True, "items": {"enum": ["exact_match", "chrf"], "type": "string"}}),
         Why("the likelihood of the held-out rows needs no generation; whether replies can be compared is the user's knowledge"),
     ] = Field(default=(), description="Scores of generated replies against the held-out ones, beside the likelihood.")
-    generate_rows: Annotated[int, Why("an interval of about 7 points either way, in a minute or two on a CPU")] = Field(
+    generate_rows: Annotated[int, Why("an interval of at most 7 points either way, at a bearable cost on a CPU")] = Field(
         default=200, ge=1, description="Held-out rows for which a reply is generated, at most."
     )
     max_new_tokens: Annotated[int, Why("a paragraph; most replies end earlier by themselves")] = Field(
@@ -34,7 +34,7 @@ class EvaluationSpec(Section, frozen=True):
     samples: Annotated[int, Why("what a reader takes in at a glance")] = Field(
         default=5, ge=0, description="Replies of base and tuned that are kept side by side for reading."
     )
-    bootstrap: Annotated[int, Why("intervals steady to about a tenth of their width")] = Field(
+    bootstrap: Annotated[int, Why("its ends are steady to about 2 % of its width")] = Field(
         default=1000, ge=100, le=100_000, description="Resamplings behind each 95 % interval."
     )
 

@@ -14,23 +14,19 @@ ObjectiveKind: TypeAlias = Literal["supervised", "pretraining", "dpo"]
 class SupervisedSpec(Section, frozen=True):
     """Likelihood of the replies, given what comes before them: `messages` and `prompt_completion` rows."""
 
-    kind: Annotated[Literal["supervised"], Why("names this objective")] = Field(
-        default="supervised", description="Raise the likelihood of the replies."
-    )
+    kind: Literal["supervised"] = Field(default="supervised", description="Raise the likelihood of the replies.")
 
 
 class PretrainingSpec(Section, frozen=True):
     """Likelihood of every token: `text` rows."""
 
-    kind: Annotated[Literal["pretraining"], Why("names this objective")] = Field(
-        default="pretraining", description="Raise the likelihood of every token of a text."
-    )
+    kind: Literal["pretraining"] = Field(default="pretraining", description="Raise the likelihood of every token of a text.")
 
 
 class DpoSpec(Section, frozen=True):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): `preference` rows."""
 
-    kind: Annotated[Literal["dpo"], Why("names this objective")] = Field(
+    kind: Literal["dpo"] = Field(
         default="dpo", description="Prefer the chosen reply to the rejected one, more than the start of the run did."
     )
     beta: Annotated[float, Why("the paper's value for dialogue and summaries, and every tool's default")] = Field(

@@ -30,19 +30,22 @@ def read_spec_text(path: Path) -> str:
     """Return the text of a spec file, without a byte order mark. Raises SpecError."""
     hint = "give the path of a YAML or JSON file"
     try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise SpecError(f"spec {path} is larger than 1 MiB", hint="a spec is a page of text; is this a data file?")
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise SpecError(f"spec {path} does not exist", hint=hint) from None
     except IsADirectoryError:
         raise SpecError(f"spec {path} is a folder", hint=hint) from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"spec {path} is not UTF-8 (byte {error.start})", hint="save it as UTF-8") from None
     except OSError as error:
         raise SpecError(f"spec {path} cannot be read: {error.strerror}", hint=hint) from None
     except ValueError:
         raise SpecError(f"spec {str(path)!r} is not a path", hint=hint) from None
+    if len(content) > MAX_BYTES:
+        raise SpecError(f"spec {path} is larger than 1 MiB", hint="a spec is a page of text; is this a data file?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"spec {path} is not UTF-8 (byte {error.start})", hint="save it as UTF-8") from None
 
 
 def parse_spec(text: str, *, folder: Path, source: str = "spec", overrides: Sequence[str] = ()) -> TuneSpec:
@@ -56,7 +59,8 @@ def parse_spec(text: str, *, folder: Path, source: str = "spec", overrides: Sequ
         received = "nothing" if document.value is None else shown(document.value)
         raise SpecError(f"{source} must hold a mapping, got {received}", hint="begin with version: 1")
     problems = [problem for problem in (_apply(tree, override) for override in overrides) if problem is not None]
-    lines = {} if overrides else document.lines
+    # A value that came from the command line stands on no line of the file.
+    lines = document.lines | {_path_of(override.partition("=")[0]): 0 for override in overrides}
     try:
         spec = validate(tree, folder)
     except ValidationError as error:
@@ -94,9 +98,13 @@ def _apply(tree: dict[str, object], override: str) -> Problem | None:
         value = read_yaml(text).value
     except YamlError as error:
         return Problem(name, f"--set {name}: {error.message}", "quote what the shell or YAML would read otherwise")
-    path: Location = tuple(int(step) if step.isdecimal() else step for step in name.split("."))
+    path = _path_of(name)
     problem = _unknown_override(path)
     return problem if problem is not None else _put(tree, path, value)
+
+
+def _path_of(name: str) -> Location:
+    return tuple(int(step) if step.isdecimal() else step for step in name.strip().split("."))
 
 
 def _unknown_override(path: Location) -> Problem | None:
@@ -122,19 +130,22 @@ def _unknown_override(path: Location) -> Problem | None:
 
 def _put(tree: dict[str, object], path: Location, value: object) -> Problem | None:
     """Set the value at `path`, making sections that are not there; a shorthand is written out before a part of it is set."""
+    name = ".".join(map(str, path))
     here: dict[str, object] | list[object] = tree
-    for depth, step in enumerate(path[:-1]):
+    for depth, step in enumerate(path):
+        if isinstance(here, list) and not (isinstance(step, int) and step < len(here)):
+            around = ".".join(map(str, path[:depth]))
+            return Problem(name, f"--set {name}: {around} has {len(here)} entries, counted from 0", f"set {around} as a whole")
+        if depth == len(path) - 1:
+            _set(here, step, value)
+            return None
         found = _get(here, step)
         below = _opened(path[: depth + 1], found)
         if below is None:
-            name, part = ".".join(map(str, path)), ".".join(map(str, path[: depth + 1]))
+            part = ".".join(map(str, path[: depth + 1]))
             return Problem(name, f"--set {name}: {part} is {shown(found)}, which has no parts", f"set {part} as a whole")
         _set(here, step, below)
         here = below
-    if isinstance(here, list) and not (isinstance(path[-1], int) and path[-1] < len(here)):
-        name = ".".join(map(str, path))
-        return Problem(name, f"--set {name}: the list has {len(here)} entries, counted from 0", None)
-    _set(here, path[-1], value)
     return None
 
 
@@ -151,13 +162,11 @@ def _opened(path: Location, found: object) -> dict[str, object] | list[object] |
 
 
 def _get(here: dict[str, object] | list[object], step: str | int) -> object:
-    if isinstance(here, dict):
-        return here.get(str(step))
-    return here[step] if isinstance(step, int) and step < len(here) else None
+    return here.get(str(step)) if isinstance(here, dict) else here[int(step)]
 
 
 def _set(here: dict[str, object] | list[object], step: str | int, value: object) -> None:
     if isinstance(here, dict):
         here[str(step)] = value
-    elif isinstance(step, int) and step < len(here):
-        here[step] = value
+    else:
+        here[int(step)] = value

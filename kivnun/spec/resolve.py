@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from pydantic import ValidationError
 
-from kivnun.spec.adapters import DoraSpec, LoraSpec
+from kivnun.spec.adapters import FullSpec
 from kivnun.spec.base import is_hub_id
 from kivnun.spec.catalogue import fields_of, why_of
 from kivnun.spec.data import DataFormat
@@ -27,7 +27,7 @@ SMALL_BASE = 500_000_000
 TINY_BASE = 100_000_000
 RSLORA_ALPHA = 8.0
 MIN_MICRO_BATCH = 4096
-WHOLE_MODEL_RATE = {"supervised": 2e-5, "pretraining": 2e-5, "dpo": 1e-6}
+WHOLE_MODEL_RATE: dict[ObjectiveKind, float] = {"supervised": 2e-5, "pretraining": 2e-5, "dpo": 1e-6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _objective_tree(kind: ObjectiveKind) -> dict[str, object]:
 
 def _adapter_choices(spec: TuneSpec) -> Iterator[_Choice]:
     adapter = spec.adapter
-    if not isinstance(adapter, LoraSpec | DoraSpec) or adapter.alpha is not None:
+    if isinstance(adapter, FullSpec) or adapter.alpha is not None:
         return
     if adapter.rslora:
         reason = "with rslora alpha does not follow the rank; 8 scales rank 16 as plain LoRA's default does, by 2"
@@ -162,20 +162,34 @@ def _schedule_choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _learning_rate(spec, facts)
 
 
+def default_rate(objective: ObjectiveKind, *, low_rank: bool, tiny: bool) -> float:
+    """Return the learning rate used when none is given.
+
+    The usual one for tuning a whole model; ten times that for a low-rank adapter (Schulman et al. 2025, "LoRA Without Regret":
+    the best rates differ by about ten); ten times more for a base below 100 M parameters (the built-in base's best with LoRA
+    was measured near 4e-3).
+    """
+    return float(f"{WHOLE_MODEL_RATE[objective] * (10 if low_rank else 1) * (10 if tiny else 1):.3g}")
+
+
+def rate_table() -> list[tuple[str, str, float, float]]:
+    """Return (objective, adapters, rate, rate for a tiny base) for every default there is."""
+    rows: list[tuple[str, str, float, float]] = []
+    for objective in WHOLE_MODEL_RATE:
+        for adapters, low_rank in (("full", False), ("lora, dora", True)):
+            large, small = (default_rate(objective, low_rank=low_rank, tiny=tiny) for tiny in (False, True))
+            rows.append((objective, adapters, large, small))
+    return rows
+
+
 def _learning_rate(spec: TuneSpec, facts: ResolveFacts) -> _Choice:
-    """Return the default rate: the usual one for tuning a whole model, ten times that for a low-rank adapter (Schulman et al.
-    2025, "LoRA Without Regret": the best rates differ by about ten), and ten times more for a base below 100 M parameters,
-    whose best rate was measured near 4e-3 with LoRA."""
-    rate, why = WHOLE_MODEL_RATE[facts.objective_kind], [f"{facts.objective_kind} tuning of a whole model"]
-    if not isinstance(spec.adapter, LoraSpec | DoraSpec):
-        why.append("the usual rate")
-    else:
-        rate *= 10
+    low_rank, tiny = not isinstance(spec.adapter, FullSpec), facts.base_parameters < TINY_BASE
+    why = [f"the usual rate for {facts.objective_kind} tuning of a whole model"]
+    if low_rank:
         why.append(f"times 10 for {spec.adapter.kind}")
-    if facts.base_parameters < TINY_BASE:
-        rate *= 10
+    if tiny:
         why.append("times 10 for a base below 100 M parameters")
-    return _Choice("schedule.learning_rate", float(f"{rate:.3g}"), ", ".join(why))
+    return _Choice("schedule.learning_rate", default_rate(facts.objective_kind, low_rank=low_rank, tiny=tiny), ", ".join(why))
 
 
 def _default_reasons(section: Section, prefix: str) -> Iterator[tuple[str, str]]:

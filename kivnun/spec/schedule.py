@@ -34,9 +34,7 @@ class AdamWSpec(Section, frozen=True):
 class MuonSpec(Section, frozen=True):
     """Muon (Jordan et al. 2024), with its update scaled to AdamW's (arXiv:2502.16982): matrices; AdamW for all else."""
 
-    kind: Annotated[Literal["muon"], Why("names this optimizer")] = Field(
-        default="muon", description="Muon for matrices, AdamW for embeddings, norms and vectors."
-    )
+    kind: Literal["muon"] = Field(default="muon", description="Muon for matrices, AdamW for embeddings, norms and vectors.")
     momentum: Annotated[float, Why("its authors' value")] = Field(
         default=0.95, ge=0, lt=1, description="Momentum of matrices, before orthogonalisation."
     )
@@ -84,7 +82,7 @@ class ScheduleSpec(Section, frozen=True):
     warmup_share: Annotated[
         float,
         Why("a few steps for the optimizer's averages to fill before it moves at full speed"),
-    ] = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly from zero.")
+    ] = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
     decay: Annotated[
         Literal["linear", "cosine", "constant"], Why("ends at zero, where the last steps settle; no shape beats it clearly")
     ] = Field(default="linear", description="How the rate falls after the warm-up.")
@@ -92,7 +90,7 @@ class ScheduleSpec(Section, frozen=True):
         default=0.0, ge=0, lt=1, description="Share of the steps after which the rate begins to fall; 0.6 holds it flat for 60 %."
     )
     final_share: Annotated[float, Why("a run ends at rest")] = Field(
-        default=0.0, ge=0, lt=1, description="Share of learning_rate that is left at the last step."
+        default=0.0, ge=0, lt=1, description="Share of learning_rate towards which the rate falls."
     )
     max_grad_norm: Annotated[
         float | None,
@@ -121,4 +119,12 @@ class ScheduleSpec(Section, frozen=True):
     def _only_with_decay(cls, share: float, info: ValidationInfo) -> float:
         if share != 0 and info.data.get("decay") == "constant":
             raise broken_rule("has no effect when schedule.decay is constant", "leave it out, or choose linear or cosine")
+        return share
+
+    @field_validator("decay_start_share")
+    @classmethod
+    def _after_the_warm_up(cls, share: float, info: ValidationInfo) -> float:
+        warmup = info.data.get("warmup_share", 0)
+        if 0 < share < warmup:
+            raise broken_rule(f"is {share}, inside the warm-up ({warmup})", "give a later share, or 0 for right after it")
         return share

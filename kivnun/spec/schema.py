@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from kivnun.spec.catalogue import Model, fields_of, kind_of, models_in, why_of
+from kivnun.spec.catalogue import DEFAULT_KINDS, Model, default_text, fields_of, kind_of, models_in, why_of
 from kivnun.spec.section import as_mapping
 from kivnun.spec.tune import TuneSpec
 
 Schema = dict[str, object]
-
-DEFAULT_KINDS = ("lora", "adamw", "local")
-"""Members of tagged unions that a mapping without `kind` stands for."""
 
 
 def json_schema() -> Schema:
@@ -44,7 +41,8 @@ def _describe(schema: Schema, model: Model) -> None:
     for name, field in fields_of(model).items():
         reason = why_of(field)
         if field.description is not None:
-            properties[name]["description"] = f"{field.description} Default: {reason}." if reason else field.description
+            default = f" Default {default_text(field)}: {reason}." if reason and not models_in(field.annotation) else ""
+            properties[name]["description"] = field.description + default
     kind = kind_of(model)
     if kind is not None and kind not in DEFAULT_KINDS:
         schema["required"] = ["kind", *cast("list[str]", schema.get("required", []))]

@@ -9,25 +9,37 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from kivnun.spec.adapters import AdapterSpec, LoraSpec
 from kivnun.spec.base import BaseSpec
 from kivnun.spec.compute import ComputeSpec, LocalSpec
 from kivnun.spec.data import DataSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec
-from kivnun.spec.objectives import ObjectiveSpec
+from kivnun.spec.objectives import ObjectiveKind, ObjectiveSpec
 from kivnun.spec.schedule import ScheduleSpec
-from kivnun.spec.section import Section, Why, broken_rule
+from kivnun.spec.section import Section, Why, broken_rule, wrong_value
 from kivnun.spec.yaml_text import write_yaml
 
-OBJECTIVE_OF_FORMAT = {"messages": "supervised", "prompt_completion": "supervised", "text": "pretraining", "preference": "dpo"}
+OBJECTIVE_OF_FORMAT: dict[str, ObjectiveKind] = {
+    "messages": "supervised",
+    "prompt_completion": "supervised",
+    "text": "pretraining",
+    "preference": "dpo",
+}
+
+
+def _whole(version: object) -> object:
+    """Refuse true and 1.0, which Python, and pydantic with it, hold to be equal to 1."""
+    if type(version) is not int:
+        raise wrong_value()
+    return version
 
 
 class TuneSpec(Section, frozen=True):
     """A run: a base, data, what is trained, how, and what is measured."""
 
-    version: Literal[1] = Field(
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(
         description="Version of this format. A later version of the program reads older ones or says why not."
     )
     base: BaseSpec = Field(description="The pretrained model; a bare name or folder is shorthand for `{model: ...}`.")
