@@ -16,12 +16,13 @@ fail() { say "setup: $1"; say "  hint: $2"; exit 1; }
 # The first Python that is new enough and can make environments; a name may exist and not run (a version manager's shim).
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3; do
+  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
       command -v "$candidate"
       return
     fi
   done
+  [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python 3.11 or newer with venv" "name another one, or leave PYTHON out"
   if command -v python3 >/dev/null && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     fail "$(python3 --version) has no venv module" "on Debian and Ubuntu: apt-get install python3-venv (make setup-system does it)"
   fi
