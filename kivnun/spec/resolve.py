@@ -67,12 +67,14 @@ def resolve(spec: TuneSpec, facts: ResolveFacts) -> tuple[TuneSpec, dict[str, st
     reasons = dict(_default_reasons(spec, ""))
     for choice in _choices(spec, facts):
         _put(tree, choice)
-        reasons = {path: reason for path, reason in reasons.items() if not path.startswith(choice.path + ".")}
         reasons[choice.path] = choice.reason
     try:
-        return validate(tree), reasons
+        resolved = validate(tree)
     except ValidationError as error:
         raise spec_error("resolved spec", problems_of(error)) from None
+    if spec.objective is None and resolved.objective is not None:
+        reasons |= _default_reasons(resolved.objective, "objective.")
+    return resolved, reasons
 
 
 def resolved_yaml(spec: TuneSpec, reasons: Mapping[str, str]) -> str:
@@ -110,7 +112,7 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.data.max_seq_len is None:
         yield _Choice("data.max_seq_len", facts.max_seq_len, "the longest row this base takes")
     if spec.objective is None:
-        yield _Choice("objective", _objective_tree(facts.objective_kind), "what the format of the data is for")
+        yield _Choice("objective", {"kind": facts.objective_kind}, "what the format of the data is for")
     yield from _adapter_choices(spec)
     yield from _schedule_choices(spec, facts)
     if spec.compute.device == "auto":
@@ -135,10 +137,6 @@ def _precision(device: str, parameters: int) -> _Choice:
         )
     where = "on a GPU" if device == "cuda" else f"on a CPU, and the base has {size}: from 500 M on memory is the concern"
     return _Choice("base.precision", "bf16", f"{where}; half the memory of fp32")
-
-
-def _objective_tree(kind: ObjectiveKind) -> dict[str, object]:
-    return {"kind": kind, "beta": 0.1} if kind == "dpo" else {"kind": kind}
 
 
 def _adapter_choices(spec: TuneSpec) -> Iterator[_Choice]:

@@ -71,6 +71,12 @@ def test_every_value_that_was_not_given_has_a_reason_and_no_given_one_has() -> N
     assert all(reason and reason == reason.strip() for reason in reasons.values())
 
 
+def test_the_options_of_an_objective_that_was_chosen_have_reasons() -> None:
+    spec, reasons = resolved(facts=replace(FACTS, objective_kind="dpo", data_format="preference"))
+    text = resolved_yaml(spec, reasons)
+    assert "objective:  # what the format of the data is for\n  kind: dpo\n  beta: 0.1  # the paper's value" in text
+
+
 def test_resolving_again_changes_nothing() -> None:
     spec, _ = resolved()
     again, _ = resolve(spec, FACTS)
