@@ -25,8 +25,30 @@ from babel.units import format_unit
 from kivnun.data.splits import wanted
 from kivnun.randomness import generator
 
-CURRENCIES = ["USD", "EUR", "ILS", "GBP", "JPY", "CHF", "RUB", "CNY", "INR", "TRY", "SEK", "NOK", "DKK", "PLN", "CZK", "HUF", "CAD", "AUD", "MXN", "BRL", "ZAR", "EGP", "JOD", "KRW", "THB"]  # fmt: skip
-UNITS = ["length-kilometer", "length-meter", "length-centimeter", "mass-kilogram", "mass-gram", "mass-tonne", "volume-liter", "volume-milliliter", "temperature-celsius", "area-square-meter", "area-square-kilometer", "area-hectare", "speed-kilometer-per-hour", "digital-megabyte", "energy-kilowatt-hour", "power-watt", "electric-volt", "concentr-percent"]
+CURRENCIES = (
+    *("USD", "EUR", "ILS", "GBP", "JPY", "CHF", "RUB", "CNY", "INR", "TRY", "SEK", "NOK", "DKK"),
+    *("PLN", "CZK", "HUF", "CAD", "AUD", "MXN", "BRL", "ZAR", "EGP", "JOD", "KRW", "THB"),
+)
+UNITS = (
+    "length-kilometer",
+    "length-meter",
+    "length-centimeter",
+    "mass-kilogram",
+    "mass-gram",
+    "mass-tonne",
+    "volume-liter",
+    "volume-milliliter",
+    "temperature-celsius",
+    "area-square-meter",
+    "area-square-kilometer",
+    "area-hectare",
+    "speed-kilometer-per-hour",
+    "digital-megabyte",
+    "energy-kilowatt-hour",
+    "power-watt",
+    "electric-volt",
+    "concentr-percent",
+)
 TIME_PAIRS = (("month", "day"), ("day", "hour"), ("hour", "minute"), ("minute", "second"))
 LARGEST = {"month": 11, "day": 30, "hour": 23, "minute": 59, "second": 59}
 FIRST_DAY = datetime.date(1950, 1, 1).toordinal()

@@ -1,0 +1,1 @@
+"""Recipes that make what the package ships. Run from the repository's root."""
