@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
 import signal
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from kivnun.artifacts import atomic_folder, atomic_write, code_hash, numeric_environment, sweep, write_manifest
+from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.order import RowOrder
 from kivnun.data.packing import micro_batches, pack_pairs
@@ -96,13 +98,14 @@ def tune(
     if folder.is_finished:
         return folder.read_result()
     with EventLog(folder.events, utc_now) as log:
-        sweep(folder.path)
+        for place in (folder.path, folder.base_evaluation.parent):
+            sweep(place)
 
         def emit(event: Event) -> None:
             listener(log.append(event))
 
         try:
-            return _Run(spec, spec_text, folder, emit, on_progress).execute()
+            return _Run(spec, spec_text, folder, log, emit, on_progress).execute()
         except KivnunError as error:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
                 emit(RunFailed(code=error.code, message=error.message))
@@ -116,6 +119,7 @@ class _Run:
     spec: TuneSpec
     spec_text: str
     folder: RunFolder
+    log: EventLog
     emit: Emit
     on_progress: StageProgress | None
 
@@ -201,9 +205,10 @@ class _Run:
             base=base,
         )
         path = self.folder.base_evaluation if which == "base" else self.folder.tuned_evaluation
-        path.parent.mkdir(exist_ok=True)
-        save_evaluation(scored, path)
+        # The file is what a resumed run looks for: once it is there, the record tells of it too.
         self.emit(Evaluated(which=which, step=step, **evaluation_fields(scored)))  # type: ignore[arg-type]
+        make_folder(path.parent)
+        save_evaluation(scored, path)
         return scored
 
     def _open_trainee(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset) -> Trainee:
@@ -229,7 +234,7 @@ class _Run:
             "base_hash": base.content_hash,
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
         }
-        saver = _Saver(spec, self.folder, trainee, fields, self.emit)
+        saver = _Saver(spec, self.folder, trainee, fields, self.log, self.emit)
         saver.restore()
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
@@ -300,11 +305,13 @@ class _Run:
 class _Saver:
     """Checkpoints of one run: saved when due, restored once at the start."""
 
-    def __init__(self, spec: TuneSpec, folder: RunFolder, trainee: Trainee, fields: Mapping[str, Any], emit: Emit) -> None:
+    def __init__(
+        self, spec: TuneSpec, folder: RunFolder, trainee: Trainee, fields: Mapping[str, Any], log: EventLog, emit: Emit
+    ) -> None:
         rule = spec.checkpoints
         self._store = CheckpointStore(folder.checkpoints, rule.keep)
         self._cadence = Cadence(rule.every_steps, rule.every_epoch, rule.every_seconds, time.monotonic)
-        self._folder, self._trainee, self._fields, self._emit = folder, trainee, fields, emit
+        self._folder, self._trainee, self._fields, self._log, self._emit = folder, trainee, fields, log, emit
 
     def restore(self) -> None:
         """Take the newest checkpoint, if there is one. Raises RunFolderError when it was made from something else."""
@@ -326,6 +333,7 @@ class _Saver:
 
     def now(self, step: int) -> None:
         began = time.monotonic()
+        self._log.sync()  # after a power cut the record must reach at least as far as the newest checkpoint
         path = self._store.save(step, self._trainee.save, self._fields)
         self._cadence.saved()
         name = str(path.relative_to(self._folder.path))
@@ -404,19 +412,29 @@ def _reference(
     model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, micro_batch_tokens: int
 ) -> dict[int, tuple[float, float]]:
     """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number."""
-    if cache.is_file():
-        kept = np.load(cache)
-        if str(kept["key"]) == key:
-            return dict(zip(kept["rows"].tolist(), map(tuple, kept["sums"].tolist()), strict=True))
+    kept = _read_reference(cache, key)
+    if kept is not None:
+        return kept
     sums: dict[int, tuple[float, float]] = {}
     for part in micro_batches(pairs, micro_batch_tokens):
         batch = pack_pairs(cast(list[PreferencePair], part))
         both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
         sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
-    with cache.with_suffix(".tmp").open("wb") as stream:
-        np.savez(stream, key=np.array(key), rows=np.array(list(sums)), sums=np.array(list(sums.values())))
-    cache.with_suffix(".tmp").replace(cache)
+    stream = io.BytesIO()
+    np.savez(stream, key=np.array(key), rows=np.array(list(sums)), sums=np.array(list(sums.values())))
+    atomic_write(cache, stream.getvalue())
     return sums
+
+
+def _read_reference(cache: Path, key: str) -> dict[int, tuple[float, float]] | None:
+    """Return what `cache` holds, or None where it is absent, damaged or of other rows or another base: it is made again then."""
+    try:
+        with np.load(io.BytesIO(cache.read_bytes())) as kept:
+            if str(kept["key"]) != key:
+                return None
+            return dict(zip(kept["rows"].tolist(), map(tuple, kept["sums"].tolist()), strict=True))
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 @contextlib.contextmanager

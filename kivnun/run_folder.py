@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, storage_errors
+from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder
 from kivnun.errors import RunFolderError
 from kivnun.events import Event, RunStarted
 from kivnun.spec import TuneSpec, load_spec, resolved_yaml
@@ -96,8 +96,7 @@ def claim(folder: RunFolder, *, resume: bool) -> None:
         raise RunFolderError(f"{folder.path} exists already", hint="choose another --output, or go on with it with --resume")
     if occupied and not folder.events.is_file():
         raise RunFolderError(f"{folder.path} is not a run folder: it has no events.jsonl", hint="choose another --output")
-    with storage_errors(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
 
 
 def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapping[str, str]) -> None:
