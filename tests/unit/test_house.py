@@ -25,7 +25,9 @@ def own_files() -> Iterator[Path]:
     waiting = [ROOT]
     while waiting:
         for path in sorted(waiting.pop().iterdir()):
-            if path.name in MADE or path.name.endswith((".egg-info", "_cache", ".hypothesis")) or path.is_symlink():
+            if path.name in MADE or path.name.startswith(".coverage") or path.is_symlink():
+                continue
+            if path.name.endswith((".egg-info", "_cache", ".hypothesis")):
                 continue
             if path.is_dir():
                 waiting.append(path)
