@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_task import PROGRAM, make_base, make_spec
+from tiny_task import PROGRAM, make_spec
 
 LONG = (
     "--set",
@@ -25,8 +25,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_spec(tmp_path_factory.mktemp("task"), make_base(tmp_path_factory.mktemp("base")))
+def spec(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_spec(tmp_path_factory.mktemp("task"), base)
 
 
 def killed_at(spec: Path, place: Path, line_start: str, *more: str) -> None:

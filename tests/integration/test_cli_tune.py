@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_task import HEBREW, PROGRAM, WORDS, make_base, make_spec
+from tiny_task import HEBREW, PROGRAM, WORDS, make_spec
 
 from kivnun.cli.main import run
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
