@@ -41,7 +41,7 @@ def task(draws: Draws, words: Words) -> Task:
     if draws.chance(0.5):
         text = span(draws, words)
         return Task(draws.pick(REPEAT).format(text), text)
-    make = draws.pick((_twice, _case, _wrap, _nth, _nth, _reverse, _spell, _after, _after, _lines))
+    make = draws.pick((_twice, _case, _wrap, _nth, _nth, _reverse, _spell, after, after, _lines))
     return make(draws, words)
 
 
@@ -153,7 +153,7 @@ def _spell(draws: Draws, words: Words) -> Task:
     return Task(draws.pick(SPELL).format(word), "-".join(word))
 
 
-def _after(draws: Draws, words: Words) -> Task:
+def after(draws: Draws, words: Words) -> Task:
     line = words.words(draws, draws.between(3, 9))
     place = draws.below(len(line) - 1)
     return Task(draws.pick(AFTER).format(" ".join(line), line[place]), line[place + 1])
