@@ -352,14 +352,25 @@ def read_events(path: Path) -> list[Event]:
             reason = error.message if isinstance(error, IntegrityError) else "not UTF-8"
             raise IntegrityError(f"{path}:{number}: {reason}", hint="the line is damaged; restore the file from a copy") from None
         if isinstance(event, Resumed):
-            events = [old for old in events if not _superseded(old, event)]
+            events = _without_superseded(events, event.step)
         events.append(event)
     return events
 
 
-def _superseded(event: Event, resumed: Resumed) -> bool:
-    """A run that went back redoes the later steps. What was found before the first step (the base's score) holds for any."""
-    return isinstance(event, (StepDone, Evaluated, CheckpointSaved)) and event.step > resumed.step
+def _without_superseded(events: list[Event], step: int) -> list[Event]:
+    """Return what still counts of the events before a run went back to `step`: it redoes the later steps, and what came after
+    the checkpoint of that very step (a score of the last one, an end that was not quite reached). The base's score holds for any."""
+    returned = (at for at, event in enumerate(events) if isinstance(event, (CheckpointSaved, Resumed)) and event.step == step)
+    saved_at = max(returned, default=len(events))
+    return [event for at, event in enumerate(events) if not _superseded(event, step, after_saving=at > saved_at)]
+
+
+def _superseded(event: Event, step: int, *, after_saving: bool) -> bool:
+    if isinstance(event, Evaluated) and event.which == "base":
+        return False
+    if isinstance(event, (StepDone, Evaluated, CheckpointSaved)) and event.step > step:
+        return True
+    return after_saving and isinstance(event, (Evaluated, RunFinished))
 
 
 def _split_torn(content: bytes) -> tuple[bytes, bytes]:

@@ -196,6 +196,16 @@ def test_a_run_that_started_over_keeps_the_score_of_the_base_and_no_step(tmp_pat
     assert [event.name for event in read_events(path)] == ["evaluated", "resumed", "step_done"]
 
 
+def test_what_followed_the_last_checkpoint_is_told_once_however_often_it_was_redone(tmp_path: Path) -> None:
+    """The score on the way (at step 2, before its checkpoint) stands; the final one was redone by each process that came back."""
+    path, end = tmp_path / "events.jsonl", RunFinished("succeeded", 2, 80, 1.0, 1)
+    saved, back = CheckpointSaved(2, "c/2", 0.0), Resumed(2, "c/2")
+    final = [evaluated("tuned", 2), end]
+    write(path, [step(1), step(2), evaluated("tuned", 2), saved, *final, back, *final, back, *final])
+    names = [event.name for event in read_events(path)]
+    assert names == ["step_done", "step_done", "evaluated", "checkpoint_saved", "resumed", "resumed", "evaluated", "run_finished"]
+
+
 def test_lines_reach_the_disk_when_they_are_asked_to_and_when_others_rely_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
