@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
 import jinja2
 import jinja2.exceptions
@@ -82,13 +82,12 @@ def _plain_message(message: Message) -> dict[str, Any]:
 
 
 def _environment(now: datetime) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    # Jinja's own annotation of these two dictionaries is incomplete.
+    environment: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
-    cast(dict[str, Any], environment.filters)["tojson"] = _tojson
-    cast(dict[str, Any], environment.globals).update(
-        raise_exception=_raise_exception, strftime_now=now.strftime, dict=_Dict(), namespace=_Namespace
-    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=now.strftime, dict=_Dict(), namespace=_Namespace)
     return environment
 
 

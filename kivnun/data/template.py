@@ -243,17 +243,16 @@ class _Conversation:
         prompt, up to the spaces, which tokenizers keep with the word that follows.
         """
         text = self.text(count, add_generation_prompt=True)
-        if text == self.text(count):
-            before, _ = self._around_reply(count)
-            if before.startswith(text) and before[len(text) :].strip():
-                return before.rstrip(" ")
+        around = self._around_reply(count) if self._knows_no_prompt(count) else None
+        if around and around[0].startswith(text) and around[0][len(text) :].strip():
+            return around[0].rstrip(" ")
         return text
 
     def turn(self, number: int) -> Turn:
         """Return how message `number`, an assistant's, is rendered after its prompt. Raises DataError where it is not."""
         prompt, text = self.prompt(number), self.text(number + 1)
-        before, after = self._around_reply(number)
-        if after and text.endswith(after):
+        before, after = self._around_reply(number) or (prompt, None)
+        if after is not None and text.endswith(after):
             end = len(text) - len(after)
             space, marker = self._split_marker(after)
             end += len(space)
@@ -285,12 +284,21 @@ class _Conversation:
                 self._turns[number] = None
         return self._turns[number]
 
-    def _around_reply(self, number: int) -> tuple[str, str]:
-        """Return the text before and after a reply at place `number`; ("", "") where the template does not show it once."""
+    def _knows_no_prompt(self, count: int) -> bool:
+        try:
+            return self.text(count) == self.text(count, add_generation_prompt=True)
+        except DataError:  # a conversation without its reply is refused, so the flag is read
+            return False
+
+    def _around_reply(self, number: int) -> tuple[str, str] | None:
+        """Return the text before and after a reply at place `number`, None where the template does not show it once."""
         probe = [*self._messages[:number], {"role": "assistant", "content": _PROBE}]
-        text = self._template.render(probe, self._tools, add_generation_prompt=False)
+        try:
+            text = self._template.render(probe, self._tools, add_generation_prompt=False)
+        except DataError:
+            return None
         before, _, after = text.partition(_PROBE)
-        return (before, after) if text.count(_PROBE) == 1 else ("", "")
+        return (before, after) if text.count(_PROBE) == 1 else None
 
     def _split_marker(self, after: str) -> tuple[str, str]:
         """Return what lies between a reply and its end-of-turn marker, and the marker."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
-from tokenizers import processors
 
 from kivnun.errors import BaseModelError, DataError
 
@@ -33,7 +32,6 @@ class Tokenizer:
         self.config = config
         self.special_tokens = _special_tokens(config, folder)
         _add_missing_tokens(self._fast, config, self.special_tokens)
-        _set_post_processor(self._fast, config, self.special_tokens)
         self.added_tokens = {token.content: index for index, token in self._fast.get_added_tokens_decoder().items()}
         self._added_ids = frozenset(self.added_tokens.values())
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
@@ -139,7 +137,10 @@ class Tokenizer:
         )
 
     def _find_bos_ids(self) -> tuple[int, ...]:
-        """Return the ids that the post-processor puts before every text."""
+        """Return the ids that the post-processor puts before every text.
+
+        It alone decides: transformers 5 ignores a config's `add_bos_token` where there is a tokenizer.json.
+        """
         plain, full = self._encode("a").ids, self._fast.encode("a", add_special_tokens=True).ids
         start = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
         return tuple(full[:start])
@@ -262,21 +263,6 @@ def _add_missing_tokens(fast: tokenizers.Tokenizer, config: Mapping[str, Any], s
     # A token outside the vocabulary has no embedding; only its text is used, in templates.
     named = [text for text in special_tokens.values() if text not in known and fast.token_to_id(text) is not None]
     cast(Any, fast).add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in named])
-
-
-def _set_post_processor(fast: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Replace what comes before every text where `add_bos_token` is written in the config, as transformers does.
-
-    An `add_eos_token` changes nothing here: the one EOS of a row is put by whoever makes the row.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token")
-    if config.get("add_bos_token") and bos is not None and fast.token_to_id(bos) is not None:
-        ids = [(bos, fast.token_to_id(bos))]
-        fast.post_processor = processors.TemplateProcessing(single=[bos, "$A"], pair=None, special_tokens=ids)
-    else:
-        fast.post_processor = processors.TemplateProcessing(single=["$A"], pair=None, special_tokens=[])
 
 
 def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
