@@ -84,7 +84,13 @@ def resolve_targets(base: Base, target_modules: Literal["all-linear"] | Sequence
     for a name that matches nothing, for a lone part of a fused projection and for a head that shares the embedding's weight.
     """
     if target_modules == ALL_LINEAR:
-        return tuple(name for name in base.linears if name != base.head_name)
+        names = tuple(name for name in base.linears if name != base.head_name)
+        if not names:
+            raise BaseModelError(
+                f"{type(base.model).__name__} has no linear layer besides its head that an adapter could cover",
+                hint="use a base whose projections are linear layers, or adapter.kind full",
+            )
+        return names
     wanted = _fused_names(base, list(target_modules))
     chosen = {name for target in wanted for name in _matches(base, target)}
     if base.head_name in chosen and base.tied:

@@ -26,9 +26,7 @@ NAME = "kivnun_rows"
 MATMUL_MAX_LENGTH_BF16_CPU = 1024
 
 # Arguments that models hand to every attention function and that say nothing about the result when rows are causal.
-_INERT = frozenset(
-    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal", "cache_position"}
-)
+_INERT = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"})
 
 
 class KVCache:
@@ -86,6 +84,7 @@ def rows_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     rows: Rows | None = None,
     **rest: object,
 ) -> tuple[Tensor, None]:
@@ -95,10 +94,15 @@ def rows_attention(
     The signature is transformers' attention interface.
     """
     unknown = sorted(name for name, given in rest.items() if given is not None and name not in _INERT)
-    if rows is None or attention_mask is not None or dropout or unknown:
+    if rows is None:
+        raise BaseModelError(
+            f"{type(module).__name__} is not told where rows end: its model does not hand arguments on to the attention",
+            hint="use a model whose forward passes what it does not know to its attention",
+        )
+    if attention_mask is not None or dropout or unknown or is_causal is False:
         raise BaseModelError(
             f"{type(module).__name__} asks attention for what Kivnun does not offer: "
-            f"mask={attention_mask is not None}, dropout={dropout}, other arguments={unknown or 'none'}",
+            f"mask={attention_mask is not None}, dropout={dropout}, is_causal={is_causal}, other arguments={unknown or 'none'}",
             hint="models with causal attention, sliding windows and soft-capped scores are supported; set attention dropout to 0",
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from kivnun.errors import BaseModelError
@@ -28,6 +29,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 REFUSED = {
     "phi3small": "Phi-3-small computes block-sparse attention in code of its own that transformers does not hold",
 }
+
+# Families of transformers whose sliding window stands in a mask alone, which packed rows do without.
+WINDOW_IN_MASK = frozenset({"phimoe", "qwen2_moe", "doge"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,9 @@ def find_base(model: str, revision: str | None = None) -> Path:
         return BUILT_IN[model]
     if Path(model).is_dir():
         return Path(model)
+    if model.startswith("kivnun/"):
+        near = get_close_matches(model, BUILT_IN, n=1, cutoff=0.0)[0]
+        raise BaseModelError(f"there is no built-in base {model!r}", hint=f"did you mean {near}?")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BaseModelError(
             f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"

@@ -1,7 +1,8 @@
 """A base: a pretrained model, pinned by hash, that knows no adapter, with one way into its trunk and its head.
 
-Loading replaces modules on the instance (linear layers and the embedding by tunable ones, a LongRoPE by one that chooses its
-factors per row); no class is patched. Shapes: T tokens of a pack, D model width, V vocabulary.
+Loading replaces modules on the instance: linear layers and the embedding by tunable ones, a LongRoPE by one that chooses its
+factors per row, activations by ones that work in whole vectors. No class is patched.
+Shapes: T tokens of a pack, D model width, V vocabulary.
 Next: `attention.py` (what a row sees), `adapters.py` (what is lent to a base), `loss.py` (what is done with the head).
 """
 
@@ -16,13 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS
 
 from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
 from kivnun.model import attention
+from kivnun.model.activation import WholeVectors
 from kivnun.model.attention import Rows
-from kivnun.model.families import REFUSED, read_config
+from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
+from kivnun.model.probe import refuse_unlike_transformers
 from kivnun.model.rope import RowRotary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,7 +108,7 @@ def load_base(folder: Path, precision: str, device: str = "cpu", rope_factors: s
     model.eval()
     model.requires_grad_(False)
     linears, head_name = _install_tunables(model)
-    return Base(
+    base = Base(
         model=model,
         config=model.config,
         folder=folder,
@@ -115,6 +119,8 @@ def load_base(folder: Path, precision: str, device: str = "cpu", rope_factors: s
         head_name=head_name,
         rotary=_install_rotary(model, rope_factors),
     )
+    refuse_unlike_transformers(base)
+    return base
 
 
 def _refuse_unsupported(folder: Path) -> None:
@@ -127,9 +133,23 @@ def _refuse_unsupported(folder: Path) -> None:
             f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run",
             hint="use a model that transformers holds",
         )
+    _refuse_unseen_rules(folder, config)
     for name in ("logit_scale", "logits_scaling"):
         if config.get(name) not in (None, 1, 1.0):
             raise BaseModelError(f"{folder} scales its logits by {name}, which is not supported", hint="use another base")
+
+
+def _refuse_unseen_rules(folder: Path, config: Mapping[str, object]) -> None:
+    """Refuse what a short probe cannot show: rules that only longer rows would meet."""
+    window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
+    longest = config.get("max_position_embeddings")
+    if config.get("model_type") in WINDOW_IN_MASK and isinstance(window, int) and isinstance(longest, int) and window < longest:
+        raise BaseModelError(
+            f"{folder} has a sliding window of {window} that its attention is not told of, so it would not be kept",
+            hint="use another base, or one of this family whose window covers max_position_embeddings",
+        )
+    if config.get("attention_chunk_size") is not None:
+        raise BaseModelError(f"{folder} attends within chunks, which is not supported", hint="use another base")
 
 
 def _known_types() -> set[str]:
@@ -146,6 +166,8 @@ def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, KeyError):  # an attention class looked up by our name: it has an attention of its own
+            reason = "it does not compute through transformers' attention interface"
         raise BaseModelError(
             f"{folder} cannot be loaded as a causal language model: {reason}",
             hint="it must open with AutoModelForCausalLM.from_pretrained and use transformers' attention interface",
@@ -156,6 +178,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 def _install_tunables(model: nn.Module) -> tuple[dict[str, TunableLinear], str]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears: dict[str, TunableLinear] = {}
+    activations = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     head_name = ""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
@@ -164,6 +187,8 @@ def _install_tunables(model: nn.Module) -> tuple[dict[str, TunableLinear], str]:
             head_name = name if module is head else head_name
         elif type(module) is nn.Embedding:
             _replace(model, name, TunableEmbedding(module))
+        elif type(module) in activations and not any(True for _ in module.parameters()):
+            _replace(model, name, WholeVectors(module))
     if not head_name:
         raise BaseModelError(f"{type(model).__name__} has no linear language head", hint="use a causal language model")
     return linears, head_name
@@ -171,7 +196,21 @@ def _install_tunables(model: nn.Module) -> tuple[dict[str, TunableLinear], str]:
 
 def _install_rotary(model: nn.Module, rope_factors: str) -> RowRotary | None:
     """Put a rotary embedding that chooses LongRoPE's factors row by row in place of one that chooses by the whole pack."""
-    found = [(name, module) for name, module in model.named_modules() if getattr(module, "rope_type", None) == "longrope"]
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        kind = getattr(module, "rope_type", "default")
+        if kind == "longrope":
+            found.append((name, module))
+        elif kind == "dynamic" or (isinstance(kind, dict) and {"dynamic", "longrope"}.intersection(kind.values())):
+            raise BaseModelError(
+                f"{type(model).__name__} rotates positions by the longest row of a batch (rope_type {kind!r}), not row by row",
+                hint="use a base with fixed frequencies, or with one LongRoPE",
+            )
+    if not found and rope_factors != "per_row":
+        raise BaseModelError(
+            f"base.rope_factors is {rope_factors}, but {type(model).__name__} has no LongRoPE: it would change nothing",
+            hint="leave base.rope_factors out",
+        )
     if not found:
         return None
     ((name, module),) = found

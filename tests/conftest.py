@@ -1,0 +1,32 @@
+"""Fixtures that several test files share. Nothing here loads torch before a test asks for a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a family's tiny base (a name in `tiny.CONFIGS`), written once per session."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder_of(name: str) -> Path:
+        folder = root / name
+        return folder if folder.exists() else tiny.write_base(folder, tiny.CONFIGS[name]())
+
+    return folder_of
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of torch's threads for one test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
