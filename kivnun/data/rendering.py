@@ -137,6 +137,12 @@ class _Dict:
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's `namespace`, without names that begin with an underscore."""
 
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        values: dict[Any, Any] = dict(*args, **kwargs)
+        super().__init__()
+        for name, value in values.items():
+            self[name] = value
+
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")

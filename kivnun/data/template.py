@@ -102,8 +102,8 @@ class ChatTokenizer:
     def notes(self) -> tuple[str, ...]:
         """What a user should know about this template, in sentences."""
         notes: list[str] = []
-        if any(template.uses_clock for template in self._templates.values()):
-            notes.append(f"the chat template prints the date; it is held at {PINNED_DATE:%d %b %Y}, so that ids stay the same")
+        for date in sorted({template.now for template in self._templates.values() if template.uses_clock}):
+            notes.append(f"the chat template prints the date; it is held at {date:%d %b %Y}, so that ids stay the same")
         if self._probed and not self._probed.marker:
             notes.append("the chat template ends no reply with a special token; EOS is put after each, one row per reply")
         if self._probed and self._probed.rebuilt:
@@ -257,7 +257,8 @@ class _Conversation:
             space, marker = self._split_marker(after)
             end += len(space)
         else:
-            marker = self._last_token(text)
+            # The reply is not rendered as plain content is (a tool call): what token ends the rendering is its marker.
+            marker = self._tokens.last_token(text.rstrip())
             end = len(text.rstrip()) - len(marker) if marker else len(text)
         rebuilt = not text.startswith(prompt)
         start = len(before) if rebuilt else len(prompt)
@@ -304,16 +305,10 @@ class _Conversation:
         """Return what lies between a reply and its end-of-turn marker, and the marker."""
         rest = after.lstrip()
         space = after[: len(after) - len(rest)]
-        marker = max((token for token in self._tokens.added_tokens if rest.startswith(token)), key=len, default="")
-        if marker:
+        if marker := self._tokens.first_token(rest):
             return space, marker
         eos = self._tokens.special_tokens.get("eos_token")
         return (space, rest.rstrip()) if eos and rest.rstrip().endswith(eos) else ("", "")
-
-    def _last_token(self, text: str) -> str:
-        """Return the added token that ends a rendering: the marker of a reply that is not rendered as plain content is."""
-        text = text.rstrip()
-        return max((token for token in self._tokens.added_tokens if text.endswith(token)), key=len, default="")
 
 
 def load_tokenizer(folder: Path, template_path: Path | None = None, *, now: datetime = PINNED_DATE) -> ChatTokenizer:

@@ -34,6 +34,7 @@ class Tokenizer:
         _add_missing_tokens(self._fast, config, self.special_tokens)
         self.added_tokens = {token.content: index for index, token in self._fast.get_added_tokens_decoder().items()}
         self._added_ids = frozenset(self.added_tokens.values())
+        self._token_lengths = sorted({len(text) for text in self.added_tokens}, reverse=True)
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         generation_ids = _generation_eos_ids(folder)
         self.eos_id = self._find_eos_id(generation_ids)
@@ -93,6 +94,14 @@ class Tokenizer:
         after_special = bool(context) and context[-1] in self._added_ids
         text = self._decode_inside(ids)
         return text.removeprefix(" ") if after_special and self._space_after_special else text
+
+    def first_token(self, text: str) -> str:
+        """Return the longest added token that `text` begins with, "" if there is none."""
+        return next((text[:size] for size in self._token_lengths if text[:size] in self.added_tokens), "")
+
+    def last_token(self, text: str) -> str:
+        """Return the longest added token that `text` ends with, "" if there is none."""
+        return next((text[-size:] for size in self._token_lengths if text[-size:] in self.added_tokens), "")
 
     def content_hash(self, *more: str) -> str:
         """Return the SHA-256 (hex) of everything that decides ids, with `more` (the templates)."""

@@ -131,7 +131,7 @@ def test_trained_text_is_the_replies_over_many_conversations(
 ) -> None:
     tokenizer = tokenizers_of[kind, family.name]
 
-    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(conversations(family, kind))
     def check(record: ChatRecord) -> None:
         check_conversation(tokenizer, family, kind, record)
