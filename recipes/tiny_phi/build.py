@@ -110,12 +110,14 @@ def ship(trained: Path, folder: Path) -> None:
 
 
 def keep_log(run: Path, folder: Path) -> None:
-    """Keep the run's record beside the recipe: what was asked, what was done, what the corpus came to."""
+    """Keep the run's record beside the recipe: what was asked, what was done, what the corpus came to.
+
+    Paths are made relative to the repository's root: where it lay on the machine that ran the recipe means nothing elsewhere.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("events.jsonl", "resolved.yaml", "manifest.json", "report.json"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    shutil.copyfile(CORPUS / "corpus.json", folder / "corpus.json")
+    root = f"{Path.cwd()}/"
+    for path in (run / "events.jsonl", run / "resolved.yaml", run / "manifest.json", CORPUS / "corpus.json"):
+        (folder / path.name).write_text(path.read_text(encoding="utf-8").replace(root, ""), encoding="utf-8")
 
 
 def evaluate_shipped() -> None:
