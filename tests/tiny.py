@@ -9,16 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
 
 from kivnun.data.packing import PackedBatch
 from kivnun.data.rows import TokenRow, Where
+from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_targets
 from kivnun.model.attention import Rows
 from kivnun.model.load import Base
+from kivnun.train.engine import TorchEngine, Trainee
+from kivnun.train.objectives import LikelihoodObjective, Objective
+from kivnun.train.optim import AdamWSettings
+from kivnun.train.weights import AdapterWeights, Weights
 
 VOCAB = 103
 SIZES = {
@@ -142,3 +149,86 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return |found - expected| / |expected|, both as vectors, in float64."""
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+ADAMW = AdamWSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+
+
+def new_weights(
+    base: Base,
+    kind: Literal["lora", "dora"] = "lora",
+    *,
+    rank: int = 3,
+    alpha: float = 7.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    init: Literal["kaiming", "gaussian"] = "kaiming",
+    targets: Literal["all-linear"] | Sequence[str] = "all-linear",
+    stirred: bool = True,
+) -> AdapterWeights:
+    """Return an adapter ready to train; `stirred`: with B and the magnitudes moved away from their start, as after training."""
+    shape = AdapterShape(kind, rank, alpha, dropout, rslora, resolve_targets(base, targets))
+    adapter = new_adapter(base, shape, init, seed=5)
+    if stirred:
+        stir(adapter)
+    return AdapterWeights(base, adapter)
+
+
+@torch.no_grad()
+def stir(adapter: Adapter) -> None:
+    """Move B and the magnitudes away from their start, the same every time."""
+    draws = torch.Generator().manual_seed(11)
+    for name, parameter in adapter.parameters().items():
+        noise = torch.randn(parameter.shape, generator=draws).to(parameter.device)
+        if name.endswith("lora_B"):
+            parameter.copy_(noise * 0.1)
+        elif name.endswith("magnitude_vector"):
+            parameter.mul_(1 + 0.2 * noise)
+
+
+def new_trainee(base: Base, weights: Weights, objective: Objective | None = None, max_grad_norm: float | None = None) -> Trainee:
+    """Return a trainee under plain AdamW."""
+    return TorchEngine(base).open(weights, objective or LikelihoodObjective(), ADAMW, max_grad_norm)
+
+
+def gradients(trainee: Trainee) -> dict[str, Tensor]:
+    """Return copies of the gradients gathered so far, by name."""
+    return {name: p.grad.clone() for name, p in trainee.weights.parameters().items() if p.grad is not None}
+
+
+def peft_twin(folder: Path, adapter: Adapter, dropout: float = 0.0) -> nn.Module:
+    """Return transformers' model under PEFT's adapter with the same shape and the same tensors."""
+    shape = adapter.shape
+    config = peft.LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        use_rslora=shape.rslora,
+        use_dora=shape.kind == "dora",
+        target_modules=list(shape.sites),
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(reference(folder), config)
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in adapter.parameters().items():
+            theirs[peft_name(name)].copy_(parameter)
+    return model.eval()
+
+
+def peft_name(name: str) -> str:
+    """Return the name under which PEFT keeps one of our adapter's tensors in memory."""
+    return f"base_model.model.{name}.default.weight"
+
+
+def reference_loss(model: nn.Module, rows: Sequence[TokenRow]) -> Tensor:
+    """Return transformers' mean loss per trained token of a right-padded batch, by its own labels and loss."""
+    longest = max(row.length for row in rows)
+    ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for at, row in enumerate(rows):
+        ids[at, : row.length] = torch.from_numpy(row.ids).long()
+        mask[at, : row.length] = 1
+        trained = torch.from_numpy(row.weights) > 0
+        labels[at, : row.length] = torch.where(trained, ids[at, : row.length], -100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -204,22 +205,24 @@ def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
     fit the base: every tensor must be used, every site complete.
     """
     config = _read_peft_config(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = _read_peft_tensors(folder)
     ending = ".lora_A.weight"
     found = {name.removeprefix("base_model.model.").removesuffix(ending) for name in tensors if name.endswith(ending)}
     shape = AdapterShape(
         kind="dora" if config.get("use_dora") else "lora",
-        rank=int(config["r"]),  # type: ignore[call-overload]
-        alpha=float(config["lora_alpha"]),  # type: ignore[arg-type]
-        dropout=float(config.get("lora_dropout") or 0.0),  # type: ignore[arg-type]
+        rank=int(_number(folder, config, "r")),
+        alpha=_number(folder, config, "lora_alpha"),
+        dropout=_number(folder, config, "lora_dropout"),
         rslora=bool(config.get("use_rslora")),
         sites=tuple(name for name in base.linears if name in found),
     )
     sites: dict[str, AdapterSite] = {}
     for name in shape.sites:
-        a, b = tensors.pop(_peft_name(f"{name}.lora_A")), tensors.pop(_peft_name(f"{name}.lora_B"))
-        magnitude = tensors.pop(_peft_name(f"{name}.lora_magnitude_vector")) if shape.kind == "dora" else None
-        _check_shapes(base, name, shape.rank, a, b)
+        linear = base.linears[name]
+        a = _taken(folder, tensors, f"{name}.lora_A", (shape.rank, linear.in_features))
+        b = _taken(folder, tensors, f"{name}.lora_B", (linear.out_features, shape.rank))
+        dora = shape.kind == "dora"
+        magnitude = _taken(folder, tensors, f"{name}.lora_magnitude_vector", (linear.out_features,)) if dora else None
         sites[name] = _site(base, name, shape, seed, a, b, magnitude)
     if tensors or not sites:
         raise IntegrityError(
@@ -229,6 +232,16 @@ def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
     return Adapter(shape, sites, seed)
 
 
+# Fields of PEFT's configuration that change what an adapter computes, in ways that Kivnun does not follow.
+_UNUSUAL = (
+    "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "trainable_token_indices",
+    "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config", "fan_in_fan_out",
+)  # fmt: skip
+# Other starts (PiSSA, OLoRA, CorDA, LoftQ) change the base as well, and PEFT changes it again on loading.
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
 def _read_peft_config(folder: Path) -> Mapping[str, object]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -236,23 +249,39 @@ def _read_peft_config(folder: Path) -> Mapping[str, object]:
         raise IntegrityError(
             f"{folder} holds no readable adapter_config.json: {error}", hint="give a PEFT adapter folder"
         ) from error
-    unusual = [
-        key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias") if config.get(key)
-    ]
+    unusual = [f"{key} {config[key]!r}" for key in _UNUSUAL if config.get(key)]
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        unusual.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if config.get("peft_type") != "LORA" or unusual or config.get("bias", "none") != "none":
         raise IntegrityError(
-            f"{folder}: peft_type {config.get('peft_type')!r} with {unusual or 'no unusual fields'} cannot be used",
+            f"{folder}: peft_type {config.get('peft_type')!r}, bias {config.get('bias', 'none')!r} with "
+            f"{', '.join(unusual) or 'no unusual fields'} cannot be used",
             hint="LoRA and DoRA adapters of one rank, without trained biases or saved modules, are supported",
         )
     return config
 
 
-def _check_shapes(base: Base, name: str, rank: int, a_RI: Tensor, b_OR: Tensor) -> None:
-    linear = base.linears[name]
-    needed = ((rank, linear.in_features), (linear.out_features, rank))
-    found = (tuple(a_RI.shape), tuple(b_OR.shape))
-    if found != needed:
+def _read_peft_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}", hint="give a PEFT adapter folder as PEFT saves it") from error
+
+
+def _number(folder: Path, config: Mapping[str, object], key: str) -> float:
+    value = config.get(key) or 0.0
+    if not isinstance(value, int | float):
+        raise IntegrityError(f"{folder}: {key} must be a number, got {value!r}", hint="give a PEFT adapter folder as PEFT saves it")
+    return float(value)
+
+
+def _taken(folder: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor and take it out of `tensors`. Raises IntegrityError when it is missing or of another shape."""
+    tensor = tensors.pop(_peft_name(name), None)
+    if tensor is None or tuple(tensor.shape) != shape:
+        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
         raise IntegrityError(
-            f"{name}: the adapter's A and B are {found[0]} and {found[1]}, the base needs {needed[0]} and {needed[1]}",
-            hint="load the adapter on the base it was trained on",
+            f"{folder}: {name} {found}, the base needs {shape}", hint="load the adapter on the base it was trained on"
         )
+    return tensor
