@@ -1,7 +1,8 @@
 """The report of a run: what was asked, what happened, and whether the tuned model is better, from the run folder alone.
 
-`report.json` is read from `events.jsonl`, `resolved.yaml` and `manifest.json`; `report.html` is made from `report.json`'s values and
-nothing else. Works for runs that failed or were interrupted: what is not known is left out. Next: `page.py` (the HTML).
+`report.json` is read from `events.jsonl`, `resolved.yaml` and `manifest.json`; `report.html` is made from the values of
+`report.json` and nothing else. Works for runs that failed or were interrupted too: what is not known is left out.
+Next: `page.py` (the HTML).
 """
 
 from __future__ import annotations

@@ -63,10 +63,11 @@ def run_tasks(
 def generation_rows(rows: Sequence[Trainable], count: int, seed: int) -> list[TokenRow]:
     """Return up to `count` rows that have a prompt and a reply, chosen by the seed alone, in their order in the data.
 
-    Of a preference pair the chosen reply is the reference. Running text has no prompt and gives none.
+    Of a preference pair the chosen reply is the reference. Running text has no prompt and gives none, nor does a row whose reply
+    was cut off by truncation or is not trained (weight 0).
     """
     candidates = [row.chosen if isinstance(row, PreferencePair) else row for row in rows]
-    candidates = [row for row in candidates if 0 < row.prompt_len < row.length]
+    candidates = [row for row in candidates if row.prompt_len > 0 and _reply_ids(row)]
     picked = np.sort(permutation(len(candidates), seed, "evaluate_rows")[:count])
     return [candidates[int(place)] for place in picked]
 
@@ -87,7 +88,14 @@ def generate_replies(
 
 def reference_reply(row: TokenRow, tokenizer: ChatTokenizer) -> str:
     """Return the reply that the row was to teach, without the stop marker and what the template writes after it."""
-    return _reply_text(row.ids[row.prompt_len :].tolist(), tokenizer)
+    return _reply_text(_reply_ids(row), tokenizer)
+
+
+def _reply_ids(row: TokenRow) -> list[int]:
+    """Return the trained tokens that follow the prompt without a gap: the reply with its marker."""
+    trained = row.weights[row.prompt_len :] > 0
+    end = len(trained) if trained.all() else int(np.argmin(trained))
+    return row.ids[row.prompt_len : row.prompt_len + end].tolist()
 
 
 def _measure(name: str, samples: Sequence[Sample]) -> Measure:

@@ -1,0 +1,251 @@
+"""The report: read from the run folder alone, one file, everything escaped, verdicts in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kivnun.artifacts import write_manifest
+from kivnun.errors import RunFolderError
+from kivnun.evaluate.charts import Line, line_chart, short_number, ticks_between
+from kivnun.evaluate.report import CURVE_POINTS, read_report, write_report
+from kivnun.events import (
+    AdapterOpened,
+    BaseLoaded,
+    CheckpointSaved,
+    DataLoaded,
+    Evaluated,
+    Event,
+    EventLog,
+    Resumed,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Warned,
+)
+
+Intervals = dict[str, tuple[float, float]]
+
+SAMPLES_BASE: list[dict[str, object]] = [
+    {"prompt": "Translate to Hebrew: 3 August 2024", "reference": "3 באוגוסט 2024", "reply": "The date is the"},
+    {"prompt": "Translate to Hebrew: 17 hours", "reference": "17 שעות", "reply": ""},
+    {"prompt": "<script>alert('x')</script> & \"quotes\"", "reference": "</pre><b>bold", "reply": "<img src=x onerror=alert(1)>"},
+]
+SAMPLES_TUNED: list[dict[str, object]] = [
+    {**SAMPLES_BASE[0], "reply": "3 באוגוסט 2024"},
+    {**SAMPLES_BASE[1], "reply": "17 שעות"},
+    {**SAMPLES_BASE[2], "reply": "</dd></dl>"},
+]
+TUNED_INTERVALS: Intervals = {
+    "nll": (0.171, 0.214),
+    "exact_match": (0.84, 0.93),
+    "chrf": (93.1, 97.0),
+    "nll_difference": (-2.35, -2.19),
+    "exact_match_difference": (0.83, 0.93),
+    "chrf_difference": (81.0, 86.2),
+}
+
+
+def evaluated(which: str, step: int, nll: float, intervals: Intervals, **scores: float) -> Evaluated:
+    assert which in ("base", "tuned")
+    samples = SAMPLES_BASE if which == "base" else SAMPLES_TUNED
+    return Evaluated("base" if which == "base" else "tuned", step, nll, 300, scores, intervals, samples)
+
+
+def step_done(step: int, steps: int) -> StepDone:
+    loss = 0.19 + 2.3 * math.exp(-step / 60) + 0.05 * math.sin(step * 1.7)
+    rate = 4e-3 * min(step / 11, (steps - step) / (steps - 11))
+    return StepDone(step, steps, step // 90, loss, 0.8 + 0.2 * math.cos(step), rate, 32, 1210, 305, 0.11)
+
+
+def whole_run(steps: int = 360) -> list[Event]:
+    base: Intervals = {"nll": (2.38, 2.55), "exact_match": (0.0, 0.012), "chrf": (9.9, 12.6)}
+    return [
+        RunStarted("demo", "5f" * 32),
+        DataLoaded("messages", 2880, 300, 89_310, 27_002, 0, 0),
+        BaseLoaded("kivnun/tiny-phi", 3_803_136, "fp32", "ab" * 32, 0.2),
+        AdapterOpened("lora", 475_136, {"qkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 4}, 16),
+        evaluated("base", 0, 2.461, base, exact_match=0.003, chrf=11.2),
+        *(step_done(step, steps) for step in range(1, steps // 2 + 1)),
+        evaluated("tuned", steps // 2, 0.31, {"nll": (0.28, 0.34)}),
+        Warned("2 rows of the held-out file also stand in the training file (lines 17 and 40)"),
+        *(step_done(step, steps) for step in range(steps // 2 + 1, steps + 1)),
+        evaluated("tuned", steps, 0.192, TUNED_INTERVALS, exact_match=0.887, chrf=95.3),
+        RunFinished("succeeded", steps, 108_008, 52.4, 512 * 2**20),
+    ]
+
+
+def write_run(folder: Path, events: Sequence[Event]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "resolved.yaml").write_text("version: 1\nbase: kivnun/tiny-phi  # <the built-in base>\nseed: 7\n", encoding="utf-8")
+    with EventLog(folder / "events.jsonl", lambda: datetime(2026, 11, 24, 8, 0, tzinfo=UTC)) as log:
+        for event in events:
+            log.append(event)
+    environment = {"python": "3.11.2", "version.torch": "2.13.0+cpu", "threads": 2}
+    write_manifest(folder, {"spec_hash": "5f" * 32, "environment": environment}, files=["resolved.yaml"])
+    return folder
+
+
+class Checker(HTMLParser):
+    """Collects tags, addresses and visible text, and requires that tags close in order."""
+
+    VOID = ("meta", "br", "img", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "action", "data") or name.startswith("on")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def checked_page(folder: Path) -> Checker:
+    checker = Checker()
+    checker.feed(write_report(folder).read_text(encoding="utf-8"))
+    assert checker.open == []
+    return checker
+
+
+def test_page_is_one_file_with_every_value_escaped(tmp_path: Path) -> None:
+    page = checked_page(write_run(tmp_path / "run", whole_run()))
+    assert page.addresses == []
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    for text in ("<script>alert('x')</script> & \"quotes\"", "<img src=x onerror=alert(1)>", "</dd></dl>", "# <the built-in base>"):
+        assert text in page.text
+
+
+def test_page_tells_verdict_figures_and_samples(tmp_path: Path) -> None:
+    page = checked_page(write_run(tmp_path / "demo", whole_run()))
+    for text in (
+        "Better than the base",
+        "On 300 held-out rows every measure improved",
+        "88.7 %",
+        "difference +88.4 points [83.0 to 93.0]",
+        "[84.0 % to 93.0 %]",
+        "difference −2.269 [−2.350 to −2.190]",
+        "3 באוגוסט 2024",
+        "(nothing)",
+        "27,002 (30.23 %)",
+        "512 MiB",
+        "2.13.0+cpu",
+        "5f" * 32,
+        "(lines 17 and 40)",
+    ):
+        assert text in page.text
+
+
+def test_report_json_holds_what_the_page_shows(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo", whole_run())
+    write_report(folder)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (report["version"], report["run"], report["status"]) == (1, "demo", "succeeded")
+    assert [figure["name"] for figure in report["figures"]] == ["nll", "exact_match", "chrf"]
+    assert {figure["verdict"] for figure in report["figures"]} == {"better"}
+    assert report["held_out"] == [[0, 2.461], [180, 0.31], [360, 0.192]]
+    assert report["curve"]["step"][-1] == 360
+    assert len(report["samples"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("nll", "exact_match", "headline"),
+    [
+        ((-0.2, -0.1), (0.1, 0.2), "Better than the base"),
+        ((0.1, 0.2), (-0.2, -0.1), "Worse than the base"),
+        ((-0.1, 0.1), (-0.2, 0.1), "No detectable difference"),
+        ((-0.2, -0.1), (-0.2, 0.1), "Better on 1 of 2 measures"),
+        ((0.1, 0.2), (-0.2, 0.1), "Worse on 1 of 2 measures"),
+        ((-0.2, -0.1), (-0.2, -0.1), "A mixed result"),
+        (None, None, "Too few rows for a verdict"),
+    ],
+)
+def test_headline_follows_from_the_paired_intervals(
+    tmp_path: Path, nll: tuple[float, float] | None, exact_match: tuple[float, float] | None, headline: str
+) -> None:
+    found = {"nll_difference": nll, "exact_match_difference": exact_match}
+    intervals = {name: interval for name, interval in found.items() if interval is not None}
+    events = [evaluated("base", 0, 2.0, {}, exact_match=0.5), evaluated("tuned", 5, 2.0, intervals, exact_match=0.5)]
+    assert read_report(write_run(tmp_path / "run", events)).headline == headline
+
+
+def test_failed_run_without_evaluation_or_manifest_still_has_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [RunStarted("run", "00"), RunFailed("non_finite_loss", "the loss of step 3 is nan")])
+    (folder / "manifest.json").unlink()
+    page = checked_page(folder)
+    assert "No verdict" in page.text
+    assert "the loss of step 3 is nan" in page.text
+
+
+def test_resumed_run_draws_each_step_once(tmp_path: Path) -> None:
+    first = [step_done(step, 10) for step in range(1, 8)]
+    again = [step_done(step, 10) for step in range(5, 11)]
+    saved = CheckpointSaved(4, "checkpoints/step-000004", 0.1)
+    report = read_report(write_run(tmp_path / "run", [*first[:4], saved, *first[4:], Resumed(4, saved.path), *again]))
+    assert report.curve is not None
+    assert report.curve.step == list(range(1, 11))
+    assert report.notes == ["Resumed at step 4."]
+
+
+def test_long_curve_is_thinned_and_keeps_its_mean(tmp_path: Path) -> None:
+    events: list[Event] = [step_done(step, 1001) for step in range(1, 1002)]
+    curve = read_report(write_run(tmp_path / "run", events)).curve
+    assert curve is not None
+    assert curve.steps_per_point == 3
+    assert len(curve.loss) == 334 <= CURVE_POINTS
+    assert curve.step[-1] == 1001
+
+
+def test_page_of_a_one_step_run_is_drawn(tmp_path: Path) -> None:
+    assert "svg" in checked_page(write_run(tmp_path / "run", [step_done(1, 1)])).tags
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="does not exist"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]),
+        (1, 360, [50, 100, 150, 200, 250, 300, 350]),
+    ],
+)
+def test_ticks_are_round_numbers_inside_the_range(low: float, high: float, ticks: list[float]) -> None:
+    assert ticks_between(low, high) == pytest.approx(ticks)
+
+
+def test_ticks_are_written_shortly() -> None:
+    assert [short_number(value) for value in (0, 0.25, 2000, 4e-4, 2.5e-5, 1e8)] == ["0", "0.25", "2,000", "4e-4", "2.5e-5", "1e8"]
+
+
+def test_chart_keeps_every_point_inside_its_frame() -> None:
+    svg = line_chart([Line("train", [(1, 5.0), (2, -1.0), (3, 2.5)], dots=True)], "step", "loss", "a <chart>")
+    heights = [float(part.split('"')[0]) for part in svg.split('cy="')[1:]]
+    assert len(heights) == 3
+    assert all(12 <= height <= 210 for height in heights)
+    assert "a &lt;chart&gt;" in svg
