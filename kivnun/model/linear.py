@@ -96,7 +96,7 @@ def dora_row_norm(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float)
     """Return the row norms of W + scaling * B A, float32 [O], without forming the O x I sum.
 
     norm^2 = |W_o|^2 + 2 s B_o (A W_o) + s^2 B_o (A A^T) B_o^T; the three terms are summed in float64, since they cancel where
-    the delta undoes a row.
+    the delta undoes a row. |W_o| and A W_o hold float32's digits, so a row undone to a hundredth keeps two or three of them.
     """
     w_a_OR = F.linear(weight_OI, a_RI.to(weight_OI.dtype)).double()
     b_OR64 = b_OR.double()
