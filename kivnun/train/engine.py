@@ -144,10 +144,12 @@ class Trainee:
     def load(self, folder: Path) -> None:
         """Take the state of `save`. Raises IntegrityError when its tensors are not this trainee's."""
         tensors = load_file(folder / "state.safetensors")
-        if set(tensors) != set(self._parameters):
-            odd = sorted(set(tensors) ^ set(self._parameters))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        needed = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if shapes != needed:
+            odd = sorted(name for name, _ in shapes.items() ^ needed.items())
             raise IntegrityError(
-                f"{folder} does not fit: {len(odd)} tensors differ, first {odd[0]}", hint="resume with the spec it was made by"
+                f"{folder} does not fit: {len(set(odd))} tensors differ, first {odd[0]}", hint="resume with the spec it was made by"
             )
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
