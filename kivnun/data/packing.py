@@ -45,6 +45,7 @@ class PackedBatch:
 
 def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     """Return the rows as one pack. The prediction of a row's first token is never supervised (`TokenRow.weights[0]` is 0)."""
+    assert all(row.weights[0] == 0 for row in rows)  # else it would be predicted from the row before
     lengths = tuple(row.length for row in rows)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     supervised = [np.flatnonzero(row.weights) for row in rows]
