@@ -62,7 +62,7 @@ pre { background: var(--code); border: 1px solid var(--rule); border-radius: 8px
 .hashes td:last-child { font: .8rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 ul { margin: 0; padding-left: 20px; } li { overflow-wrap: anywhere; white-space: pre-wrap; }
 @media (max-width: 520px) { main { padding: 20px 14px 40px; } .said { grid-template-columns: minmax(0, 1fr); gap: 2px; }
-  .said dd { margin-bottom: 8px; } }
+  .said dd { margin-bottom: 8px; } svg text { font-size: 16px; } }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
 
@@ -107,7 +107,8 @@ PAGE = """<!doctype html>
 {% endfor %}
 </div>
 <p class="soft" style="margin-top:10px">In brackets: 95 % intervals from resampling the held-out rows. “Better” and “worse”
-are said only where the interval of the difference, on the same rows, excludes zero.</p>
+are said only where the interval of the difference, on the same rows, excludes zero.
+Replies are generated for at most <code>evaluation.generate_rows</code> of the rows.</p>
 {% endif %}
 
 {% if charts %}
