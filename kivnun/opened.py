@@ -79,6 +79,10 @@ class OpenedRun:
             model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base
         )
 
+    def fresh_base(self) -> Base:
+        """Return the pretrained model loaded anew: full tuning changes the one it is given."""
+        return self._load(self.base_folder)
+
     def _load(self, place: Path) -> Base:
         torch.set_num_threads(cast(int, self.spec.compute.threads))
         spec = self.spec.base

@@ -34,11 +34,13 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
 
     keep_freed_memory()
     with working("loading the run"):
-        from kivnun.pipeline import export_run
+        from kivnun.export.merge import export_run
 
         result = export_run(run, form, output)
     if as_json:
         print_json(result)
         return
     stdout().print(str(output))
-    stderr().print(f"written and checked: {form} of {run}")
+    gate = result.get("gate")
+    compared = f", mean KL to base plus adapter {gate['kl']:.1e} over {gate['positions']:,} positions" if gate else ""
+    stderr().print(f"written and checked: {form} of {run}{compared}")

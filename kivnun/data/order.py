@@ -31,8 +31,8 @@ class RowOrder:
     epochs: int | None
     num_steps: int | None
     seed: int
-    _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-    _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ends: list[int] = field(default_factory=list[int], init=False, repr=False, compare=False)
+    _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict[int, list[np.ndarray]], init=False, repr=False, compare=False)
 
     @property
     def steps(self) -> int:

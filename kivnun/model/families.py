@@ -7,11 +7,13 @@ configuration. Imports nothing heavy, so that listing bases costs nothing. Next:
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from kivnun.errors import BaseModelError
 
@@ -141,18 +143,21 @@ def count_parameters(folder: Path) -> int:
     return sum(_header_elements(file) for file in files)
 
 
+def stored_dtype(folder: Path) -> str:
+    """Return how the base's weights are stored: "bf16" when all floating tensors are, else "fp32"."""
+    kinds = {entry["dtype"] for file in folder.glob("*.safetensors") for entry in _tensors(file)}
+    return "bf16" if kinds == {"BF16"} else "fp32"
+
+
 def _header_elements(file: Path) -> int:
+    return sum(math.prod(entry["shape"]) for entry in _tensors(file))
+
+
+def _tensors(file: Path) -> list[dict[str, Any]]:
+    """Return the entries of a safetensors header: dtype and shape of each tensor."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    total = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        elements = 1
-        for size in entry["shape"]:
-            elements *= size
-        total += elements
-    return total
+    return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
 def copy_tokenizer(base_folder: Path, place: Path, template: Path | None) -> None:

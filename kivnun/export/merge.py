@@ -1,0 +1,156 @@
+"""What other programs load, from a finished run: the adapter for PEFT, or the whole model with the adapter folded in.
+
+Nothing is handed out unchecked. An adapter is copied after its hashes were compared; a merged model is read back and compared
+with base plus adapter on held-out rows, and is not left behind when it answers differently.
+Shapes: S supervised positions, V vocabulary. Next: `verify.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kivnun.artifacts import atomic_folder, check_manifest, hash_folder
+from kivnun.data.packing import PackedBatch, pack
+from kivnun.data.rows import PreferencePair, TokenRow, Trainable
+from kivnun.errors import IntegrityError, RunFolderError
+from kivnun.model.adapters import load_peft
+from kivnun.model.attention import Rows
+from kivnun.model.families import copy_tokenizer, stored_dtype
+from kivnun.model.linear import AdapterSite
+from kivnun.model.load import DTYPES, Base, load_base
+from kivnun.opened import OpenedRun, open_run
+
+MERGE_RECORD = "kivnun_merge.json"
+GATE_ROWS = 32
+
+# Mean KL divergence (nats per position) allowed between base plus adapter in float32 and the merged weights as they were stored.
+# float32 leaves rounding of sums alone; bfloat16 rounds every weight to 8 bits, which costs a few 1e-4 on the models tried.
+MAX_KL = {"fp32": 1e-6, "bf16": 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How alike two models are on the same positions: mean KL (nats), and the share of positions with the same likeliest token."""
+
+    kl: float
+    greedy_agreement: float
+    positions: int
+
+
+def export_run(run_dir: Path, form: str, output: Path) -> dict[str, Any]:
+    """Write `output` as "peft" or "merged" and return {run, form, folder} with what was checked.
+
+    Raises RunFolderError when the output is there already or the run has no such form, IntegrityError when a hash differs or the
+    merged model answers differently.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunFolderError(f"{output} exists already", hint="choose another --output")
+    run = open_run(run_dir)
+    manifest = check_manifest(run.folder.path)
+    said = manifest["base"]["content_hash"]
+    if hash_folder(run.base_folder) != said:
+        raise IntegrityError(
+            f"{run.base_folder} is not the base this run was tuned on: its content hash should be {said}",
+            hint="bring back the base as it was, or tune again",
+        )
+    checks = export_peft(run, output) if form == "peft" else export_merged(run, output)
+    return {"run": str(run_dir), "form": form, "folder": str(output), **checks}
+
+
+def export_peft(run: OpenedRun, output: Path) -> dict[str, Any]:
+    """Copy the adapter; return its hash, the same on both sides. Raises RunFolderError for full tuning, which has none."""
+    if run.is_full:
+        raise RunFolderError(
+            f"{run.folder.path} trained the whole model, so there is no adapter", hint="export it with --to merged: a model folder"
+        )
+    with atomic_folder(output) as place:
+        shutil.copytree(run.folder.adapter, place, dirs_exist_ok=True)
+        copied, own = hash_folder(place), hash_folder(run.folder.adapter)
+        if copied != own:
+            raise IntegrityError(f"the copy of {run.folder.adapter} differs: {copied} instead of {own}", hint="try another disk")
+    return {"content_hash": copied}
+
+
+def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
+    """Write the whole model with the adapter folded in, in float32 arithmetic and the base's own storage type.
+
+    Raises IntegrityError when the base already holds this adapter, or when what was written answers differently.
+    """
+    if run.is_full:
+        with atomic_folder(output) as place:
+            shutil.copytree(run.folder.model, place, dirs_exist_ok=True)
+        return {"content_hash": hash_folder(output)}
+    adapter_hash = hash_folder(run.folder.adapter)
+    _refuse_second_merge(run.base_folder, adapter_hash)
+    precision = stored_dtype(run.base_folder)
+    base = load_base(run.base_folder, "fp32", "cpu", run.spec.base.rope_factors)
+    adapter = load_peft(base, run.folder.adapter)
+    rows = _gate_rows(run)
+    expected = [_log_probs(base, adapter.sites, pack([row])) for row in rows]
+    with atomic_folder(output) as place:
+        fold_in(base, adapter.sites)
+        base.model.to(DTYPES[precision])
+        base.model.save_pretrained(place)  # type: ignore[operator]
+        copy_tokenizer(run.base_folder, place, run.spec.data.template)
+        record = {"base_hash": base.content_hash, "adapter_hash": adapter_hash, "base": run.spec.base.model, "stored": precision}
+        (place / MERGE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        written = load_base(place, "fp32", "cpu", run.spec.base.rope_factors)
+        likeness = _likeness(expected, [_log_probs(written, {}, pack([row])) for row in rows])
+        if likeness is not None and not likeness.kl <= MAX_KL[precision]:
+            raise IntegrityError(
+                f"the merged model answers differently: mean KL {likeness.kl:.2g} nats, {MAX_KL[precision]:.0e} is allowed",
+                hint="use the adapter as it is (--to peft), or tune on a base that is stored in float32",
+            )
+    gate = (
+        None
+        if likeness is None
+        else {"kl": likeness.kl, "greedy_agreement": likeness.greedy_agreement, "positions": likeness.positions}
+    )
+    return {"content_hash": hash_folder(output), "stored": precision, "gate": gate}
+
+
+@torch.no_grad()
+def fold_in(base: Base, sites: Mapping[str, AdapterSite]) -> None:
+    """Change the base's weights in place to what base plus adapter computes."""
+    for name, site in sites.items():
+        weight = base.linears[name].weight
+        weight.copy_(site.merged(weight))
+
+
+def _refuse_second_merge(base_folder: Path, adapter_hash: str) -> None:
+    record = base_folder / MERGE_RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("adapter_hash") == adapter_hash:
+        raise IntegrityError(f"{base_folder} already holds this adapter", hint="use the folder as it is")
+
+
+def _gate_rows(run: OpenedRun) -> list[TokenRow]:
+    """Return up to GATE_ROWS held-out rows, or training rows where none is held out."""
+    items: list[Trainable] = run.dataset.validation or list(run.dataset.train.rows)
+    sides = [item.chosen if isinstance(item, PreferencePair) else item for item in items[:GATE_ROWS]]
+    return [row for row in sides if row.total_weight > 0]
+
+
+@torch.no_grad()
+def _log_probs(base: Base, sites: Mapping[str, AdapterSite], batch: PackedBatch) -> Tensor:
+    """Return the log-probabilities [S, V] of every token at each supervised position, float64."""
+    with base.using(sites):
+        h_TD = base.hidden(torch.from_numpy(batch.ids_T), torch.from_numpy(batch.positions_T), Rows(list(batch.lengths)))
+        return torch.log_softmax(base.head(h_TD[torch.from_numpy(batch.select_S)]).double(), dim=1)
+
+
+def _likeness(expected: list[Tensor], found: list[Tensor]) -> Likeness | None:
+    """Return the likeness over all positions; None where there is no position to compare."""
+    if not expected:
+        return None
+    p_SV, q_SV = torch.cat(expected), torch.cat(found)
+    kl_S = (p_SV.exp() * (p_SV - q_SV)).sum(1)
+    agree = cast(Tensor, p_SV.argmax(1) == q_SV.argmax(1)).double().mean()
+    return Likeness(float(kl_S.mean()), float(agree), len(p_SV))
