@@ -359,7 +359,7 @@ def read_events(path: Path) -> list[Event]:
 
 def _without_superseded(events: list[Event], step: int) -> list[Event]:
     """Return what still counts of the events before a run went back to `step`: it redoes the later steps, and what came after
-    the checkpoint of that very step (a score of the last one, an end that was not quite reached). The base's score holds for any."""
+    the checkpoint of that very step (a score of the last one, an end not quite reached). The base's score holds for any."""
     returned = (at for at, event in enumerate(events) if isinstance(event, (CheckpointSaved, Resumed)) and event.step == step)
     saved_at = max(returned, default=len(events))
     return [event for at, event in enumerate(events) if not _superseded(event, step, after_saving=at > saved_at)]

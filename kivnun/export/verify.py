@@ -6,6 +6,7 @@ say which of the two was asked. `docs/guides/resume-and-verify.md` tells it to u
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -213,10 +214,8 @@ def _retrain(run: OpenedRun, num_steps: int) -> list[StepDone]:
         }
     )
     with tempfile.TemporaryDirectory(prefix="kivnun-verify-") as place:
-        try:
+        with contextlib.suppress(_Enough):
             tune(light, light.to_yaml(), Path(place) / "run", listener=listen)
-        except _Enough:
-            pass
     return steps
 
 
