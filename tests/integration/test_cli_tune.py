@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,38 @@ def test_set_overrides_the_spec(spec: Path, tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 8
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == 2
+
+
+def test_verify_says_that_the_run_reproduces_and_finds_a_changed_file(
+    tuned: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned[0], copy)
+    assert run(["verify", str(copy), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ok"]
+    assert {"files", "held-out score", "first steps"} <= {check["name"] for check in found["checks"]}
+    with (copy / "adapter" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert run(["verify", str(copy)]) == 8
+    out, err = capsys.readouterr()
+    assert "FAILED" in out
+    assert "adapter_model.safetensors was changed" in out
+    assert "integrity: " in err
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_export_writes_a_folder_once(
+    form: str, tuned: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    assert run(["export", str(tuned[0]), "--to", form, "--output", str(made), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["form"], result["folder"]) == (form, str(made))
+    before = sorted(path.name for path in made.iterdir())
+    assert ("adapter_config.json" if form == "peft" else "config.json") in before
+    assert run(["export", str(tuned[0]), "--to", form, "--output", str(made)]) == 5
+    assert sorted(path.name for path in made.iterdir()) == before
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["chat", "--once", "x"], ["verify"]], ids=lambda command: command[0])
