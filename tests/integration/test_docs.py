@@ -1,0 +1,179 @@
+"""The documentation holds: its links lead somewhere, its specs are specs, its rows are rows, and its commands run as printed.
+
+A page is a session: a file is saved where the text says `name` before a block, and the lines of `sh` blocks are run in their order,
+each page in a folder of its own. A comment `# exit status N` says how a command ends; without one it ends with 0. What a
+`text` block shows is what the commands print.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from kivnun.cli import failure
+from kivnun.cli.main import cli, run
+from kivnun.data.formats import read_records
+from kivnun.data.scenarios import cldr
+from kivnun.errors import KivnunError
+from kivnun.spec import parse_spec
+
+ROOT = Path(__file__).parents[2]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "recipes").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+SESSIONS = [ROOT / "README.md", *GUIDES]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"`([\w.-]+\.(?:jsonl|yaml))`[^`]*\Z")
+STATUS = re.compile(r"\s+# exit status (\d+)$")
+# One thread, so that workers side by side do not wait for one another.
+ONE_THREAD = ("--set", "compute.threads=1")
+# The command writes 200; every score of the page is taken over them, six times in all.
+HELD_OUT_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block: its language, its text, and the file that the sentence before it names."""
+
+    language: str
+    text: str
+    name: str | None
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
+        name = NAMED.search(before)
+        yield Block(match[1], match[2], name[1] if name else None)
+
+
+def prose(page: Path) -> str:
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).strip().replace(" ", "-") for head in heads}
+
+
+def commands(page: Path) -> Iterator[tuple[list[str], int]]:
+    """Yield each command of the page's `sh` blocks that a test can run, with the exit status it should have."""
+    for block in blocks(page):
+        if block.language == "sh":
+            for line in block.text.splitlines():
+                status = STATUS.search(line)
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["kivnun"] or words[:2] == ["python", "-m"]:
+                    yield words, int(status[1]) if status else 0
+
+
+def is_tree(block: Block) -> bool:
+    return block.text.startswith("kivnun/\n")
+
+
+def save_files(page: Path, folder: Path) -> None:
+    for block in blocks(page):
+        if block.name is not None and block.language in ("json", "yaml", "text"):
+            (folder / block.name).write_text(block.text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_relative_link_leads_to_a_file_and_an_anchor_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{named(page)}: {link}"
+        assert target.is_relative_to(ROOT), f"{named(page)}: {link} leaves the repository"
+        assert not anchor or anchor in anchors(target), f"{named(page)}: {link}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", prose(index))}
+    assert [named(page) for page in DOCS if page != index and page not in linked] == []
+
+
+def test_the_tree_of_the_readme_is_the_tree_of_the_repository() -> None:
+    tree = next(block.text for block in blocks(ROOT / "README.md") if is_tree(block))
+    listed = [("kivnun/" if line.startswith("  ") else "") + line.split()[0].rstrip("/") for line in tree.splitlines()]
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+    package = [path for path in (ROOT / "kivnun").iterdir() if not path.name.startswith("_") and path.name != "py.typed"]
+    assert {named(path) for path in package} - set(listed) == set()
+
+
+@pytest.mark.parametrize("page", [*SESSIONS, ROOT / "docs" / "reference" / "spec.md"], ids=named)
+def test_every_spec_shown_is_a_spec(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    for block in blocks(page):
+        if block.language == "yaml":
+            parse_spec(block.text, folder=tmp_path)
+
+
+@pytest.mark.parametrize("page", SESSIONS, ids=named)
+def test_every_row_shown_is_a_row(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page):
+        if block.language == "json":
+            (tmp_path / "rows.jsonl").write_text(block.text, encoding="utf-8")
+            _, records, problems = read_records(tmp_path / "rows.jsonl")
+            assert problems == []
+            assert len(records) == len(block.text.splitlines())
+
+
+@pytest.mark.parametrize("page", SESSIONS, ids=named)
+def test_the_commands_of_a_page_run_in_their_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_files(page, tmp_path)
+    said = ""
+    for words, status in commands(page):
+        if words[0] == "python":
+            assert words[2] == cldr.__name__
+            cldr.write(Path(words[3]), validation=HELD_OUT_ROWS)
+            continue
+        more = ONE_THREAD if words[1] == "tune" else ()
+        ended = run([*words[1:], *more])
+        out, err = capsys.readouterr()
+        assert ended == status, f"{shlex.join(words)}\n{err}"
+        assert "Traceback" not in err
+        if "--json" in words:
+            json.loads(out.splitlines()[-1])
+        said += out + err
+    printed = {" ".join(line.split()) for line in said.splitlines()}
+    shown = [block.text for block in blocks(page) if block.language == "text" and block.name is None and not is_tree(block)]
+    wrong = [line for text in shown for line in text.splitlines() if " ".join(line.split()) not in printed]
+    assert wrong == [], "the page shows what the commands do not print"
+
+
+def test_every_command_is_run_on_some_page() -> None:
+    shown = [words for page in SESSIONS for words, _ in commands(page)]
+    run_somewhere = {tuple(word for word in words[1:3] if word.isalpha()) for words in shown}
+    for name, command in cli.commands.items():
+        leaves = [(name, below) for below in command.commands] if isinstance(command, click.Group) else [(name,)]
+        for leaf in leaves:
+            assert any(words[: len(leaf)] == leaf for words in run_somewhere), f"kivnun {' '.join(leaf)} is shown nowhere"
+
+
+def test_every_error_code_is_explained_in_a_guide_and_in_the_reference() -> None:
+    guides = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    reference = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    for status, code, _meaning in failure.exit_statuses():
+        if code:
+            assert f"| `{code}` | {status} |" in guides, f"no guide says what to do about {code}"
+            assert f"`{code}`" in reference
+    assert KivnunError.code not in {code for _, code, _ in failure.exit_statuses()}
