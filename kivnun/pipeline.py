@@ -65,7 +65,7 @@ from kivnun.events import (
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row
 from kivnun.model.load import Base, load_base
-from kivnun.run_folder import RunFolder, check_same, claim, seconds_worked, write_specs
+from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
@@ -96,6 +96,7 @@ def tune(
     folder = RunFolder(run_dir)
     claim(folder, resume=resume)
     if folder.is_finished:
+        check_finished(folder, spec)
         return folder.read_result()
     with EventLog(folder.events, utc_now) as log:
         for place in (folder.path, folder.base_evaluation.parent):
@@ -134,10 +135,14 @@ class _Run:
         self._tell_data(dataset, tokenizer)
 
         base = self._load_base(spec, base_folder)
+        if not isinstance(spec.adapter, FullSpec):
+            resolve_targets(base, spec.adapter.target_modules)  # a wrong name is told before the base is scored, which takes long
+        same = _sameness(spec, dataset, base)
+        check_start(self.folder, self.spec, same)
         engine = TorchEngine(base)
         scored_base = self._score_base(spec, engine, dataset, tokenizer)
         trainee = self._open_trainee(spec, engine, dataset)
-        self._train(spec, trainee, dataset, tokenizer, base)
+        self._train(spec, trainee, dataset, tokenizer, same)
 
         with atomic_folder(self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter) as place:
             trainee.export(place, spec.base.model)
@@ -228,13 +233,8 @@ class _Run:
         )
         return trainee
 
-    def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, base: Base) -> None:
-        fields = {
-            "data_hash": dataset.content_hash,
-            "base_hash": base.content_hash,
-            "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
-        }
-        saver = _Saver(spec, self.folder, trainee, fields, self.log, self.emit)
+    def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, same: Mapping[str, Any]) -> None:
+        saver = _Saver(spec, self.folder, trainee, same, self.log, self.emit)
         saver.restore()
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
@@ -291,7 +291,7 @@ class _Run:
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
         }
-        kept = ["spec.yaml", "resolved.yaml", "evaluation", self._result_folder(spec)]
+        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)
         atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -338,6 +338,15 @@ class _Saver:
         self._cadence.saved()
         name = str(path.relative_to(self._folder.path))
         self._emit(CheckpointSaved(step=step, path=name, seconds=time.monotonic() - began))
+
+
+def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
+    """Return what must not change between the processes that work on one run, beside its spec."""
+    return {
+        "data_hash": dataset.content_hash,
+        "base_hash": base.content_hash,
+        "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
+    }
 
 
 def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:

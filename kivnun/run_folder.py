@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / "resolved.yaml"
 
     @property
+    def start(self) -> Path:
+        """What the run was begun with: the spec with its overrides, and the hashes of data and base, and the environment."""
+        return self.path / "start.json"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -68,6 +73,12 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def has_begun(self) -> bool:
+        """Return whether anything was computed here. A run refused for its data or its base leaves only what was said of it."""
+        said = {self.spec.name, self.resolved.name, self.events.name}
+        return any(entry.name not in said for entry in self.path.iterdir())
+
+    @property
     def is_finished(self) -> bool:
         """Return whether the run came to its end: the result and the manifest are written last."""
         return self.result.is_file() and (self.path / MANIFEST).is_file()
@@ -92,16 +103,21 @@ class RunFolder:
 def claim(folder: RunFolder, *, resume: bool) -> None:
     """Make the folder ready for a run. Raises RunFolderError when it holds one that was not asked to be gone on with."""
     occupied = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
-    if occupied and not resume:
+    if occupied and not resume and not _was_refused(folder):
         raise RunFolderError(f"{folder.path} exists already", hint="choose another --output, or go on with it with --resume")
     if occupied and not folder.events.is_file():
         raise RunFolderError(f"{folder.path} is not a run folder: it has no events.jsonl", hint="choose another --output")
     make_folder(folder.path)
 
 
+def _was_refused(folder: RunFolder) -> bool:
+    """Return whether the folder's run came to nothing, so that the command may be given again once its cause is mended."""
+    return folder.path.is_dir() and folder.events.is_file() and not folder.has_begun
+
+
 def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapping[str, str]) -> None:
     """Write the spec as given and as resolved. Raises RunFolderError when the folder's run was made by another one."""
-    if folder.resolved.is_file():
+    if folder.resolved.is_file() and folder.has_begun:
         before = folder.read_spec()
         changed = _differences(before.to_tree(), spec.to_tree())
         if changed:
@@ -113,13 +129,46 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
     atomic_write(folder.resolved, resolved_yaml(spec, reasons))
 
 
+def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
+    """Refuse a finished run as the result of another spec than the one it was begun with; one it cannot read, it lets pass.
+    Raises RunFolderError, which says what differs."""
+    try:
+        before = TuneSpec.model_validate((_read_start(folder) or {})["spec"])
+    except (KeyError, ValueError):  # written by another version: its result is what is asked for
+        return
+    changed = _differences(before.to_tree(), spec.to_tree())
+    if changed:
+        raise RunFolderError(
+            f"{folder.path} was finished with another spec: {'; '.join(changed)}", hint="choose another --output for the new one"
+        )
+
+
+def check_start(folder: RunFolder, spec: TuneSpec, now: Mapping[str, Any]) -> None:
+    """Write down what the run begins with, or compare with what it was begun with: `now` as in `check_same`, which needs no
+    checkpoint. A score of the base, too, holds for these rows and this base alone. Raises RunFolderError, StorageError."""
+    before = _read_start(folder)
+    if before is None:
+        atomic_write(folder.start, json.dumps({"spec": spec.to_tree(), **now}, indent=2, ensure_ascii=False) + "\n")
+    else:
+        check_same(folder, before, now)
+
+
+def _read_start(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        return json.loads(folder.start.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder.start} cannot be read: {error}", hint="restore it, or choose another --output") from error
+
+
 def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint made from other data, another base or in another numeric environment.
+    """Refuse to go on with a run of other data, another base or another numeric environment.
 
     `before` and `now` hold `data_hash`, `base_hash` and `environment`. Raises RunFolderError, which says what differs.
     """
     changed = [
-        f"the {what} changed since the checkpoint was saved"
+        f"the {what} changed since the run was begun"
         for name, what in (("data_hash", "training or validation data"), ("base_hash", "base's weights or configuration"))
         if before[name] != now[name]
     ]
