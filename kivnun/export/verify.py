@@ -77,6 +77,8 @@ def verify_run(run_dir: Path, on_check: Callable[[Check], None] = lambda check: 
     for name, question in questions:
         checks.append(_answer(name, question))
         on_check(checks[-1])
+        if name == "files" and not checks[-1].ok:  # nothing can be asked of files that are not the run's
+            break
     return checks
 
 
@@ -213,9 +215,8 @@ def _retrain(run: OpenedRun, num_steps: int) -> list[StepDone]:
             "checkpoints": spec.checkpoints.model_copy(update=never),
         }
     )
-    with tempfile.TemporaryDirectory(prefix="kivnun-verify-") as place:
-        with contextlib.suppress(_Enough):
-            tune(light, light.to_yaml(), Path(place) / "run", listener=listen)
+    with tempfile.TemporaryDirectory(prefix="kivnun-verify-") as place, contextlib.suppress(_Enough):
+        tune(light, light.to_yaml(), Path(place) / "run", listener=listen)
     return steps
 
 
