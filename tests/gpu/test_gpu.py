@@ -1,0 +1,133 @@
+"""The same facts on CUDA: packed = alone, steps as on the CPU, states that go on, answers that stay. Tolerances instead of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from kivnun.model.dropout import dropped, token_keys
+from kivnun.model.generate import SamplingParams, generate
+from kivnun.model.load import load_base
+from kivnun.train.engine import TorchEngine, Trainee
+from kivnun.train.objectives import LikelihoodObjective
+from kivnun.train.optim import MuonSettings
+from kivnun.train.weights import FullWeights
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false"),
+]
+
+TinyBase = Callable[[str], Path]
+# fp32 on CUDA differs from the CPU by summation order; bf16 by its eight bits.
+TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}
+ROWS = [tiny.random_ids(length) for length in (1, 2, 12, 13, 24, 25, 100)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_packed_rows_are_rows_alone_and_those_of_the_cpu(name: str, precision: str, tiny_base: TinyBase):
+    base, exact = load_base(tiny_base(name), precision, DEVICE), load_base(tiny_base(name), "fp32")
+    tolerance = TOLERANCE[precision]
+    for ids, logits in zip(ROWS, tiny.packed_logits(base, ROWS), strict=True):
+        assert tiny.relative_difference(logits, tiny.packed_logits(base, [ids])[0]) < tolerance
+        assert tiny.relative_difference(logits, tiny.packed_logits(exact, [ids])[0]) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_token_changed_in_one_row_changes_no_other_row(precision: str, tiny_base: TinyBase):
+    base = load_base(tiny_base("phi3_window"), precision, DEVICE)
+    before = tiny.packed_logits(base, ROWS)
+    other = [*ROWS[:-1], [*ROWS[-1][:-1], ROWS[-1][-1] % (tiny.VOCAB - 1) + 1]]
+    after = tiny.packed_logits(base, other)
+    assert all(torch.equal(x, y) for x, y in zip(before[:-1], after[:-1], strict=True))
+    assert not torch.equal(before[-1], after[-1])
+
+
+def _trainee(folder: Path, kind: str, precision: str, device: str) -> Trainee:
+    base = load_base(folder, precision, device)
+    weights = FullWeights(base) if kind == "full" else tiny.new_weights(base, kind, dropout=0.3)  # type: ignore[arg-type]
+    return tiny.new_trainee(base, weights, max_grad_norm=1.0)
+
+
+def _losses(trainee: Trainee, steps: int, rate: float = 1e-3) -> list[float]:
+    losses = []
+    for step in range(steps):
+        rows = [tiny.token_row(tiny.random_ids(length, step), at) for at, length in enumerate((2, 9, 60))]
+        total = sum(row.total_weight for row in rows)
+        losses.append(sum(trainee.forward_backward(trainee.objective.pack(part), total) for part in (rows[:1], rows[1:])))
+        trainee.optim_step(rate)
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("name", ["phi3", "phi4_mini", "gemma2"])
+def test_steps_have_the_losses_of_the_cpu(name: str, kind: str, precision: str, tiny_base: TinyBase):
+    """Dropout included: its masks are the same on every device."""
+    here = _losses(_trainee(tiny_base(name), kind, precision, DEVICE), 8)
+    there = _losses(_trainee(tiny_base(name), kind, "fp32", "cpu"), 8)
+    assert here == pytest.approx(there, rel=1e-4 if precision == "fp32" else 3e-2)
+
+
+def test_gradients_are_those_of_the_cpu(tiny_base: TinyBase):
+    rows = tiny.random_rows((1, 7, 50))
+    both: list[dict[str, Tensor]] = []
+    for device in (DEVICE, "cpu"):
+        trainee = _trainee(tiny_base("phi3"), "dora", "fp32", device)
+        trainee.forward_backward(trainee.objective.pack(rows), 58.0)
+        both.append(tiny.gradients(trainee))
+    for name, gradient in both[0].items():
+        assert tiny.relative_difference(gradient, both[1][name]) < 1e-4, name
+
+
+def test_dropout_masks_are_those_of_the_cpu_to_the_bit():
+    rows_T, positions_T = torch.arange(40) // 10, torch.arange(40) % 10
+    x = torch.ones(40, 65)
+    here = dropped(x.to(DEVICE), token_keys(1, 2, rows_T.to(DEVICE), positions_T.to(DEVICE)), 3, 0.3)
+    assert torch.equal(here.cpu(), dropped(x, token_keys(1, 2, rows_T, positions_T), 3, 0.3))
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_a_saved_state_goes_on(kind: str, tiny_base: TinyBase, tmp_path: Path):
+    straight, resumed = (_trainee(tiny_base("phi3"), kind, "bf16", DEVICE) for _ in range(2))
+    _losses(straight, 3)
+    straight.save(tmp_path)
+    resumed.load(tmp_path)
+    for name, parameter in straight.weights.parameters().items():
+        assert parameter.device.type == DEVICE
+        assert torch.equal(parameter, resumed.weights.parameters()[name])
+    assert _losses(resumed, 3) == pytest.approx(_losses(straight, 3), rel=1e-3)
+
+
+def test_muon_steps_on_the_device(tiny_base: TinyBase):
+    base = load_base(tiny_base("phi3"), "bf16", DEVICE)
+    settings = MuonSettings(momentum=0.95, weight_decay=0.0, adamw_share=0.5, adamw=tiny.ADAMW)
+    losses = _losses(TorchEngine(base).open(FullWeights(base), LikelihoodObjective(), settings, 1.0), 6, 3e-3)
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["phi3_window", "phi4_mini", "gemma2"])
+def test_answers_are_those_of_the_cpu_and_of_rows_alone(name: str, temperature: float, tiny_base: TinyBase):
+    prompts = [tiny.random_ids(length) for length in (1, 13, 20, 30)]
+    params = SamplingParams(10, (), temperature=temperature, seed=3)
+    base = load_base(tiny_base(name), "fp32", DEVICE)
+    answers = generate(base, prompts, params)
+    assert answers == generate(load_base(tiny_base(name), "fp32"), prompts, params)
+    assert generate(base, prompts[:1], params) == answers[:1]
+
+
+def test_greedy_answers_are_transformers_on_the_device(tiny_base: TinyBase):
+    folder = tiny_base("phi4_mini")
+    model = tiny.reference(folder).to(DEVICE)
+    prompt = tiny.random_ids(20)
+    ids = torch.tensor([prompt], device=DEVICE)
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, eos_token_id=None)
+    assert generate(load_base(folder, "fp32", DEVICE), [prompt], SamplingParams(10, ()))[0] == theirs[0, 20:].tolist()
