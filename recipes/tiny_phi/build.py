@@ -87,25 +87,17 @@ def train() -> None:
 
 def ship(trained: Path, folder: Path) -> None:
     """Write the trained model in bfloat16, with its tokenizer, as package data."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(trained / "model.safetensors")
-    import torch
-
-    save_file(
-        {name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(trained / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone; package data are for everyone
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
+    for name in TOKENIZER_FILES:
         shutil.copyfile(START / name, folder / name)
 
 
