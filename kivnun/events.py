@@ -353,6 +353,9 @@ def read_events(path: Path) -> list[Event]:
             raise IntegrityError(f"{path}:{number}: {reason}", hint="the line is damaged; restore the file from a copy") from None
         if isinstance(event, Resumed):
             events = _without_superseded(events, event.step)
+        elif _scores_base(event):
+            # A process killed between this line and the score's own file leaves the line; the next one scores the base again.
+            events = [old for old in events if not _scores_base(old)]
         events.append(event)
     return events
 
@@ -366,11 +369,15 @@ def _without_superseded(events: list[Event], step: int) -> list[Event]:
 
 
 def _superseded(event: Event, step: int, *, after_saving: bool) -> bool:
-    if isinstance(event, Evaluated) and event.which == "base":
+    if _scores_base(event):
         return False
     if isinstance(event, (StepDone, Evaluated, CheckpointSaved)) and event.step > step:
         return True
     return after_saving and isinstance(event, (Evaluated, RunFinished))
+
+
+def _scores_base(event: Event) -> bool:
+    return isinstance(event, Evaluated) and event.which == "base"
 
 
 def _split_torn(content: bytes) -> tuple[bytes, bytes]:

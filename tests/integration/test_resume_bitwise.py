@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kivnun.errors import IntegrityError
+from kivnun.events import CheckpointSaved, Evaluated, Event, Resumed, RunFinished, Warned, read_events
 from runs import (
     Tree,
     at_step,
@@ -31,9 +34,6 @@ from runs import (
     state_hashes,
     write_spec,
 )
-
-from kivnun.errors import IntegrityError
-from kivnun.events import CheckpointSaved, Evaluated, Event, Resumed, RunFinished, Warned, read_events
 
 KINDS: dict[str, Tree] = {
     "lora": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}},
@@ -199,7 +199,7 @@ def assert_killed_at_calls(expected: Whole, place: Path, numbers: range) -> int:
 
 
 def test_killed_in_the_middle_of_writing(whole: Callable[[str, int], Whole], tmp_path: Path) -> None:
-    assert assert_killed_at_calls(whole("lora", 3), tmp_path, range(3, 1000, 17)) > 5
+    assert assert_killed_at_calls(whole("lora", 3), tmp_path, range(3, 1000, 13)) > 5
 
 
 @pytest.mark.slow

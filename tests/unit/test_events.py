@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from disks import forbidden_folder, read_only, small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disks import forbidden_folder, read_only, small_disk
 from kivnun.errors import IntegrityError, RunFolderError, StorageError
 from kivnun.events import (
     EVENTS,
@@ -194,6 +194,12 @@ def test_a_run_that_started_over_keeps_the_score_of_the_base_and_no_step(tmp_pat
     path = tmp_path / "events.jsonl"
     write(path, [evaluated("base", 0), step(1), step(2), evaluated("tuned", 2), Resumed(0, ""), step(1)])
     assert [event.name for event in read_events(path)] == ["evaluated", "resumed", "step_done"]
+
+
+def test_the_base_is_scored_once_even_where_two_processes_did(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    write(path, [evaluated("base", 0), RunStarted("demo", "ab" * 32), evaluated("base", 0), step(1), evaluated("tuned", 1)])
+    assert [event.name for event in read_events(path)] == ["run_started", "evaluated", "step_done", "evaluated"]
 
 
 def test_what_followed_the_last_checkpoint_is_told_once_however_often_it_was_redone(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Every option that is accepted changes the resolved spec, and those that should change the numbers do.
+
+The table names each option once, with a value other than the one it would have anyway; an option added to the spec without a
+row here fails the first test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kivnun.artifacts import hash_file
+from kivnun.errors import KivnunError
+from kivnun.run_folder import RunFolder
+from kivnun.spec import options
+from runs import Tree, chats, pairs, run_spec, write_rows, write_spec
+
+NUMBERS, SAME, ANY = "other numbers", "the same numbers", "either"
+REFUSED = "refused"
+
+LORA: Tree = {"adapter": {"kind": "lora", "rank": 4}, "schedule": {"epochs": None, "steps": 4}}
+SETUPS: dict[str, Tree] = {
+    "lora": LORA,
+    "lora_alpha": {**LORA, "adapter": {"kind": "lora", "rank": 4, "alpha": 4}},
+    "muon": {
+        "adapter": {"kind": "full"},
+        "schedule": {"epochs": None, "steps": 4, "learning_rate": 0.001, "optimizer": {"kind": "muon"}},
+    },
+    "dpo": {**LORA, "objective": {"kind": "dpo"}},
+    "linear": {**LORA, "schedule": {**LORA["schedule"], "decay": "cosine"}},
+    "epochs": {"adapter": LORA["adapter"], "schedule": {"epochs": 1}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    option: str
+    value: str
+    effect: str
+    setup: str = "lora"
+
+
+CASES = (
+    Case("base.model", "BASE", NUMBERS),
+    Case("base.precision", "bf16", NUMBERS),
+    Case("base.rope_factors", "short", REFUSED),  # this base has no LongRoPE; the parity tests hold one that has
+    Case("data.train", "[train.jsonl, more.jsonl]", NUMBERS),
+    Case("data.train.0.path", "[{path: more.jsonl}]", NUMBERS),
+    Case("data.train.0.share", "[{path: train.jsonl, share: 1}, {path: more.jsonl, share: 3}]", NUMBERS),
+    Case("data.validation", "0.4", NUMBERS),
+    Case("data.format", "text", REFUSED),
+    Case("data.template", "other.jinja", NUMBERS),
+    Case("data.max_seq_len", "200", SAME),
+    Case("data.bad_rows", "skip", SAME),
+    Case("data.over_long", "truncate", SAME),
+    Case("adapter.kind", "dora", NUMBERS),
+    Case("adapter.rank", "3", NUMBERS),
+    Case("adapter.alpha", "3", NUMBERS),
+    Case("adapter.dropout", "0.3", NUMBERS),
+    Case("adapter.target_modules", "[o_proj]", NUMBERS),
+    Case("adapter.rslora", "true", NUMBERS, "lora_alpha"),
+    Case("adapter.init", "gaussian", NUMBERS),
+    Case("objective.kind", "pretraining", REFUSED),
+    Case("objective.beta", "0.7", NUMBERS, "dpo"),
+    Case("schedule.epochs", "2", NUMBERS, "epochs"),
+    Case("schedule.steps", "5", NUMBERS),
+    Case("schedule.batch_rows", "5", NUMBERS),
+    Case("schedule.batch_tokens", "64", NUMBERS),
+    Case("schedule.learning_rate", "0.02", NUMBERS),
+    Case("schedule.warmup_share", "0.7", NUMBERS),
+    Case("schedule.decay", "constant", NUMBERS),
+    Case("schedule.decay_start_share", "0.5", NUMBERS),
+    Case("schedule.final_share", "0.5", NUMBERS),
+    Case("schedule.max_grad_norm", "0.001", NUMBERS),
+    Case("schedule.optimizer.kind", "muon", NUMBERS),
+    Case("schedule.optimizer.beta1", "0.5", NUMBERS),
+    Case("schedule.optimizer.beta2", "0.5", NUMBERS),
+    Case("schedule.optimizer.eps", "0.01", NUMBERS),
+    Case("schedule.optimizer.weight_decay", "0.5", NUMBERS),
+    Case("schedule.optimizer.momentum", "0.5", NUMBERS, "muon"),
+    Case("schedule.optimizer.adamw_share", "0.2", NUMBERS, "muon"),
+    Case("schedule.optimizer.beta1", "0.5", NUMBERS, "muon"),
+    Case("schedule.optimizer.beta2", "0.5", NUMBERS, "muon"),
+    Case("schedule.optimizer.eps", "0.01", NUMBERS, "muon"),
+    Case("schedule.optimizer.weight_decay", "0.5", NUMBERS, "muon"),
+    Case("evaluation.every_steps", "1", SAME),
+    Case("evaluation.metrics", "[chrf]", SAME),
+    Case("evaluation.generate_rows", "3", SAME),
+    Case("evaluation.max_new_tokens", "4", SAME),
+    Case("evaluation.samples", "1", SAME),
+    Case("evaluation.bootstrap", "101", SAME),
+    Case("checkpoints.every_steps", "1", SAME),
+    Case("checkpoints.every_epoch", "false", SAME),
+    Case("checkpoints.every_seconds", "1", SAME),
+    Case("checkpoints.keep", "1", SAME),
+    Case("seed", "8", NUMBERS),
+    Case("compute.device", "cuda", REFUSED),
+    Case("compute.micro_batch_tokens", "256", ANY),
+)
+NOT_HERE = {
+    "version": "one value is allowed",
+    "compute.kind": "one value is allowed",
+    "compute.threads": "two threads need a process of their own: test_resume_process.py",
+    "base.revision": "names a version on the hub; nothing is downloaded here",
+}
+
+
+def test_every_option_has_its_row() -> None:
+    assert {case.option for case in CASES} | NOT_HERE.keys() == {option.path for option in options()}
+
+
+@pytest.fixture(scope="module")
+def places(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the rows, another base and another template."""
+    folder = tmp_path_factory.mktemp("options")
+    write_rows(folder / "more.jsonl", chats(60)[40:])
+    other = shutil.copytree(base, folder / "base")
+    tensors = {name: value * 1.25 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    (folder / "other.jinja").write_text(template + prompt, encoding="utf-8")
+    for setup, sections in SETUPS.items():
+        write_spec(folder, base, pairs() if setup == "dpo" else chats(), **sections).rename(folder / f"{setup}.yaml")
+        if setup == "dpo":
+            shutil.copyfile(folder / "train.jsonl", folder / "pairs.jsonl")
+    write_rows(folder / "train.jsonl", chats())
+    (folder / "dpo.yaml").write_text(
+        (folder / "dpo.yaml").read_text(encoding="utf-8").replace("train.jsonl", "pairs.jsonl"), encoding="utf-8"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(places: Path) -> Callable[[str], Path]:
+    """Return the run of a set-up as it stands; each is made once."""
+
+    def run(setup: str) -> Path:
+        folder = places / f"run_{setup}"
+        if not folder.exists():
+            run_spec(places / f"{setup}.yaml", folder)
+        return folder
+
+    return run
+
+
+def weights_of(run: Path) -> str:
+    adapter, model = run / "adapter" / "adapter_model.safetensors", run / "model" / "model.safetensors"
+    return hash_file(adapter if adapter.exists() else model)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.option}-{case.setup}")
+def test_an_option_does_what_it_is_there_for(places: Path, plain: Callable[[str], Path], tmp_path: Path, case: Case) -> None:
+    spec, run, before = places / f"{case.setup}.yaml", tmp_path / "run", plain(case.setup)
+    name = "data.train" if case.option.startswith("data.train.") else case.option
+    override = f"{name}={json.dumps(str(places / 'base')) if case.value == 'BASE' else case.value}"
+    others = ["schedule.batch_rows=null"] if name == "schedule.batch_tokens" else []
+    if case.effect == REFUSED:
+        with pytest.raises(KivnunError):
+            run_spec(spec, run, override, *others)
+        return
+    run_spec(spec, run, override, *others)
+    assert RunFolder(run).read_spec().content_hash() != RunFolder(before).read_spec().content_hash()
+    if case.effect != ANY:
+        assert (weights_of(run) == weights_of(before)) == (case.effect == SAME)
