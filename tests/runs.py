@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny_task import HEBREW, WORDS
 
 from kivnun.artifacts import hash_file
 from kivnun.events import Event, StepDone, read_events
 from kivnun.pipeline import tune
 from kivnun.spec import load_spec
+from tiny_task import HEBREW, WORDS
 
 Tree = dict[str, Any]
 Row = dict[str, Any]

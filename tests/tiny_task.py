@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import yaml
-from template_corpus import FAMILIES, TOKENIZERS, write_base
 from transformers import Phi3Config, Phi3ForCausalLM, set_seed
+
+from template_corpus import FAMILIES, TOKENIZERS, write_base
 
 PHI_3 = next(family for family in FAMILIES if family.name == "phi_3")
 PROGRAM = (sys.executable, "-c", "from kivnun.cli.main import main; main()")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from kivnun.model.dropout import dropped, token_keys
 from kivnun.model.generate import SamplingParams, generate
 from kivnun.model.load import load_base

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_task import HEBREW, PROGRAM, WORDS, make_spec
 
 from kivnun.cli.main import run
+from tiny_task import HEBREW, PROGRAM, WORDS, make_spec
 
 
 @pytest.fixture(scope="module")

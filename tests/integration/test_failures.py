@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import read_only, small_disk
-from runs import chats, hashes, newest_checkpoint, numbers_of, pairs, result_hashes, run_spec, state_hashes, write_spec
 from safetensors.numpy import load_file, save_file
 
+from disks import read_only, small_disk
 from kivnun.artifacts import check_manifest
 from kivnun.cli.main import run as command
 from kivnun.errors import BaseModelError, NonFiniteLossError, StorageError
 from kivnun.events import Event, RunFailed, StepDone, read_events
+from runs import chats, hashes, newest_checkpoint, numbers_of, pairs, result_hashes, run_spec, state_hashes, write_spec
 
 EVERY_STEP = {"every_steps": 1, "every_epoch": False, "every_seconds": None, "keep": 2}
 

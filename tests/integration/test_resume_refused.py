@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import at_step, chats, killed, result_hashes, run_spec, write_rows, write_spec
 from safetensors.numpy import load_file, save_file
 
 from kivnun.errors import RunFolderError
 from kivnun.events import AdapterOpened, Event
+from runs import at_step, chats, killed, result_hashes, run_spec, write_rows, write_spec
 
 EARLY = {"every_steps": 2, "every_epoch": False, "every_seconds": None}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import chats, pairs, run_spec, write_spec
 from torch import Tensor
 
 from kivnun.data.rows import PreferencePair
 from kivnun.opened import OpenedRun, open_run
+from runs import chats, pairs, run_spec, write_spec
 
 KINDS = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1},

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import chats, in_child, kill_self, killed, pairs, result_hashes, run_spec, write_spec
 
 from kivnun import pipeline
 from kivnun.errors import StorageError
 from kivnun.events import AdapterOpened, Evaluated, EventLog, read_events
 from kivnun.train.checkpoint import CheckpointStore
+from runs import chats, in_child, kill_self, killed, pairs, result_hashes, run_spec, write_spec
 
 
 def test_a_saved_score_of_the_base_is_in_the_record(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from runs import chats, numbers_of, pairs, result_hashes, run_spec, steps_of, write_rows, write_spec
 from safetensors.numpy import load_file
-from tiny_task import HEBREW, WORDS
 
 from kivnun.artifacts import check_manifest
 from kivnun.errors import RunFolderError
 from kivnun.events import DataLoaded, Evaluated, read_events
 from kivnun.opened import open_run
 from kivnun.pipeline import row_order
+from runs import chats, numbers_of, pairs, result_hashes, run_spec, steps_of, write_rows, write_spec
+from tiny_task import HEBREW, WORDS
 
 
 def test_the_shortest_spec_of_the_guide_works_as_it_stands(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

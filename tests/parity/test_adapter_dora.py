@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
+import tiny
 from kivnun.model.dropout import dropped
 from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, dora_row_norm, lora_delta
 from kivnun.model.load import load_base

@@ -9,11 +9,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from kivnun.errors import IntegrityError
 from kivnun.model.adapters import load_peft, save_peft
 from kivnun.model.load import Base, load_base

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import transformers
 
+import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model.adapters import resolve_targets
 from kivnun.model.load import load_base

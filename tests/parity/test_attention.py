@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 from torch import Tensor, nn
 
+import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model.activation import WholeVectors
 from kivnun.model.attention import KVCache, MatmulAttention, Rows, rows_attention

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from kivnun.data.packing import micro_batches
 from kivnun.errors import NonFiniteLossError
 from kivnun.model.load import load_base

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tiny
 from kivnun.model.load import load_base
 from kivnun.model.loss import token_log_probs, weighted_nll
 from kivnun.train.weights import FullWeights

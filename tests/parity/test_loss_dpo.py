@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tiny
 from kivnun.data.packing import micro_batches, pack_pairs
 from kivnun.data.rows import PreferencePair, TokenRow, Where
 from kivnun.model.load import load_base

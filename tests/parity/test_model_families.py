@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model.load import load_base
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import tiny
 from kivnun.data.rows import TokenRow
 from kivnun.errors import IntegrityError
 from kivnun.model.load import load_base

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from template_corpus import FAMILIES, PLAIN, TOKENIZERS, Family, write_base
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from kivnun.data.rendering import PINNED_DATE, ChatTemplate
 from kivnun.data.rows import ChatRecord, Where
 from kivnun.data.template import ChatTokenizer, load_tokenizer
+from template_corpus import FAMILIES, PLAIN, TOKENIZERS, Family, write_base
 
 WHERE = Where("rows.jsonl", 1)
 TOOL = {"type": "function", "function": {"name": "weather", "description": "שלום <b>&", "parameters": {"type": "object"}}}

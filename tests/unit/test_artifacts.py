@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import forbidden_folder, read_only, small_disk
 from safetensors.numpy import save_file
 
+from disks import forbidden_folder, read_only, small_disk
 from kivnun.artifacts import (
     MANIFEST,
     _processor,

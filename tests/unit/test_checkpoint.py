@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import forbidden_folder, read_only, small_disk
 from safetensors.numpy import load_file, save_file
 
+from disks import forbidden_folder, read_only, small_disk
 from kivnun.errors import IntegrityError, StorageError
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 

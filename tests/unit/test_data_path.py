@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from template_corpus import FAMILIES, TOKENIZERS, write_base
 
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.rows import PreferencePair, TokenRow
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import DataError
 from kivnun.spec import DataSpec
+from template_corpus import FAMILIES, TOKENIZERS, write_base
 
 KINDS = [("phi_3", "spaces_prepend_strip"), ("phi_3_5", "bytes_strip"), ("plain", "bytes_any_merge"), ("plain", "spaces")]
 FAMILY = {family.name: family for family in FAMILIES}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_task import HEBREW, WORDS, make_base
 
 from kivnun.data.rows import ChatRecord, TokenRow, Where
 from kivnun.data.template import ChatTokenizer, load_tokenizer
@@ -26,6 +25,7 @@ from kivnun.events import Evaluated, from_json, to_json
 from kivnun.model.load import load_base
 from kivnun.spec import EvaluationSpec
 from kivnun.train.engine import TorchEngine
+from tiny_task import HEBREW, WORDS, make_base
 
 SETTINGS = EvaluationSpec(metrics=("exact_match", "chrf"), generate_rows=12, max_new_tokens=6, samples=3, bootstrap=100)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from kivnun.model import generate as module
 from kivnun.model.generate import SamplingParams, generate
 from kivnun.model.load import Base, load_base

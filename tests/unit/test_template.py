@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from template_corpus import FAMILIES, PLAIN, TOKENIZERS, Family, write_base
 from tokenizers import Tokenizer
 
 from kivnun.data.rows import ChatRecord, Where
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import BaseModelError, DataError
+from template_corpus import FAMILIES, PLAIN, TOKENIZERS, Family, write_base
 
 BY_NAME = {family.name: family for family in FAMILIES}
 USER = {"role": "user", "content": "hello"}

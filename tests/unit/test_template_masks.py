@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_corpus import FAMILIES, SPECIALS, TOKENIZERS, Family, write_base
 
 from kivnun.data.rows import ChatRecord, Where
 from kivnun.data.template import ChatTokenizer, load_tokenizer
+from template_corpus import FAMILIES, SPECIALS, TOKENIZERS, Family, write_base
 
 WHERE = Where("rows.jsonl", 7)
 
