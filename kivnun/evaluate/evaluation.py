@@ -23,6 +23,7 @@ from kivnun.evaluate.heldout import Progress, Scorer, held_out_nll
 from kivnun.evaluate.intervals import Interval, difference_interval, interval_of, verdict_of
 from kivnun.evaluate.metrics import DIFFERENCE, Measure, higher_is_better
 from kivnun.evaluate.tasks import Sample, generation_rows, run_tasks
+from kivnun.randomness import permutation
 from kivnun.spec.tune import EvaluationSpec
 
 StageProgress = Callable[[str, int, int], None]
@@ -85,7 +86,7 @@ def evaluate_scorer(
         stage = _stage(on_progress, "generate")
         result = run_tasks(scorer, picked, tokenizer, settings.metrics, settings.max_new_tokens, stage)
         measures.update((measure.name, measure) for measure in result.measures)
-        samples = _spread(result.samples, settings.samples)
+        samples = _some(result.samples, settings.samples, seed)
     return _with_intervals(len(rows), measures, samples, settings.bootstrap, seed, base)
 
 
@@ -148,10 +149,9 @@ def _with_intervals(
     return Evaluation(rows, measures, intervals, tuple(samples))
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return up to `count` samples from all over the list: neighbours in a file are often of one kind."""
-    count = min(count, len(samples))
-    return [samples[place * len(samples) // count] for place in range(count)]
+def _some(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """Return up to `count` samples, drawn by the seed: at even distances a file that goes round its topics shows but one."""
+    return [samples[place] for place in sorted(permutation(len(samples), seed, "samples")[:count].tolist())]
 
 
 def _stage(on_progress: StageProgress | None, stage: str) -> Progress | None:

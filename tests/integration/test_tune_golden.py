@@ -1,8 +1,8 @@
 """Fifty losses of a small run, as they were when they were written down: numbers that drift are seen.
 
 `golden_losses.json` names the versions and the CPU it was made with. There the losses must agree to 1e-6; elsewhere, where
-libraries or kernels sum in another order, to 1e-4 (Muon, which orthogonalises in bfloat16: 1e-3), and the difference is printed. After a change that is meant to alter the
-numbers: `python tests/integration/test_tune_golden.py` writes the file anew.
+libraries or kernels sum in another order, to 1e-4 (Muon, which orthogonalises in bfloat16, to 1e-3), and the difference is
+printed. After a change that is meant to alter the numbers: `python tests/integration/test_tune_golden.py` writes the file anew.
 """
 
 from __future__ import annotations
