@@ -203,6 +203,7 @@ def test_killed_in_the_middle_of_writing(whole: Callable[[str, int], Whole], tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["lora", "full_bf16_muon", "dpo"])
 def test_killed_at_every_call_of_the_file_system(whole: Callable[[str, int], Whole], tmp_path: Path, kind: str) -> None:
     assert assert_killed_at_calls(whole(kind, 3), tmp_path, range(1, 2000)) > 50
