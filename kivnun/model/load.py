@@ -160,7 +160,9 @@ def _known_types() -> set[str]:
 
 def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # what a person sees of a run is told by events; bars of files within it only tear the screen
     attention.register()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True)
