@@ -51,7 +51,7 @@ def test_a_row_in_a_pack_equals_the_row_alone_to_the_bit(
     threads(num_threads)
     base = load_base(wide_base if name == "wide" else tiny_base(name), precision)
     alone = {len(ids): tiny.packed_logits(base, [ids])[0] for ids in map(tiny.random_ids, LENGTHS)}
-    for pack in _packs():
+    for pack in _packs()[: 5 if num_threads == 1 else 2]:  # two threads on one busy core wait for each other
         for ids, logits in zip(pack, tiny.packed_logits(base, pack), strict=True):
             assert torch.equal(logits, alone[len(ids)]), f"row of {len(ids)} among {[len(row) for row in pack]}"
 
@@ -201,8 +201,8 @@ def _logits_of_pass(base: Base, rows: list[list[int]]) -> Tensor:
     return torch.cat(tiny.packed_logits(base, rows))
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("features", [88, 192, 256])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("features", [88, 128])
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(approximate="tanh"), nn.Sigmoid()])
 def test_an_activation_is_the_same_wherever_its_tokens_stand(
     activation: nn.Module, features: int, num_threads: int, threads: Threads

@@ -62,6 +62,18 @@ def test_scores_are_log_softmax(count: int):
     torch.testing.assert_close(found_S, expected_S.detach(), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 15, 17])
+def test_a_heads_bias_feels_the_given_positions_alone(count: int):
+    """Short chunks are padded for the matrix product; the padding must not reach the bias."""
+    h_SD, head_VD, targets_S, weights_S = _problem(count, torch.float32)
+    bias_V = torch.zeros(VOCAB, requires_grad=True)
+    loss, _ = weighted_nll(lambda h: F.linear(h, head_VD, bias_V), [head_VD, bias_V], h_SD, targets_S, weights_S)
+    (found_V,) = torch.autograd.grad(loss, bias_V)
+    exact = (F.cross_entropy(h_SD @ head_VD.T + bias_V, targets_S, reduction="none") * weights_S).sum()
+    (expected_V,) = torch.autograd.grad(exact, bias_V)
+    assert tiny.relative_difference(found_V, expected_V) < 1e-6
+
+
 def test_a_position_of_weight_zero_gives_exactly_no_gradient():
     h_SD, head_VD, targets_S, _ = _problem(20, torch.float32)
     weights_S = torch.zeros(20)
@@ -134,6 +146,10 @@ def test_an_embeddings_gradient_is_summed_in_float32(tiny_base: Callable[[str], 
     base = load_base(tiny_base("phi3"), "bf16")
     embedding: nn.Module = base.model.get_input_embeddings()
     embedding.weight.requires_grad_(True)
-    embedding(torch.full((400,), 5)).sum().backward()
+    ids = torch.full((400,), 5)
+    embedding(ids).sum().backward()
     assert embedding.weight.grad[5].tolist() == [400.0] * 48
+    plain = torch.zeros(tiny.VOCAB, 48, dtype=torch.bfloat16, requires_grad=True)
+    F.embedding(ids, plain).sum().backward()
+    assert plain.grad[5, 0] == 256  # what torch's own does
     assert torch.count_nonzero(embedding.weight.grad.sum(1)) == 1
