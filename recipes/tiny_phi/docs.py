@@ -1,7 +1,8 @@
 """English from the standard library: docstrings under their signatures, comment blocks, and the language's topics.
 
 The only finite part of the corpus, about 4 MB. Modules on the test side of `held_out("module", name)` are left out, wherever they
-are named as the place of a text; so are test packages. The text differs by Python version: `corpus.json` records which it was.
+are named as the place of a text; so are test packages. The text differs by Python version (`corpus.json`
+records which it was) and is that of a fresh interpreter: programs that replace hooks of `sys` change its docstrings.
 """
 
 from __future__ import annotations
