@@ -63,7 +63,7 @@ from kivnun.events import (
     utc_now,
 )
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
-from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row
+from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
@@ -358,6 +358,7 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         device="cuda" if torch.cuda.is_available() else "cpu",
         threads=len(os.sched_getaffinity(0)),
         data_format=dataset.format,  # type: ignore[arg-type]
+        stored_precision=stored_precision(base_folder),
     )
 
 

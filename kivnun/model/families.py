@@ -10,10 +10,11 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from kivnun.errors import BaseModelError
 
@@ -130,34 +131,96 @@ def longest_row(folder: Path) -> int:
     return longest if isinstance(longest, int) else NO_LIMIT
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the folder's safetensors files as transformers chooses them: one whole file, else what the index names, else all.
+
+    Raises BaseModelError when there are none.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else []
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BaseModelError(f"{index} cannot be read: {error}", hint="download the model again") from error
+    files = [folder / name for name in named] or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError(
+            f"{folder} cannot be loaded: it holds no .safetensors weights",
+            hint="convert the model with save_pretrained(..., safe_serialization=True)",
+        )
+    return files
+
+
 def count_parameters(folder: Path) -> int:
     """Return the number of weights stored in the folder's safetensors files, read from their headers alone.
 
-    Tied matrices are stored once and counted once. Raises BaseModelError when there are no such files.
+    Tied matrices are stored once and counted once, packed codes as what they stand for. Raises BaseModelError when there are no
+    such files.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BaseModelError(
-            f"{folder} holds no .safetensors weights", hint="convert the model with save_pretrained(..., safe_serialization=True)"
-        )
-    return sum(_header_elements(file) for file in files)
+    entries = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
+    total = 0
+    for name, entry in entries.items():
+        start, end = entry["data_offsets"]
+        if f"{name}{NF4_STATE}" in entries:
+            total += 2 * (end - start)
+        elif not any(mark in name for mark in STATE_OF_CODES):
+            total += math.prod(entry["shape"])
+    return total
 
 
 def stored_dtype(folder: Path) -> str:
     """Return how the base's weights are stored: "bf16" when all floating tensors are, else "fp32"."""
-    kinds = {entry["dtype"] for file in folder.glob("*.safetensors") for entry in _tensors(file)}
+    kinds = {entry["dtype"] for file in weight_files(folder) for entry in read_header(file).values()}
     return "bf16" if kinds == {"BF16"} else "fp32"
 
 
-def _header_elements(file: Path) -> int:
-    return sum(math.prod(entry["shape"]) for entry in _tensors(file))
+# What bitsandbytes stores beside a weight's codes.
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+STATE_OF_CODES = (
+    ".weight.quant_state.", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map",
+    ".SCB", ".weight_format",
+)  # fmt: skip
 
 
-def _tensors(file: Path) -> list[dict[str, Any]]:
-    """Return the entries of a safetensors header: dtype and shape of each tensor."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return [entry for name, entry in header.items() if name != "__metadata__"]
+def stored_precision(folder: Path) -> Literal["nf4", "int8"] | None:
+    """Return the precision of a base whose files hold bitsandbytes' codes, or None for one of plain floating weights.
+
+    Raises BaseModelError for codes of another kind.
+    """
+    found = read_config(folder).get("quantization_config")
+    if not isinstance(found, Mapping):
+        return None
+    said = cast("Mapping[str, object]", found)
+    if said.get("load_in_8bit"):
+        return "int8"
+    if said.get("load_in_4bit") and said.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4"
+    kind = said.get("bnb_4bit_quant_type") if said.get("load_in_4bit") else said.get("quant_method")
+    raise BaseModelError(
+        f"{folder} is quantised as {kind}, which is not supported: bitsandbytes' nf4 and int8 are",
+        hint="use the model it was made from, with base.precision nf4 or int8",
+    )
+
+
+def refuse_other_precision(folder: Path, precision: str) -> None:
+    """Raise BaseModelError when the folder holds codes of another precision than asked for: they load as they are."""
+    stored = stored_precision(folder)
+    if stored is not None and precision != stored:
+        raise BaseModelError(
+            f"{folder} is stored in {stored}, so it cannot be loaded as {precision}",
+            hint=f"set base.precision to {stored}, or use the model it was made from",
+        )
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Return a safetensors file's entries by name: dtype, shape and data_offsets, counted from the end of the header."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    except (OSError, ValueError, MemoryError, OverflowError) as error:
+        raise BaseModelError(f"{file} cannot be read: {error}", hint="download the model again") from error
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def copy_tokenizer(base_folder: Path, place: Path, template: Path | None) -> None:

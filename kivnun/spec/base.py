@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from kivnun.spec.section import Allowed, Name, Section, Why, absolute, broken_rule, spec_folder, wrong_value
 
 BUILT_IN = "kivnun/"
+QUANTISED = ("int8", "nf4")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 
@@ -29,9 +30,17 @@ class BaseSpec(Section, frozen=True):
         Why("the hub's default branch; the manifest records the hash of the weights themselves"),
     ] = Field(default=None, description="Branch, tag or commit of a hub id. Refused for folders and built-in ids, which have none.")
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Why("fp32 on a CPU below 500 M parameters, where memory is no concern and exactness is; otherwise bf16, half the memory"),
-    ] = Field(default="auto", description="Precision the base computes in. Trained weights and sums are fp32 whichever it is.")
+        Literal["auto", "fp32", "bf16", "int8", "nf4"],
+        Why(
+            "as the base is stored, where that is int8 or nf4; else fp32 on a CPU below 500 M parameters, where memory is no "
+            "concern and exactness is; otherwise bf16, half the memory"
+        ),
+    ] = Field(
+        default="auto",
+        description="Precision the base is held in; trained weights and sums are fp32 whichever it is. int8 and nf4 hold the "
+        "linear layers but the head in bitsandbytes' codes, for lora and dora, and compute in bf16; lora on nf4 is QLoRA, with "
+        "double quantisation.",
+    )
     rope_factors: Annotated[
         Literal["per_row", "short", "long"],
         Why("a row's own length decides, as when the model is used, so that no neighbour in a batch changes a row's result"),

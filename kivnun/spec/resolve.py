@@ -36,7 +36,8 @@ class ResolveFacts:
 
     `objective_kind` is what the data's format is for, `max_seq_len` the longest row the base takes, `longest_row` the longest
     trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
-    `data_format` the format the rows turned out to have (auto: not told).
+    `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
+    (None: plain weights).
     """
 
     objective_kind: ObjectiveKind
@@ -46,6 +47,7 @@ class ResolveFacts:
     device: Literal["cpu", "cuda"]
     threads: int
     data_format: DataFormat = "auto"
+    stored_precision: Literal["int8", "nf4"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,13 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem(
             "compute.micro_batch_tokens", text, "raise it, or lower data.max_seq_len and say in data.over_long what happens"
         )
+    stored, precision = facts.stored_precision, spec.base.precision
+    if stored is not None and precision not in ("auto", stored):
+        text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
+        yield Problem("base.precision", text, f"leave it out or set it to {stored}, or use the model it was made from")
+    if stored is not None and isinstance(spec.adapter, FullSpec):
+        text = f"adapter is full, but the base is stored in {stored}, which cannot be trained"
+        yield Problem("adapter", text, "choose lora or dora, or use the model it was made from")
     if spec.compute.device == "cuda" and facts.device != "cuda":
         yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
 
@@ -106,7 +115,7 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.base.revision is None and is_hub_id(spec.base.model):
         yield _Choice("base.revision", "main", "the hub's default branch; the manifest records the hash of the weights themselves")
     if spec.base.precision == "auto":
-        yield _precision(device, facts.base_parameters)
+        yield _precision(device, facts)
     if spec.data.format == "auto" and facts.data_format != "auto":
         yield _Choice("data.format", facts.data_format, "what the keys of the rows say")
     if spec.data.max_seq_len is None:
@@ -129,9 +138,11 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         )
 
 
-def _precision(device: str, parameters: int) -> _Choice:
-    size = f"{parameters / 1e6:.1f} M parameters"
-    if device == "cpu" and parameters < SMALL_BASE:
+def _precision(device: str, facts: ResolveFacts) -> _Choice:
+    if facts.stored_precision is not None:
+        return _Choice("base.precision", facts.stored_precision, "as the base is stored")
+    size = f"{facts.base_parameters / 1e6:.1f} M parameters"
+    if device == "cpu" and facts.base_parameters < SMALL_BASE:
         return _Choice(
             "base.precision", "fp32", f"on a CPU, and the base has {size}: below 500 M memory is no concern and exactness is"
         )

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from kivnun.spec.adapters import AdapterSpec, LoraSpec
-from kivnun.spec.base import BaseSpec
+from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec
+from kivnun.spec.base import QUANTISED, BaseSpec
 from kivnun.spec.compute import ComputeSpec, LocalSpec
 from kivnun.spec.data import DataSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec
@@ -66,6 +66,16 @@ class TuneSpec(Section, frozen=True):
     compute: Annotated[ComputeSpec, Why("one process needs nothing set up")] = Field(
         default=LocalSpec(), description="The shape of the engine."
     )
+
+    @field_validator("adapter")
+    @classmethod
+    def _codes_are_not_trained(cls, adapter: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
+        base = info.data.get("base")
+        if isinstance(adapter, FullSpec) and isinstance(base, BaseSpec) and base.precision in QUANTISED:
+            raise broken_rule(
+                f"is full, but weights held in {base.precision} cannot be trained", "choose lora or dora, or base.precision bf16"
+            )
+        return adapter
 
     @field_validator("objective")
     @classmethod

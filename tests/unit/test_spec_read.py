@@ -42,6 +42,13 @@ def refusal(text: str, *overrides: str) -> str:
     return said
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_training_every_weight_of_a_base_held_in_codes_is_refused(precision: str) -> None:
+    said = refusal(SHORTEST, "adapter={kind: full}", f"base.precision={precision}")
+    assert f"adapter is full, but weights held in {precision} cannot be trained" in said
+    assert spec_of(SHORTEST, f"base.precision={precision}").base.precision == precision
+
+
 def test_the_shortest_spec_works_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(SHORTEST, encoding="utf-8")

@@ -117,6 +117,18 @@ def test_precision_is_fp32_on_a_cpu_below_500_million_parameters_else_bf16(devic
     assert ("CPU" if device == "cpu" else "GPU") in reasons["base.precision"]
 
 
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_a_base_that_is_stored_in_codes_is_loaded_in_them(stored: Any) -> None:
+    facts = replace(FACTS, stored_precision=stored)
+    spec, reasons = resolved(facts=facts)
+    assert (spec.base.precision, reasons["base.precision"]) == (stored, "as the base is stored")
+    assert resolved(f"base.precision={stored}", facts=facts)[0].base.precision == stored
+    with pytest.raises(SpecError, match=f"base.precision is bf16, but the base is stored in {stored}"):
+        resolved("base.precision=bf16", facts=facts)
+    with pytest.raises(SpecError, match=f"adapter is full, but the base is stored in {stored}"):
+        resolved("adapter.kind=full", facts=facts)
+
+
 def test_a_device_that_is_asked_for_decides_the_precision() -> None:
     spec, reasons = resolved("compute.device=cpu", facts=replace(FACTS, device="cuda"))
     assert (spec.compute.device, spec.base.precision) == ("cpu", "fp32")
@@ -201,7 +213,7 @@ def test_metrics_on_texts_are_refused_once_the_data_are_known() -> None:
 CHANGES: dict[str, list[str]] = {
     "base.model": ["base.model=microsoft/phi-4"],
     "base.revision": ["base=microsoft/phi-4", "base.revision=v2"],
-    "base.precision": ["base.precision=bf16"],
+    "base.precision": ["base.precision=nf4"],
     "base.rope_factors": ["base.rope_factors=long"],
     "data.train": ["data.train=b.jsonl"],
     "data.train.0.path": ["data.train=[{path: b.jsonl}]"],
