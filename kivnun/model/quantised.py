@@ -221,7 +221,7 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def pieces_of(matrix_OI: Tensor, rows: int = 64) -> Iterator[Tensor]:
+def pieces_of(matrix_OI: Tensor, rows: int = BLOCK) -> Iterator[Tensor]:
     """Yield a matrix in flattened pieces of some rows, as `quantise` takes them."""
     for part in matrix_OI.split(rows):
         yield part.flatten()
