@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: a LoRA step of Kivnun beside the same step of PEFT with a plain padded loop, on the built-in base.
+"""`python -m benchmarks`: all benchmarks. First a LoRA step of Kivnun beside the same step of PEFT with a plain padded loop, on the
+built-in base; then the engine beside TRL (`engine/`), which is given the arguments, for example `--quick`.
 
 Same weights, same rows, same mathematics (float32, one thread); the two take turns, so that a noisy machine disturbs both. The
 figure is the ratio of tokens per CPU second, the median over rounds. Also: what `kivnun --help` costs to start.
@@ -33,7 +34,12 @@ RANK, ALPHA, RATE = 16, 32.0, 1e-3
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+def main() -> int:
+    _tiny_phi()
+    return subprocess.run([sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]]).returncode
+
+
+def _tiny_phi() -> None:
     torch.set_num_threads(1)
     rows = _rows()
     tokens = sum(row.length for row in rows)
@@ -131,4 +137,4 @@ def _write(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

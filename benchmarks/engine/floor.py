@@ -1,0 +1,58 @@
+"""The floor: how fast this machine multiplies matrices when nothing else is asked of it.
+
+`python -m benchmarks.engine.floor MODEL THREADS` prints one line of JSON: operations per second in bf16 and fp32, the best of
+many repetitions over the products that a step is made of (x W' and dy W of the widest projection, at about the tokens of a
+step). fp32 is the better of MKL and oneDNN, since which of them is faster depends on the processor.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from benchmarks.engine.workload import MODELS
+
+TOKENS = (1024, 2048)
+SECONDS = 1.2
+
+
+def main() -> None:
+    model, threads = MODELS[sys.argv[1]], int(sys.argv[2])
+    import torch
+
+    torch.set_num_threads(threads)
+    rates = {precision: max(_rates(model.hidden, 2 * model.mlp, precision)) for precision in ("bf16", "fp32")}
+    print(json.dumps(rates), flush=True)
+
+
+def _rates(inputs: int, outputs: int, precision: str) -> Iterator[float]:
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    weight_OI = torch.randn(outputs, inputs).to(dtype)
+    weight_IO = weight_OI.t().contiguous()
+    for tokens in TOKENS:
+        x_TI, dy_TO = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
+        products: list[Callable[[], object]] = [partial(torch.mm, x_TI, weight_OI.t()), partial(torch.mm, dy_TO, weight_OI)]
+        if precision == "fp32":
+            onednn = torch.ops.mkldnn._linear_pointwise
+            products += [partial(onednn, a, w, None, "none", [], "") for a, w in ((x_TI, weight_OI), (dy_TO, weight_IO))]
+        for product in products:
+            yield 2 * tokens * inputs * outputs / _best_seconds(product)
+
+
+def _best_seconds(product: Callable[[], object]) -> float:
+    product()
+    best, until = float("inf"), time.perf_counter() + SECONDS / len(TOKENS)
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()
