@@ -47,47 +47,20 @@ static inline void scales_of_group(const uint8_t *codes, const float *map, float
     scales[i] += offset;
 }
 
-/* Codes of a block's values, two a byte: how many of the 15 points half way between two of NF4's values lie below. */
-static inline void nf4_encode_block(const float *x, int64_t count, int whole, uint8_t *packed, float *scale) {
-  float highest = 0.0f;
-  for (int64_t i = 0; i < count; i++)
-    highest = fabsf(x[i]) > highest ? fabsf(x[i]) : highest;
-  float divisor = highest < 1e-38f ? 1e-38f : highest;
-  *scale = whole ? highest : divisor;
-  for (int64_t start = 0; start < count; start += 32) {
-    float share[32] = {0}; /* what is left over packs NF4's zero */
-    int32_t code[32] = {0};
-    int64_t here = least(32, count - start);
-    for (int64_t i = 0; i < here; i++)
-      share[i] = whole ? x[start + i] * (1.0f / divisor) : x[start + i] / divisor;
-    for (int k = 0; k < 15; k++)
-      for (int i = 0; i < 32; i++)
-        code[i] += (NF4[k] + NF4[k + 1]) / 2 < share[i]; /* beyond 1 and -1 nothing changes: they are the ends */
-    for (int64_t i = 0; i < here; i += 2)
-      packed[(start + i) / 2] = (uint8_t)(code[i] << 4 | code[i + 1]);
-  }
-}
-
-void nf4_encode_f32(const float *x, uint8_t *packed, float *scales, int64_t elements, int64_t block, int threads) {
-  int64_t blocks = (elements + block - 1) / block;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t b = 0; b < blocks; b++) {
-    int64_t start = b * block, count = least(block, elements - start);
-    nf4_encode_block(x + start, count, count == block, packed + start / 2, scales + b);
-  }
-}
-
 #define SCALAR float
+#define LOAD load_f32
 #define STORE store_f32
 #define LOOKED_UP(codes, scale, out, count) 0
 #define NAME(kernel) kernel##_f32
 #include "quantised.inc"
 #undef SCALAR
+#undef LOAD
 #undef STORE
 #undef LOOKED_UP
 #undef NAME
 
 #define SCALAR bf16
+#define LOAD load_bf16
 #define STORE store_bf16
 #ifdef HAS_LOOK_UP
 #define LOOKED_UP nf4_vectors

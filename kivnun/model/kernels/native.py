@@ -1,0 +1,246 @@
+"""The kernels in C: compiled by the machine's own compiler on first use, kept in the user's cache, called through ctypes.
+
+Linking leaves OpenMP's symbols open, so that they are found in the runtime torch has loaded: two runtimes in one process would
+each bring their own threads. Where they cannot be built, `build` says why and the kernels of `reference.py` serve.
+Next: `reference.py` (what each kernel computes, in torch), `pointwise.inc` and `attention.inc` (the same in C).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kivnun.model.kernels.reference import Angles
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-std=gnu11")
+WIDE = ("-mprefer-vector-width=512",)  # compilers for x86 take half of AVX-512's width when left alone
+ENDING = {torch.float32: "f32", torch.bfloat16: "bf16"}
+COMPILE_TIMEOUT_S = 120
+
+
+class CannotBuild(Exception):
+    """The kernels cannot be built or loaded here; the text says why."""
+
+
+class _Pass(ctypes.Structure):
+    """`struct attention` of attention.c, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "cos", "sin")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("q", "k", "v", "out", "dq", "dk", "dv")),
+        *((f"{name}_head", ctypes.c_int64) for name in ("q", "k", "v", "dq", "dk", "dv")),
+        *((name, ctypes.c_int64) for name in ("tokens", "angle_stride", "window")),
+        *((name, ctypes.c_int) for name in ("groups", "per_group", "head_dim", "width", "rot")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class NativeKernels:
+    """Kernels on the CPU for contiguous float32 and bfloat16 tensors; what each computes stands in `TorchKernels`."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y_TD, scale_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
+        self._call("rms_norm", x_TD, x_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
+        return y_TD, scale_T
+
+    def rms_norm_backward(self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+        dx_TD = torch.empty_like(x_TD)
+        self._call("rms_norm_backward", x_TD, dy_TD.contiguous(), x_TD, weight_D, scale_T, dx_TD, *x_TD.shape)
+        return dx_TD
+
+    def gate(self, gu_T2F: Tensor) -> Tensor:
+        tokens, width = gu_T2F.shape
+        h_TF = gu_T2F.new_empty(tokens, width // 2)
+        self._call("gate", gu_T2F, gu_T2F, h_TF, *h_TF.shape)
+        return h_TF
+
+    def gate_backward(self, dh_TF: Tensor, gu_T2F: Tensor) -> Tensor:
+        dgu_T2F = torch.empty_like(gu_T2F)
+        self._call("gate_backward", gu_T2F, dh_TF.contiguous(), gu_T2F, dgu_T2F, *dh_TF.shape)
+        return dgu_T2F
+
+    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+        count = len(targets_C)
+        nll_C = torch.empty(count, dtype=torch.float32)
+        self._call("nll", logits_CV, logits_CV, targets_C, weights_C, nll_C, count, logits_CV.shape[1])
+        logits_CV[count:].zero_()
+        return nll_C
+
+    def log_prob(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+        out_C = torch.empty(len(targets_C), dtype=torch.float32)
+        self._call("log_prob", logits_CV, logits_CV, targets_C, out_C, len(targets_C), logits_CV.shape[1])
+        return out_C
+
+    def attention(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        lengths: Sequence[int],
+        scale: float,
+        window: int | None,
+        angles: Angles | None,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, heads, head_dim = q_THK.shape
+        out_THK = q_THK.new_empty(tokens, heads, head_dim)
+        lse_HT = torch.empty(heads, tokens, dtype=torch.float32)
+        given = _pass(q_THK, k_TGK, v_TGK, out_THK, lse_HT, scale, window, angles)
+        self._over_rows("attention", given, q_THK, lengths)
+        return out_THK, lse_HT
+
+    def attention_backward(
+        self,
+        dout_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        out_THK: Tensor,
+        lse_HT: Tensor,
+        lengths: Sequence[int],
+        scale: float,
+        window: int | None,
+        angles: Angles | None,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        dout_THK = dout_THK.contiguous()
+        given = _pass(q_THK, k_TGK, v_TGK, out_THK, lse_HT, scale, window, angles)
+        given.dout = dout_THK.data_ptr()
+        for name, tensor in zip(("dq", "dk", "dv"), into, strict=True):
+            _place(given, name, tensor)
+        self._over_rows("attention_backward", given, q_THK, lengths)
+
+    def nf4_encode(self, values_N: Tensor, block: int, codes: Tensor, scales: Tensor) -> None:
+        values_N = values_N if values_N.dtype in ENDING else values_N.float()
+        self._call("nf4_encode", values_N, values_N, codes, scales, len(values_N), block)
+
+    def nf4_decode(self, codes: Tensor, scales: Tensor, block: int, out: Tensor) -> None:
+        self._call("nf4_decode", out, codes, scales, out, out.numel(), block)
+
+    def nf4_decode_nested(
+        self, codes: Tensor, scale_codes: Tensor, map_256: Tensor, group_scales: Tensor, offset: Tensor, block: int, out: Tensor
+    ) -> None:
+        self._call("nf4_decode_nested", out, codes, scale_codes, map_256, group_scales, offset, out, out.numel(), block)
+
+    def int8_decode(self, codes_OI: Tensor, absmax_O: Tensor, out: Tensor) -> None:
+        self._call("int8_decode", out, codes_OI, absmax_O, out, *out.shape)
+
+    def _over_rows(self, name: str, given: _Pass, like: Tensor, lengths: Sequence[int]) -> None:
+        counts = (ctypes.c_int64 * len(lengths))(*lengths)
+        kernel = getattr(self._library, f"{name}_{ENDING[like.dtype]}")
+        if kernel(ctypes.byref(given), counts, ctypes.c_int64(len(lengths)), torch.get_num_threads()):
+            raise MemoryError(f"no memory for the scratch of attention over rows of up to {max(lengths)} tokens")
+
+    def _call(self, name: str, like: Tensor, *arguments: Tensor | int | ctypes.c_float) -> None:
+        passed = [_pointer(item) if isinstance(item, Tensor) else _number(item) for item in arguments]
+        getattr(self._library, f"{name}_{ENDING[like.dtype]}")(*passed, torch.get_num_threads())
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _number(value: int | ctypes.c_float) -> ctypes.c_int64 | ctypes.c_float:
+    return value if isinstance(value, ctypes.c_float) else ctypes.c_int64(value)
+
+
+def _pass(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None, angles: Angles | None
+) -> _Pass:
+    tokens, heads, head_dim = q.shape
+    given = _Pass(
+        out=out.data_ptr(), out_stride=heads * head_dim, lse=lse.data_ptr(), tokens=tokens, window=window or 0,
+        groups=k.shape[1], per_group=heads // k.shape[1], head_dim=head_dim, width=-(-head_dim // 16) * 16, scale=scale,
+    )  # fmt: skip
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _place(given, name, tensor)
+    if angles is not None:
+        given.cos, given.sin = angles.cos_TR.data_ptr(), angles.sin_TR.data_ptr()
+        given.angle_stride, given.rot = angles.cos_TR.shape[1], 2 * angles.cos_TR.shape[1]
+    return given
+
+
+def _place(given: _Pass, name: str, tensor: Tensor) -> None:
+    assert tensor.stride(2) == 1
+    setattr(given, name, tensor.data_ptr())
+    setattr(given, f"{name}_stride", tensor.stride(0))
+    setattr(given, f"{name}_head", tensor.stride(1))
+
+
+@functools.cache
+def build() -> NativeKernels:
+    """Return the compiled kernels, from the cache or new. Raises CannotBuild with the reason."""
+    compiler = _compiler()
+    flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else ())
+    sources = sorted(SOURCES.glob("*.c"))
+    parts = sorted([*sources, *SOURCES.glob("*.inc"), *SOURCES.glob("*.h")])
+    seen = [" ".join([*compiler, *flags]), _run([*compiler, "--version"]), _run([*compiler, "-march=native", "-Q", "--help=target"])]
+    digest = hashlib.sha256("\0".join([*seen, *(part.read_text(encoding="utf-8") for part in parts)]).encode()).hexdigest()
+    library = _cache() / f"kernels-{digest[:20]}.so"
+    if not library.is_file():
+        _compile(compiler, flags, sources, library)
+    try:
+        return NativeKernels(ctypes.CDLL(str(library)))
+    except OSError as error:
+        raise CannotBuild(f"{library} cannot be loaded: {error}") from error
+
+
+def _compile(compiler: list[str], flags: Sequence[str], sources: Sequence[Path], library: Path) -> None:
+    """Compile into a folder of this process and rename: processes that start together do not disturb each other."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-")
+    except OSError as error:
+        raise CannotBuild(f"the cache {library.parent} cannot be written: {error.strerror}") from error
+    with place as folder:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        for source, target in zip(sources, objects, strict=True):
+            _run([*compiler, *flags, "-c", str(source), "-o", target])
+        made = Path(folder) / library.name
+        # No -fopenmp here: see the module's docstring.
+        _run([*compiler, "-shared", "-o", str(made), *objects, "-lm"])
+        os.replace(made, library)
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CC")
+    if named:
+        return shlex.split(named)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise CannotBuild("there is no C compiler (cc, gcc or clang)")
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, env={**os.environ, "LC_ALL": "C"})
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{command[0]} does not run: {error}") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise CannotBuild(f"{command[0]} failed: {lines[0]}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivnun" / "kernels"
