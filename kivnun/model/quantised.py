@@ -27,7 +27,7 @@ CARRIER = torch.bfloat16
 class Kernels(Protocol):
     """Those kernels of `kernels/reference.py` that know 4 and 8 bits."""
 
-    def nf4_encode(self, values_N: Tensor, block: int) -> tuple[Tensor, Tensor]: ...
+    def nf4_encode(self, values_N: Tensor, block: int, codes: Tensor, scales: Tensor) -> None: ...
 
     def nf4_decode(self, codes: Tensor, scales: Tensor, block: int, out: Tensor) -> None: ...
 
@@ -125,8 +125,12 @@ class Nf4Matrix(FrozenMatrix):
         Codes and scales are those of bitsandbytes' `quantize_4bit(..., quant_type="nf4", compress_statistics=True)` on a CPU. The
         offset is a float32 mean, whose last bit may depend on torch's number of threads; so it does there.
         """
-        parts = [buffer.kernels.nf4_encode(piece.float().contiguous(), BLOCK) for piece in pieces]
-        codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
+        size, at = shape.numel(), 0
+        codes, scales = torch.empty(-(-size // 2), dtype=torch.uint8), torch.empty(-(-size // BLOCK))
+        for piece in pieces:
+            half, block, end = at // 2, at // BLOCK, at + len(piece)
+            buffer.kernels.nf4_encode(piece, BLOCK, codes[half : -(-end // 2)], scales[block : -(-end // BLOCK)])
+            at = end
         return cls(shape, codes, nested_scales(scales), buffer)
 
     def dense(self) -> Tensor:
@@ -163,8 +167,13 @@ class Int8Matrix(FrozenMatrix):
         Codes and scales are those of bitsandbytes' `int8_vectorwise_quant` of the same values (its 8-bit models round to float16
         first, which is not done here).
         """
-        parts = [_int8_rows(piece.view(-1, shape[1]).float()) for piece in pieces]
-        codes_OI, absmax_O = (torch.cat(column) for column in zip(*parts, strict=True))
+        codes_OI, absmax_O, row = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]), 0
+        for piece in pieces:
+            values_RI = piece.view(-1, shape[1]).float()
+            rows = slice(row, row := row + len(values_RI))
+            absmax_O[rows] = values_RI.abs().amax(1)
+            scale_R = torch.where(absmax_O[rows] > 0, 127.0 / absmax_O[rows], 0.0)
+            codes_OI[rows] = torch.round(values_RI * scale_R[:, None]).to(torch.int8)
         return cls(shape, codes_OI, absmax_O, buffer)
 
     def dense(self) -> Tensor:
@@ -184,12 +193,6 @@ def _carried(codes: Tensor) -> Tensor:
     """Return bytes as CARRIER, with a last one added where their number is odd."""
     flat = codes.contiguous().view(torch.uint8).flatten()
     return (torch.cat([flat, flat.new_zeros(1)]) if len(flat) % 2 else flat).view(CARRIER)
-
-
-def _int8_rows(values_OI: Tensor) -> tuple[Tensor, Tensor]:
-    absmax_O = values_OI.abs().amax(1)
-    scale_O = torch.where(absmax_O > 0, 127.0 / absmax_O, 0.0)
-    return torch.round(values_OI * scale_O[:, None]).to(torch.int8), absmax_O
 
 
 def nested_scales(scales: Tensor) -> NestedScales:

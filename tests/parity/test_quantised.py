@@ -132,9 +132,10 @@ def test_the_kernels_in_c_give_the_values_of_those_in_torch(shape: tuple[int, in
     torch.set_num_threads(threads)
     try:
         for block in (32, BLOCK, 128, 4096):
-            codes, scales = in_torch.nf4_encode(weight.flatten(), block)
-            for ours, theirs in zip(in_c.nf4_encode(weight.flatten(), block), (codes, scales), strict=True):
-                assert torch.equal(ours, theirs)
+            for values in (weight.flatten(), weight.flatten().bfloat16(), weight.flatten().half()):
+                codes, scales = encoded(in_torch, values, block)
+                for ours, theirs in zip(encoded(in_c, values, block), (codes, scales), strict=True):
+                    assert torch.equal(ours, theirs)
             assert_same(lambda kernels, out: kernels.nf4_decode(codes, scales, block, out), in_c, in_torch, shape, dtype)  # noqa: B023
             nested = nested_scales(scales)
             given = (codes, nested.codes, nested.map_256, nested.group_scales, nested.offset, block)
@@ -144,6 +145,12 @@ def test_the_kernels_in_c_give_the_values_of_those_in_torch(shape: tuple[int, in
         assert_same(lambda kernels, out: kernels.int8_decode(codes_OI, absmax_O, out), in_c, in_torch, shape, dtype)
     finally:
         torch.set_num_threads(before)
+
+
+def encoded(kernels: Kernels, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    codes, scales = torch.empty(-(-len(values) // 2), dtype=torch.uint8), torch.empty(-(-len(values) // block))
+    kernels.nf4_encode(values, block, codes, scales)
+    return codes, scales
 
 
 def assert_same(decode: Any, in_c: Kernels, in_torch: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -164,7 +171,7 @@ def test_quantising_in_pieces_is_quantising_at_once(form: Any, kernels: Kernels)
 
 def test_scales_may_stand_unquantised(kernels: Kernels) -> None:
     weight = weight_of((40, 96))
-    codes, scales = kernels.nf4_encode(weight.flatten(), BLOCK)
+    codes, scales = encoded(kernels, weight.flatten(), BLOCK)
     matrix = Nf4Matrix(weight.shape, codes, scales, DecodeBuffer(torch.float32, kernels))
     expected = torch.empty(40, 96)
     TorchKernels().nf4_decode(codes, scales, BLOCK, expected)
