@@ -83,10 +83,15 @@ class OpenedRun:
         """Return the pretrained model loaded anew: full tuning changes the one it is given."""
         return self._load(self.base_folder)
 
+    @property
+    def kernels(self) -> str:
+        """Return which kernels to use: torch's where the run did, else the best there are here, which may be another machine."""
+        return "torch" if self.spec.compute.kernels == "torch" else "auto"
+
     def _load(self, place: Path) -> Base:
         torch.set_num_threads(cast(int, self.spec.compute.threads))
         spec = self.spec.base
-        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors)
+        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors, kernels=self.kernels)
 
     def _existing(self, place: Path) -> Path:
         if not place.is_dir():

@@ -64,6 +64,7 @@ from kivnun.events import (
 )
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
+from kivnun.model.kernels import names_of, native_or_reason
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
@@ -169,7 +170,16 @@ class _Run:
     def _load_base(self, spec: TuneSpec, base_folder: Path) -> Base:
         began = time.monotonic()
         torch.set_num_threads(cast(int, spec.compute.threads))
-        base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors)
+        base = load_base(
+            base_folder,
+            spec.base.precision,
+            spec.compute.device,
+            spec.base.rope_factors,
+            kernels=spec.compute.kernels,
+            recompute=spec.compute.activation_checkpointing,
+        )
+        for line in base.slow:
+            self.emit(Warned(message=line))
         self.emit(
             BaseLoaded(
                 model=spec.base.model,
@@ -289,7 +299,7 @@ class _Run:
             "data_hash": dataset.content_hash,
             "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
             "code_hash": code_hash(),
-            "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
+            "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
         }
         kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
         write_manifest(self.folder.path, fields, kept)
@@ -345,7 +355,7 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     return {
         "data_hash": dataset.content_hash,
         "base_hash": base.content_hash,
-        "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device),
+        "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }
 
 
@@ -359,6 +369,7 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         threads=len(os.sched_getaffinity(0)),
         data_format=dataset.format,  # type: ignore[arg-type]
         stored_precision=stored_precision(base_folder),
+        no_native_reason=found if isinstance(found := native_or_reason(), str) else None,
     )
 
 

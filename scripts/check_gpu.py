@@ -142,7 +142,7 @@ def _measure_kind(folder: Path, kind: str, device: str, size: Size) -> None:
     seconds = (time.perf_counter() - began) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     # Six operations per weight and token for full tuning; the gradient of frozen weights is not computed.
-    matrices = sum(linear.weight.numel() for linear in base.linears.values())
+    matrices = sum(linear.dense().numel() for linear in base.linears.values())
     operations = (6 if kind == "full" else 4) * matrices * batch.num_tokens
     print(
         f"{kind:12}{seconds * 1e3:10.1f}{batch.num_tokens / seconds:12.0f}{operations / seconds / 1e12:10.1f}"

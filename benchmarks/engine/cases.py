@@ -80,7 +80,7 @@ def quick_cases() -> list[Case]:
     return [
         *_compared("main", "71m", steps=3, rows=16, rounds=2, fp32_rounds=1),
         *_eight_rows("main", "71m", steps=3, rows=16, rounds=1)[:2],
-        *_compared("two_threads", "71m", steps=2, rows=16, rounds=1, threads=2),
+        *_compared("two_threads", "71m", steps=3, rows=16, rounds=1, threads=2),
         *_compared("wide", "wide", steps=2, rows=8, rounds=1),
         *_trajectories("accuracy", "small", steps=20, rows=4),
         *_extras("extras", "71m", steps=5, rows=16, rounds=1),

@@ -37,6 +37,7 @@ TITLES = {
     "trl_batches": "TRL padding-free by rows per pass (71 M): why its best is what it is",
 }
 PEERS = {"best": "", "best + malloc": "-malloc", "8x2": "-8x2"}
+IDLE = 0.7  # load average; writing the models just before the first case leaves some
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 
@@ -73,7 +74,9 @@ def _section(group: str, cases: Sequence[Case], results: Results) -> Section:
         return Section(TITLES[group], columns, [_extra_row(case, cases, results) for case in members])
     columns = ["configuration", "tokens/CPU-s", "tokens/s", *(f"x TRL {peer}" for peer in PEERS), "x padded", "x out of box"]
     columns += ["peak RSS MB", "RSS / best", "of floor", "loss off by", "norm off by"]
-    return Section(TITLES[group], columns, [_row(case, cases, results) for case in members])
+    rows = [_row(case, cases, results) for case in members]
+    told = [n for n in range(len(columns)) if n == 0 or any(row[n] != "-" for row in rows)]
+    return Section(TITLES[group], [columns[n] for n in told], [[row[n] for n in told] for row in rows])
 
 
 def _row(case: Case, cases: Sequence[Case], results: Results) -> list[str]:
@@ -124,6 +127,12 @@ def show(console: Console, cases: Sequence[Case], results: Results) -> None:
         console.print(section.as_rich())
     for model, rates in results.floors.items():
         console.print(f"floor of {model}: " + ", ".join(f"{name} {rate / 1e9:,.0f} Gflop/s" for name, rate in rates.items()))
+    if results.load > IDLE:
+        console.print(
+            f"[yellow]The machine was busy (load {results.load:.1f} at the start).[/yellow] Two threads that wait for each other "
+            "suffer most from that: repeat on an idle machine before quoting a figure.",
+            highlight=False,
+        )
     for (group, name), reason in results.failures.items():
         console.print(f"[red]{group}/{name} did not run:[/red] {reason}", highlight=False)
 
@@ -135,6 +144,7 @@ def write(folder: Path, stem: str, cases: Sequence[Case], results: Results, summ
     versions = next((run.versions for runs in results.runs.values() for run in runs.values()), {})
     numbers = {
         "machine": facts,
+        "load_at_start": results.load,
         "versions": versions,
         "command": command,
         "figures": summary,
@@ -147,6 +157,7 @@ def write(folder: Path, stem: str, cases: Sequence[Case], results: Results, summ
     (folder / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     _plot(folder / f"{stem}.svg", cases, results)
     text = [f"# The LoRA engine beside TRL and PEFT\n\n{datetime.now(UTC):%Y-%m-%d}, made by `{command}`.\n"]
+    facts |= {"load at the start": f"{results.load:.1f}"}
     text += [", ".join(f"{k}: {v}" for k, v in {**facts, **versions}.items()) + ".\n", _reading(stem, results)]
     text += [section.as_markdown() for section in sections(cases, results)]
     text += ["## Figures\n\n```json\n" + json.dumps(summary, indent=1) + "\n```\n", *_trajectories(cases, results)]

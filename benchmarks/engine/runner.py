@@ -63,11 +63,13 @@ class Failed:
 
 @dataclass(slots=True)
 class Results:
-    """All runs by (group, name) and round, the floor's rates (operations per second) by model, and what went wrong."""
+    """All runs by (group, name) and round, the floor's rates (operations per second) by model, what went wrong, and how many
+    processes of others wanted the processor when the first case began."""
 
     runs: dict[tuple[str, str], dict[int, Run]] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    load: float = 0.0
 
     def of(self, group: str, name: str) -> dict[int, Run]:
         return self.runs.get((group, name), {})
@@ -101,7 +103,7 @@ def run_all(
 
     A case that cannot run is recorded with its reason and not tried again. The floor is measured at the start of each round.
     """
-    results = Results()
+    results = Results(load=os.getloadavg()[0])
     measured: set[tuple[str, int]] = set()
     for number, due in turns(cases):
         first = due[0]

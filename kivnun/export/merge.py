@@ -119,7 +119,7 @@ def _write_merged(base: Base, adapter_folder: Path, place: Path, precision: str)
 def fold_in(base: Base, sites: Mapping[str, AdapterSite]) -> None:
     """Change the base's weights in place to what base plus adapter computes."""
     for name, site in sites.items():
-        weight = base.linears[name].weight
+        weight = base.linears[name].dense()
         weight.copy_(site.merged(weight))
 
 

@@ -23,6 +23,7 @@ from kivnun.errors import IntegrityError, KivnunError
 from kivnun.evaluate.evaluation import Evaluation, load_evaluation
 from kivnun.evaluate.heldout import held_out_nll
 from kivnun.events import Event, StepDone, read_events
+from kivnun.model.kernels import choose, names_of
 from kivnun.model.load import DTYPES
 from kivnun.opened import OpenedRun, open_run
 from kivnun.pipeline import tune
@@ -92,7 +93,8 @@ def _answer(name: str, question: Callable[[], str]) -> Check:
 def _differences(run: OpenedRun) -> list[str]:
     """Return what could change the last bit since the run: the numeric environment, and the code itself."""
     manifest = read_manifest(run.folder.path)
-    now = numeric_environment(cast(int, run.spec.compute.threads), run.spec.compute.device)
+    kernels = names_of(choose(run.kernels, run.spec.compute.device))
+    now = numeric_environment(cast(int, run.spec.compute.threads), run.spec.compute.device, kernels)
     differences = environment_difference(manifest["environment"], now)
     if manifest["code_hash"] != code_hash():
         differences.append("Kivnun's own code is another")

@@ -162,7 +162,7 @@ def _site(
     dropout = DropoutDraw(shape.dropout, site_key(seed, name))
     if shape.kind == "lora":
         return LoraSite(a, b, shape.scaling, dropout)
-    start_O = torch.linalg.vector_norm(base.linears[name].weight.float(), dim=1) if magnitude_O is None else magnitude_O
+    start_O = torch.linalg.vector_norm(base.linears[name].dense().float(), dim=1) if magnitude_O is None else magnitude_O
     return DoraSite(a, b, _parameter(start_O, base.device), shape.scaling, dropout)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kivnun.errors import BaseModelError
+from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels
 
 NAME = "kivnun_rows"
 
@@ -72,6 +74,16 @@ class Rows:
     lengths: list[int]
     cache: KVCache | None = None
     slots: list[int | None] = field(default_factory=list)
+    kernels: Kernels = field(default_factory=TorchKernels)
+    _angles: Angles | None = None
+
+    def angles_of(self, position_embeddings: tuple[Tensor, Tensor]) -> Angles:
+        """Return the pass's rotation from transformers' cosines and sines [1, T, 2R], converted once for all layers."""
+        if self._angles is None:
+            half = position_embeddings[0].shape[-1] // 2
+            cos_TR, sin_TR = (x[0, :, :half].float().contiguous() for x in position_embeddings)
+            self._angles = Angles(cos_TR, sin_TR)
+        return self._angles
 
 
 def rows_attention(
@@ -107,6 +119,10 @@ def rows_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if rows.cache is None and softcap is None and isinstance(rows.kernels, NativeKernels):
+        turned = (x[0].transpose(0, 1) for x in (query, key, value))
+        out_THK = _RowsAttention.apply(*turned, rows.lengths, scale, sliding_window, rows.kernels)
+        return out_THK[None], None  # type: ignore[index]
     outs: list[Tensor] = []
     # split, not slices: its backward is one concatenation, where a slice's backward writes a full-size tensor of zeros.
     parts = zip(*(x[0].split(rows.lengths, dim=1) for x in (query, key, value)), strict=True)
@@ -165,6 +181,75 @@ def _softcapped(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, visib
     scores_HLC = torch.tanh(q_HLK @ k_HCK.transpose(1, 2) * (scale / softcap)) * softcap
     scores_HLC = scores_HLC.masked_fill(~visible_LC, -math.inf)
     return torch.softmax(scores_HLC.float(), dim=-1).to(q_HLK.dtype) @ v_HCK
+
+
+def fused_attention(
+    qkv_TO: Tensor,
+    query_width: int,
+    key_width: int,
+    head_dim: int,
+    lengths: list[int],
+    scale: float,
+    window: int | None,
+    angles: Angles,
+    kernels: Kernels,
+) -> Tensor:
+    """Return causal attention [T, H * K] of each row over itself, from projections side by side, [T, (H + 2 G) * K]."""
+    widths = (query_width, key_width, key_width)
+    if isinstance(kernels, NativeKernels):
+        return _FusedAttention.apply(qkv_TO, widths, head_dim, lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
+    q_THK, k_TGK, v_TGK = _heads(qkv_TO, widths, head_dim)
+    turned = (angles.turned(q_THK), angles.turned(k_TGK), v_TGK)
+    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in turned), strict=True)
+    outs = [_one_row(q_HLK, k_GLK, v_GLK, scale, window, None) for q_HLK, k_GLK, v_GLK in parts]
+    return torch.cat(outs, dim=1).transpose(0, 1).flatten(1)
+
+
+def _heads(x_TO: Tensor, widths: tuple[int, int, int], head_dim: int) -> tuple[Tensor, ...]:
+    """Return views [T, heads, K] of queries, keys and values."""
+    return tuple(part.view(len(x_TO), -1, head_dim) for part in x_TO.split(widths, dim=1))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Rotation and attention in one kernel that reads the projections where they are and writes their gradient in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TO, widths, head_dim, lengths, scale, window, angles, kernels):  # type: ignore[override]
+        out_THK, lse_HT = kernels.attention(*_heads(qkv_TO, widths, head_dim), lengths, scale, window, angles)
+        ctx.save_for_backward(qkv_TO, out_THK, lse_HT)
+        ctx.given = (widths, head_dim, lengths, scale, window, angles, kernels)
+        return out_THK.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, dout_TO):  # type: ignore[override]
+        qkv_TO, out_THK, lse_HT = ctx.saved_tensors
+        widths, head_dim, lengths, scale, window, angles, kernels = ctx.given
+        dqkv_TO = torch.empty_like(qkv_TO)
+        q, k, v = _heads(qkv_TO, widths, head_dim)
+        into = _heads(dqkv_TO, widths, head_dim)
+        dout_THK = dout_TO.reshape(out_THK.shape)
+        kernels.attention_backward(dout_THK, q, k, v, out_THK, lse_HT, lengths, scale, window, angles, into)
+        return dqkv_TO, None, None, None, None, None, None, None
+
+
+class _RowsAttention(torch.autograd.Function):
+    """The same for queries, keys and values [T, heads, K] that a model has rotated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q_THK, k_TGK, v_TGK, lengths, scale, window, kernels):  # type: ignore[override]
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THK, k_TGK, v_TGK))
+        out_THK, lse_HT = kernels.attention(q, k, v, lengths, scale, window, None)
+        ctx.save_for_backward(q, k, v, out_THK, lse_HT)
+        ctx.given = (lengths, scale, window, kernels)
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, dout_THK):  # type: ignore[override]
+        q, k, v, out_THK, lse_HT = ctx.saved_tensors
+        lengths, scale, window, kernels = ctx.given
+        into = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        kernels.attention_backward(dout_THK, q, k, v, out_THK, lse_HT, lengths, scale, window, None, into)
+        return *into, None, None, None, None
 
 
 class MatmulAttention(torch.autograd.Function):

@@ -14,7 +14,8 @@ from kivnun.randomness import key_128
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-_BITS = 24
+_BITS = 16
+_SPAN = 1 << _BITS
 
 
 def site_key(seed: int, name: str) -> int:
@@ -29,11 +30,21 @@ def token_keys(seed: int, step: int, rows_T: Tensor, positions_T: Tensor) -> Ten
 
 
 def dropped(x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
-    """Return x with each element zeroed with probability `rate` and the others scaled by 1 / (1 - rate)."""
-    channels_D = torch.arange(x_TD.shape[-1], device=x_TD.device) * _GOLDEN
-    bits_TD = _mix(_mix(keys_T ^ site)[:, None] + channels_D) & ((1 << _BITS) - 1)
-    keep_TD = bits_TD >= round(rate * (1 << _BITS))
-    return x_TD * keep_TD.to(x_TD.dtype).mul_(1.0 / (1.0 - rate))
+    """Return x with each element zeroed with probability `rate` and the others scaled up. One draw decides four channels."""
+    width = x_TD.shape[-1]
+    scale, limit = scale_and_limit(rate)
+    groups = torch.arange(-(-width // 4), device=x_TD.device) * _GOLDEN
+    draws = _mix(_mix(keys_T ^ site)[:, None] + groups)
+    shifts = torch.arange(0, 64, _BITS, device=x_TD.device)
+    keep_TD = (((draws[..., None] >> shifts) & (_SPAN - 1)) >= limit).flatten(-2)[..., :width]
+    return (x_TD * (keep_TD * scale)).to(x_TD.dtype)
+
+
+def scale_and_limit(rate: float) -> tuple[float, int]:
+    """Return the factor of what stays and the draw, of 65,536, below which an element is zeroed. The factor follows the draw, not
+    the rate, so that the expectation is kept exactly."""
+    limit = min(round(rate * _SPAN), _SPAN - 1)
+    return _SPAN / (_SPAN - limit), limit
 
 
 def _mix(z: Tensor) -> Tensor:

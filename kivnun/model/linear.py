@@ -1,4 +1,4 @@
-"""The LoRA and DoRA equations, and the linear layer of a base that can carry them.
+"""The LoRA and DoRA equations with their gradients, and the linear layer of a base that can carry them.
 
 A base's `TunableLinear` knows no adapter: one is lent to it for a pass (`site`) and taken back. The functions take A, B and the
 magnitude as arguments, so that several adapters can share a base.
@@ -7,13 +7,24 @@ Shapes: T tokens, I inputs, O outputs, R rank. Next: `adapters.py` (which module
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kivnun.model.dropout import dropped
+from kivnun.model.kernels import Kernels
+from kivnun.model.products import over_tokens, times, times_transposed
+
+# Makes a layer's input again in the backward pass, from what another function keeps anyway; None: the input itself is kept.
+Again: TypeAlias = Callable[[], Tensor] | None
+
+
+def undropped(x_TI: Tensor) -> Tensor:
+    """Return x: the dropout of a pass without dropout."""
+    return x_TI
 
 
 @dataclass(slots=True)
@@ -24,12 +35,10 @@ class DropoutDraw:
     site: int
     keys_T: Tensor | None = None
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return x_TI if self.keys_T is None else dropped(x_TI, self.keys_T, self.site, self.rate)
-
-    @property
-    def active(self) -> bool:
-        return self.keys_T is not None
+    def now(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
+        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew."""
+        keys_T = self.keys_T
+        return undropped if keys_T is None else lambda x_TI: kernels.dropped(x_TI, keys_T, self.site, self.rate)
 
 
 @dataclass(slots=True)
@@ -41,13 +50,47 @@ class LoraSite:
     scaling: float
     dropout: DropoutDraw
 
-    def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        y_TO = F.linear(x_TI, weight_OI, bias_O)
-        return y_TO + lora_delta(self.dropout(x_TI), self.a_RI, self.b_OR, self.scaling)
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
+        drop = self.dropout.now(linear.kernels)
+        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self.scaling, drop, linear, again)  # type: ignore[no-any-return]
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return W + scaling * B A in float32."""
         return weight_OI.float() + self.scaling * (self.b_OR.detach().float() @ self.a_RI.detach().float())
+
+
+class _Lora(torch.autograd.Function):
+    """y = x W^T + s (x~ A^T) B^T with x~ the dropped input, and with u = s dy B:
+    dA = u^T x~, dB = s dy^T (x~ A^T), dx = dy W + (u A)~.
+
+    Every product goes through the rank first, so that nothing of the weight's size is made. Kept are x and x~ A^T alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TI, a_RI, b_OR, scaling, drop, linear, again):  # type: ignore[override]
+        xa_TR = times_transposed(drop(x_TI), a_RI.to(x_TI.dtype))
+        y_TO = times_transposed(x_TI, linear.dense()).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR)
+        ctx.scaling, ctx.drop, ctx.linear, ctx.again = scaling, drop, linear, again
+        return y_TO if linear.bias is None else y_TO.add_(linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO):  # type: ignore[override]
+        x_TI, xa_TR, a_RI, b_OR = ctx.saved_tensors
+        dx_TI, da_RI, db_OR = _lora_gradients(ctx, dy_TO, ctx.again() if ctx.again else x_TI, xa_TR, a_RI, b_OR)
+        return dx_TI, da_RI, db_OR, None, None, None, None
+
+
+def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, a_RI: Tensor, b_OR: Tensor):
+    """Return (dx [T, I] or None where nobody asks for it, dA [R, I], dB [O, R]) of y = x W^T + s (x~ A^T) B^T."""
+    u_TR = times(dy_TO, b_OR.to(dy_TO.dtype)).mul_(ctx.scaling)
+    db_OR = over_tokens(xa_TR, dy_TO).t().to(b_OR.dtype) * ctx.scaling
+    da_RI = over_tokens(u_TR, ctx.drop(x_TI)).to(a_RI.dtype)
+    if not ctx.needs_input_grad[0]:
+        return None, da_RI, db_OR
+    a, dx_TI = a_RI.to(dy_TO.dtype), times(dy_TO, ctx.linear.dense())
+    dx_TI = dx_TI.addmm_(u_TR, a) if ctx.drop is undropped else dx_TI.add_(ctx.drop(u_TR @ a))
+    return dx_TI, da_RI, db_OR
 
 
 @dataclass(slots=True)
@@ -56,7 +99,7 @@ class DoraSite:
 
     y = m / c * (W + scaling * B A) x with c the row norms of W + scaling * B A, held constant in the gradient (section 4.3
     there). `magnitude_O` is float32: in bfloat16 small updates round to nothing. With dropout the base's part sees the dropped
-    input in its correction only, as in PEFT.
+    input in its correction only, as in PEFT, at the price of a second product with W.
     """
 
     a_RI: nn.Parameter
@@ -64,18 +107,20 @@ class DoraSite:
     magnitude_O: nn.Parameter
     scaling: float
     dropout: DropoutDraw
+    _squares_O: Tensor | None = None
 
-    def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        length_O = dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling)
-        ratio_O = (self.magnitude_O / length_O).to(x_TI.dtype)
-        base_TO = F.linear(x_TI, weight_OI)
-        dropped_TI = self.dropout(x_TI)
-        delta_TO = lora_delta(dropped_TI, self.a_RI, self.b_OR, self.scaling)
-        if self.dropout.active:
-            y_TO = base_TO + (ratio_O - 1) * F.linear(dropped_TI, weight_OI) + ratio_O * delta_TO
-        else:
-            y_TO = ratio_O * (base_TO + delta_TO)
-        return y_TO if bias_O is None else y_TO + bias_O
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
+        drop = self.dropout.now(linear.kernels)
+        weight_OI = linear.dense()
+        if self._squares_O is None:  # the base never changes under an adapter
+            self._squares_O = row_squares(weight_OI)
+        length_O = dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O)
+        tensors = (self.a_RI, self.b_OR, self.magnitude_O, length_O)
+        if drop is undropped:
+            return _Dora.apply(x_TI, *tensors, linear.bias, self.scaling, linear, again)  # type: ignore[no-any-return]
+        dropped_TI = _Dropped.apply(x_TI, drop)
+        plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
+        return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self.scaling, linear, None)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return m / c * (W + scaling * B A) in float32."""
@@ -83,51 +128,115 @@ class DoraSite:
         return direction_OI * (self.magnitude_O.detach().float() / direction_OI.norm(dim=1))[:, None]
 
 
+class _Dora(torch.autograd.Function):
+    """y = r * z with z = x W^T + s (x A^T) B^T and r = m / c, c constant: dm is the sum over tokens of dy * z / c, the rest LoRA's
+    gradient of dz = r * dy. r multiplies in float32: near 1, bfloat16 has steps of 2^-8.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, length_O, bias_O, scaling, linear, again):  # type: ignore[override]
+        xa_TR = times_transposed(x_TI, a_RI.to(x_TI.dtype))
+        z_TO = times_transposed(x_TI, linear.dense()).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=scaling)
+        y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)
+        ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO)
+        ctx.scaling, ctx.drop, ctx.linear, ctx.again = scaling, undropped, linear, again
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO):  # type: ignore[override]
+        x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO = ctx.saved_tensors
+        kernels = ctx.linear.kernels
+        dmagnitude_O = kernels.column_dots(dy_TO, z_TO) / length_O
+        dz_TO = kernels.scale_columns(dy_TO, magnitude_O / length_O)
+        x_TI = ctx.again() if ctx.again else x_TI
+        return *_lora_gradients(ctx, dz_TO, x_TI, xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None, None
+
+
+class _Dropped(torch.autograd.Function):
+    """Dropout as an operation of its own. It is linear, and its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI, drop):  # type: ignore[override]
+        ctx.drop = drop
+        return drop(x_TI)
+
+    @staticmethod
+    def backward(ctx: Any, dout_TI):  # type: ignore[override]
+        return ctx.drop(dout_TI), None
+
+
 AdapterSite = LoraSite | DoraSite
 
 
-def lora_delta(x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """Return scaling * B A x, contracted through the rank first, in the dtype of x."""
-    return F.linear(F.linear(x_TI, a_RI.to(x_TI.dtype)), b_OR.to(x_TI.dtype)) * scaling
-
-
 @torch.no_grad()
-def dora_row_norm(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """Return the row norms of W + scaling * B A, float32 [O], without forming the O x I sum.
+def dora_row_norm(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, squares_O: Tensor) -> Tensor:
+    """Return the row norms of W + scaling * B A, float32 [O], without forming the O x I sum; `squares_O` is |W_o|^2.
 
     norm^2 = |W_o|^2 + 2 s B_o (A W_o) + s^2 B_o (A A^T) B_o^T; the three terms are summed in float64, since they cancel where
     the delta undoes a row. |W_o| and A W_o hold float32's digits, so a row undone to a hundredth keeps two or three of them.
     """
-    w_a_OR = F.linear(weight_OI, a_RI.to(weight_OI.dtype)).double()
+    w_a_OR = times_transposed(weight_OI, a_RI.to(weight_OI.dtype)).double()
     b_OR64 = b_OR.double()
-    square_O = weight_OI.double().square().sum(1) if weight_OI.dtype == torch.float64 else _row_squares(weight_OI)
     cross_O = 2 * scaling * (b_OR64 * w_a_OR).sum(1)
     delta_O = scaling**2 * ((b_OR64 @ (a_RI.double() @ a_RI.double().T)) * b_OR64).sum(1)
-    return (square_O + cross_O + delta_O).clamp_min(0.0).sqrt().float()
+    return (squares_O + cross_O + delta_O).clamp_min(0.0).sqrt().float()
 
 
-def _row_squares(weight_OI: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight_OI.float(), dim=1).double().square()
+@torch.no_grad()
+def row_squares(weight_OI: Tensor) -> Tensor:
+    """Return |W_o|^2, float64 [O]."""
+    wide_OI = weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()
+    return torch.linalg.vector_norm(wide_OI, dim=1).double().square()
 
 
 class TunableLinear(nn.Module):
-    """A linear layer of the base, with the weight's own name, that applies the site lent to it."""
+    """A linear layer of the base, with the weight's own name, that applies the site lent to it.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    A dense layer holds its weight; a layer in fewer bits holds `matrix` instead, and `weight` is None.
+    """
+
+    def __init__(self, linear: nn.Linear, kernels: Kernels, matrix: nn.Module | None = None) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight = linear.weight if matrix is None else None
+        self.matrix = matrix
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kernels = kernels
         self.site: AdapterSite | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.site is None:
-            return F.linear(x, self.weight, self.bias)
-        flat = x.reshape(-1, self.in_features)  # [1, T, I] in the trunk, [S, I] at the head
-        return self.site(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+    def dense(self) -> Tensor:
+        """Return the weight [O, I] in the dtype of computing. Decoded weights are valid until the next decoding."""
+        return self.weight if self.matrix is None else self.matrix.dense()  # type: ignore[operator, return-value]
+
+    def forward(self, x: Tensor, again: Again = None) -> Tensor:
+        flat_TI = x.reshape(-1, self.in_features)  # [1, T, I] in the trunk, [S, I] at the head
+        y_TO = self.plain(flat_TI) if self.site is None else self.site(flat_TI, self, again)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def plain(self, x_TI: Tensor) -> Tensor:
+        """Return x W^T + bias, without the site."""
+        return _Linear.apply(x_TI, self.weight, self.bias, self)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b: dx = dy W, dW = dy^T x and db the sum of dy, the last two where the layer itself is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI, weight_OI, bias_O, linear):  # type: ignore[override]
+        y_TO = times_transposed(x_TI, linear.dense())
+        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None)
+        ctx.linear = linear
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO):  # type: ignore[override]
+        (x_TI,) = ctx.saved_tensors
+        dx_TI = times(dy_TO, ctx.linear.dense()) if ctx.needs_input_grad[0] else None
+        dweight_OI = over_tokens(dy_TO, x_TI) if ctx.needs_input_grad[1] else None
+        return dx_TI, dweight_OI, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class TunableEmbedding(nn.Module):

@@ -1,14 +1,15 @@
 """A base: a pretrained model, pinned by hash, that knows no adapter, with one way into its trunk and its head.
 
 Loading replaces modules on the instance: linear layers and the embedding by tunable ones, a LongRoPE by one that chooses its
-factors per row, activations by ones that work in whole vectors. No class is patched.
+factors per row, activations by ones that work in whole vectors, and lays the fast path over its layers (`blocks.py`). No class is
+patched.
 Shapes: T tokens of a pack, D model width, V vocabulary.
 Next: `attention.py` (what a row sees), `adapters.py` (what is lent to a base), `loss.py` (what is done with the head).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,21 @@ from transformers.activations import ACT2CLS
 
 from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
-from kivnun.model import attention
+from kivnun.model import blocks
 from kivnun.model.activation import WholeVectors
 from kivnun.model.attention import Rows
-from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config
+from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision
+from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
+from kivnun.model.loss import FrozenHead, GraphHead
 from kivnun.model.probe import refuse_unlike_transformers
+from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix
+from kivnun.model.read_model import ReadModel, decoded, read_model
 from kivnun.model.rope import RowRotary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a base computes in. Quantised ones do so in bfloat16, as QLoRA does: half the memory of a decoded matrix and of activations,
+# and digits enough beside those the codes leave out.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "int8": torch.bfloat16}
 
 # Fewer rows than this go through a matrix product in another kernel, with other last bits than the same rows among more.
 MIN_TOKENS = 16
@@ -48,10 +55,15 @@ class Base:
     linears: dict[str, TunableLinear]
     head_name: str
     rotary: RowRotary | None
+    kernels: Kernels
+    slow: list[str]  # one line for each kind of layer that is not on the fast path, and why
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        matrices = {module for module in self.model.modules() if isinstance(module, FrozenMatrix)}
+        codes = {parameter for matrix in matrices for parameter in matrix.parameters()}
+        plain = sum(p.numel() for p in self.model.parameters() if p not in codes)
+        return plain + sum(matrix.shape.numel() for matrix in matrices)
 
     @property
     def tied(self) -> bool:
@@ -81,6 +93,7 @@ class Base:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
             rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None])
+        rows.kernels = self.kernels
         if self.rotary is not None:
             self.rotary.lengths = rows.lengths
         trunk: nn.Module = self.model.base_model  # type: ignore[assignment]
@@ -91,6 +104,14 @@ class Base:
         """Return per-token values with zeros for the tokens that `hidden` adds to a short pack."""
         return np.pad(values_T, (0, max(0, MIN_TOKENS - len(values_T))))
 
+    def language_head(self, parameters: Sequence[Tensor]) -> FrozenHead | GraphHead:
+        """Return the head for a loss, which trains `parameters`: by two plain products where it is a frozen matrix and no more."""
+        linear = self.linears[self.head_name]
+        capped = getattr(self.config, "final_logit_softcapping", None) is not None
+        if parameters or capped or linear.site is not None:
+            return GraphHead(self.head, parameters, self.kernels)
+        return FrozenHead(linear)
+
     def head(self, h_CD: Tensor) -> Tensor:
         """Return logits [C, V] of hidden states [C, D], with what the family does to them after the head."""
         logits_CV = self.linears[self.head_name](h_CD)
@@ -98,26 +119,66 @@ class Base:
         return logits_CV if softcap is None else torch.tanh(logits_CV / softcap) * softcap
 
 
-def load_base(folder: Path, precision: str, device: str = "cpu", rope_factors: str = "per_row") -> Base:
-    """Return the base in `folder`, computing in `precision` ("fp32" or "bf16") on `device` ("cpu" or "cuda").
+def load_base(
+    folder: Path,
+    precision: str,
+    device: str = "cpu",
+    rope_factors: str = "per_row",
+    *,
+    kernels: str = "auto",
+    recompute: bool = False,
+) -> Base:
+    """Return the base in `folder` in `precision` ("fp32", "bf16", "nf4" or "int8") on `device` ("cpu" or "cuda").
 
-    Raises BaseModelError when the folder holds no causal language model that Kivnun can run row by row.
+    Memory stays near that of what is loaded: tensors are read, converted and quantised one at a time. Raises BaseModelError when
+    the folder holds no causal language model that Kivnun can run row by row, or holds it in another precision for good.
     """
+    chosen = choose(kernels, device)
+    return _prepared(folder, _read(folder, precision, chosen), DTYPES[precision], device, rope_factors, chosen, recompute)
+
+
+def load_decoded(folder: Path, precision: str, rope_factors: str = "per_row") -> Base:
+    """Return the base in `folder` as quantised in `precision` ("nf4" or "int8"), its matrices decoded for good, in float32.
+
+    The weights are the values that the quantised base computes with: rounded to bfloat16, then widened.
+    """
+    kernels = choose("auto", "cpu")
+    read = _read(folder, precision, kernels)
+    return _prepared(folder, ReadModel(decoded(read).float(), {}), torch.float32, "cpu", rope_factors, kernels, False)
+
+
+def read_decoded(folder: Path, precision: str) -> nn.Module:
+    """Return transformers' own model with the weights that a base quantised in `precision` computes with."""
+    return decoded(_read(folder, precision, choose("auto", "cpu")))
+
+
+def _read(folder: Path, precision: str, kernels: Kernels) -> ReadModel:
     _refuse_unsupported(folder)
-    model = _load_model(folder, DTYPES[precision]).to(device)
+    refuse_other_precision(folder, precision)
+    dtype = DTYPES[precision]
+    return read_model(folder, dtype, precision if precision in FORMS else None, DecodeBuffer(dtype, kernels))
+
+
+def _prepared(
+    folder: Path, read: ReadModel, dtype: torch.dtype, device: str, rope_factors: str, kernels: Kernels, recompute: bool
+) -> Base:
+    model = read.model
+    linears, head_name = _install_tunables(model, read.matrices, kernels)
+    model.to(device)
     model.eval()
     model.requires_grad_(False)
-    linears, head_name = _install_tunables(model)
     base = Base(
         model=model,
         config=model.config,
         folder=folder,
         content_hash=hash_folder(folder),
-        dtype=DTYPES[precision],
+        dtype=dtype,
         device=torch.device(device),
         linears=linears,
         head_name=head_name,
         rotary=_install_rotary(model, rope_factors),
+        kernels=kernels,
+        slow=blocks.install(model, kernels, recompute),
     )
     refuse_unlike_transformers(base)
     return base
@@ -158,33 +219,16 @@ def _known_types() -> set[str]:
     return set(CONFIG_MAPPING.keys())
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # what a person sees of a run is told by events; bars of files within it only tear the screen
-    attention.register()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, KeyError):  # an attention class looked up by our name: it has an attention of its own
-            reason = "it does not compute through transformers' attention interface"
-        raise BaseModelError(
-            f"{folder} cannot be loaded as a causal language model: {reason}",
-            hint="it must open with AutoModelForCausalLM.from_pretrained and use transformers' attention interface",
-        ) from error
-    return model
-
-
-def _install_tunables(model: nn.Module) -> tuple[dict[str, TunableLinear], str]:
+def _install_tunables(
+    model: nn.Module, matrices: Mapping[str, QuantisedMatrix], kernels: Kernels
+) -> tuple[dict[str, TunableLinear], str]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears: dict[str, TunableLinear] = {}
     activations = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     head_name = ""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            linears[name] = TunableLinear(module)
+            linears[name] = TunableLinear(module, kernels, matrices.get(name))
             _replace(model, name, linears[name])
             head_name = name if module is head else head_name
         elif type(module) is nn.Embedding:

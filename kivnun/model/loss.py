@@ -8,33 +8,83 @@ Shapes: S supervised positions, C positions of a chunk, D model width, V vocabul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Head: TypeAlias = Callable[[Tensor], Tensor]  # hidden [C, D] -> logits [C, V], soft-capping included
+from kivnun.model.kernels import Kernels
+from kivnun.model.linear import TunableLinear
+from kivnun.model.products import times, times_transposed
+
+
+class Head(Protocol):
+    """The language head: hidden [C, D] -> logits [C, V], soft-capping included."""
+
+    kernels: Kernels
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """Return the trained tensors it uses."""
+        ...
+
+    def __call__(self, h_CD: Tensor) -> Tensor: ...
+
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the gradients of h and of the head's trained tensors, for logits that this head has just computed of h."""
+        ...
+
 
 CHUNK = 512
 # Below 16 rows the matrix libraries take other kernels, whose rows differ in the last bit from the same rows among more.
 MIN_ROWS = 16
 
 
-def weighted_nll(
-    head: Head, head_parameters: Sequence[Tensor], h_SD: Tensor, targets_S: Tensor, weights_S: Tensor
-) -> tuple[Tensor, Tensor]:
+class FrozenHead:
+    """A head that is one matrix and is not trained: two products a chunk, and no graph."""
+
+    def __init__(self, linear: TunableLinear) -> None:
+        self._weight_VD, self._bias_V, self.kernels, self.parameters = linear.dense(), linear.bias, linear.kernels, ()
+
+    @torch.no_grad()
+    def __call__(self, h_CD: Tensor) -> Tensor:
+        logits_CV = times_transposed(h_CD, self._weight_VD)
+        return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
+
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        return times(dlogits_CV, self._weight_VD), ()
+
+
+class GraphHead:
+    """Any head: trained, carrying an adapter, soft-capped. Its gradients are autograd's, chunk by chunk."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], kernels: Kernels) -> None:
+        self._compute, self.parameters, self.kernels = compute, parameters, kernels
+
+    def __call__(self, h_CD: Tensor) -> Tensor:
+        return self._compute(h_CD)
+
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        grads = torch.autograd.grad(logits, [h_CD, *self.parameters], dlogits_CV)
+        return grads[0], grads[1:]
+
+
+def weighted_nll(head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of weights * NLL (nats, float32 scalar, differentiable) and each position's NLL [S] (float32, detached).
 
-    `head_parameters` are the trained tensors that `head` uses (its weight, or an adapter's); their gradient is exact too.
-    The caller's weights already hold the division by the step's total, so nothing is averaged here.
+    The head's trained tensors (its weight, or an adapter's) get their exact gradient too. The caller's weights already hold the
+    division by the step's total, so nothing is averaged here.
     """
-    loss, nll_S = _ChunkedNll.apply(head, len(head_parameters), h_SD, targets_S, weights_S, *head_parameters)
+    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S, *head.parameters)
     return loss, nll_S
 
 
 class _ChunkedNll(torch.autograd.Function):
+    """For each chunk: logits, the loss's gradient in their place (softmax minus one at the target, times the weight), and that
+    gradient's product with the head: when forward ends, the gradient of the hidden states is known and no logits are left."""
+
     @staticmethod
-    def forward(ctx, head: Head, num_parameters: int, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, *parameters: Tensor):  # type: ignore[override]
+    def forward(ctx: Any, head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, *parameters: Tensor):  # type: ignore[override]
         dh_SD = torch.empty_like(h_SD)
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
@@ -42,35 +92,21 @@ class _ChunkedNll(torch.autograd.Function):
             with torch.enable_grad():
                 h_CD = _padded(h_SD[at]).detach().requires_grad_()
                 logits_CV = head(h_CD)
-            nll_S[at], dlogits_CV = _nll_and_gradient(logits_CV.detach(), targets_S[at], weights_S[at])
-            grads = torch.autograd.grad(logits_CV, [h_CD, *parameters], dlogits_CV)
-            dh_SD[at] = grads[0][: len(targets_S[at])]
-            for total, grad in zip(sums, grads[1:], strict=True):
+            # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
+            dlogits_CV = logits_CV.contiguous() if isinstance(head, FrozenHead) else logits_CV.detach().clone()
+            nll_S[at] = head.kernels.nll_(dlogits_CV, targets_S[at], weights_S[at])
+            dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV)
+            dh_SD[at] = dh_CD[: len(targets_S[at])]
+            for total, grad in zip(sums, grads, strict=True):
                 total += grad
         ctx.save_for_backward(dh_SD, *[s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)])
         ctx.mark_non_differentiable(nll_S)
         return (nll_S * weights_S).sum(dtype=torch.float64).float(), nll_S
 
     @staticmethod
-    def backward(ctx, dloss: Tensor, _dnll: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, _dnll: Tensor):  # type: ignore[override]
         dh_SD, *dparameters = ctx.saved_tensors
-        return None, None, dh_SD * dloss.to(dh_SD.dtype), None, None, *[d * dloss.to(d.dtype) for d in dparameters]
-
-
-def _nll_and_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return NLL [C] in float32 and the gradient of weights * NLL in the logits' dtype, rows of padding included as zero.
-
-    The one is subtracted at the true class in float32: in bfloat16 p - 1 of a confident token would lose most of its digits.
-    """
-    count = len(targets_C)
-    scores_CV = logits_CV.float() if logits_CV.dtype != torch.float32 else logits_CV.clone()
-    nll_C = torch.logsumexp(scores_CV[:count], dim=1)
-    nll_C -= scores_CV[:count].gather(1, targets_C[:, None])[:, 0]
-    p_CV = torch.softmax(scores_CV, dim=1)
-    p_CV[torch.arange(count, device=p_CV.device), targets_C] -= 1.0
-    p_CV[:count] *= weights_C[:, None]
-    p_CV[count:] = 0.0
-    return nll_C, p_CV.to(logits_CV.dtype)
+        return None, dh_SD * dloss.to(dh_SD.dtype), None, None, *[d * dloss.to(d.dtype) for d in dparameters]
 
 
 @torch.no_grad()
@@ -78,8 +114,7 @@ def token_log_probs(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
     """Return the log-probability (nats, float32 [S]) of each target token; no gradient."""
     out_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
     for at in _chunks(len(h_SD)):
-        scores_CV = head(_padded(h_SD[at]))[: len(targets_S[at])].float()
-        out_S[at] = scores_CV.gather(1, targets_S[at][:, None])[:, 0] - torch.logsumexp(scores_CV, dim=1)
+        out_S[at] = head.kernels.log_prob(head(_padded(h_SD[at])).contiguous(), targets_S[at])
     return out_S
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kivnun.model.kernels.reference import GROUP
 
 BLOCK = 64
+GROUPS_AT_ONCE = 512
 # Codes are kept as bit patterns of this type. Tools that shard a model (FSDP, ZeRO) split floating parameters only, and copy bits;
 # it is the type a quantised base computes in, so that a cast of the whole model to that type leaves codes alone.
 CARRIER = torch.bfloat16
@@ -126,12 +127,15 @@ class Nf4Matrix(FrozenMatrix):
         offset is a float32 mean, whose last bit may depend on torch's number of threads; so it does there.
         """
         size, at = shape.numel(), 0
-        codes, scales = torch.empty(-(-size // 2), dtype=torch.uint8), torch.empty(-(-size // BLOCK))
+        # What stays is made before what does not: holes between would stay with the process for good.
+        codes, nested = torch.empty(-(-size // 2), dtype=torch.uint8), _room_for(-(-size // BLOCK))
+        scales = torch.empty(-(-size // BLOCK))
         for piece in pieces:
             half, block, end = at // 2, at // BLOCK, at + len(piece)
             buffer.kernels.nf4_encode(piece, BLOCK, codes[half : -(-end // 2)], scales[block : -(-end // BLOCK)])
             at = end
-        return cls(shape, codes, nested_scales(scales), buffer)
+        _nest(scales, nested)
+        return cls(shape, codes, nested, buffer)
 
     def dense(self) -> Tensor:
         """Return the values [O, I] in the buffer's type, valid until the next `dense` of any matrix of the base."""
@@ -196,20 +200,32 @@ def _carried(codes: Tensor) -> Tensor:
 
 
 def nested_scales(scales: Tensor) -> NestedScales:
-    """Return scales in 8 bits, as bitsandbytes' `quantize_blockwise` has them on a CPU (0.50, blocks of 256, dynamic map).
+    """Return scales in 8 bits, as bitsandbytes' `quantize_blockwise` has them on a CPU (0.50, blocks of 256, dynamic map)."""
+    nested = _room_for(len(scales))
+    _nest(scales, nested)
+    return nested
 
-    It looks for the nearest of 256 values not from the scaled value but from the nearest of 65536 points between -1 and 1.
-    """
-    offset = scales.mean()
-    count, around = len(scales), scales - offset
-    rows_G = F.pad(around, (0, -count % GROUP)).view(-1, GROUP)
-    group_scales = rows_G.abs().amax(1)
-    inverse = torch.where(group_scales > 0, 1 / group_scales, 0.0)
-    points = ((((rows_G * inverse[:, None]).clamp(-1, 1) + 1) * 0.5) * 65535 + 0.5).to(torch.int32)
-    map_256 = dynamic_map().to(scales.device)
-    codes = torch.bucketize(points * 2 / 65535 - 1, (map_256[:-1] + map_256[1:]) / 2, out_int32=True).to(torch.uint8)
-    codes[group_scales == 0] = 0
-    return NestedScales(codes.view(-1)[:count], map_256, group_scales, offset)
+
+def _room_for(count: int) -> NestedScales:
+    codes, group_scales = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // GROUP))
+    return NestedScales(codes, dynamic_map(), group_scales, torch.empty(()))
+
+
+def _nest(scales: Tensor, nested: NestedScales) -> None:
+    """Write scales as codes. The nearest of 256 values is looked for not from the scaled value but from the nearest of 65536 points
+    between -1 and 1, as bitsandbytes does on a CPU."""
+    nested.offset.copy_(scales.mean())
+    between = (nested.map_256[:-1] + nested.map_256[1:]) / 2
+    for first in range(0, len(nested.group_scales), GROUPS_AT_ONCE):
+        here = slice(first * GROUP, (first + GROUPS_AT_ONCE) * GROUP)
+        around = scales[here] - nested.offset
+        rows_G = F.pad(around, (0, -len(around) % GROUP)).view(-1, GROUP)
+        highest = rows_G.abs().amax(1)
+        inverse = torch.where(highest > 0, 1 / highest, 0.0)
+        points = ((((rows_G * inverse[:, None]).clamp(-1, 1) + 1) * 0.5) * 65535 + 0.5).to(torch.int32)
+        codes = torch.bucketize(points * 2 / 65535 - 1, between, out_int32=True).masked_fill_((highest == 0)[:, None], 0)
+        nested.group_scales[first : first + GROUPS_AT_ONCE] = highest
+        nested.codes[here] = codes.view(-1)[: len(around)]
 
 
 @functools.cache

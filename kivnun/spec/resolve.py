@@ -37,7 +37,7 @@ class ResolveFacts:
     `objective_kind` is what the data's format is for, `max_seq_len` the longest row the base takes, `longest_row` the longest
     trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
     `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
-    (None: plain weights).
+    (None: plain weights), `no_native_reason` why the kernels in C cannot be used here (None: they can).
     """
 
     objective_kind: ObjectiveKind
@@ -48,6 +48,11 @@ class ResolveFacts:
     threads: int
     data_format: DataFormat = "auto"
     stored_precision: Literal["int8", "nf4"] | None = None
+    no_native_reason: str | None = None
+
+    @property
+    def native_kernels(self) -> bool:
+        return self.no_native_reason is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,9 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem(
             "compute.micro_batch_tokens", text, "raise it, or lower data.max_seq_len and say in data.over_long what happens"
         )
+    if spec.compute.kernels == "native" and (not facts.native_kernels or spec.compute.device == "cuda"):
+        text = f"compute.kernels is native, but {facts.no_native_reason or 'they are for the CPU'}"
+        yield Problem("compute.kernels", text, "leave it out, or install a C compiler (cc) for a run on the CPU")
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
@@ -127,6 +135,10 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.compute.device == "auto":
         found = "a CUDA device was found" if device == "cuda" else "no CUDA device was found"
         yield _Choice("compute.device", device, found)
+    if spec.compute.kernels == "auto":
+        native = device == "cpu" and facts.native_kernels
+        why = "compiled on this machine and found right" if native else facts.no_native_reason or "on a GPU"
+        yield _Choice("compute.kernels", "native" if native else "torch", why)
     if spec.compute.threads is None:
         yield _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
     if spec.compute.micro_batch_tokens is None:

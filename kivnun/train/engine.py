@@ -98,12 +98,11 @@ class Trainee:
             self.weights.draw_dropout(self.steps + 1, *_token_places(self._base, batch))
             try:
                 h_SD = _hidden(self._base, batch).index_select(0, select_S)
+                head = self._base.language_head(self.weights.head_parameters())
                 weights_S, loss = self.objective.token_weights(
-                    batch, total_weight, lambda: token_log_probs(self._base.head, h_SD.detach(), targets_S)
+                    batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S)
                 )
-                surrogate, nll_S = weighted_nll(
-                    self._base.head, self.weights.head_parameters(), h_SD, targets_S, weights_S.to(self._base.device)
-                )
+                surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S.to(self._base.device))
                 share = float(surrogate.detach() if loss is None else loss)
                 self._refuse_non_finite(batch, share, nll_S)
                 surrogate.backward()
@@ -203,7 +202,7 @@ def _hidden(base: Base, batch: PackedBatch) -> Tensor:
 @torch.no_grad()
 def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
     h_SD = _hidden(base, batch).index_select(0, _on(base, batch.select_S))
-    return token_log_probs(base.head, h_SD, _on(base, batch.targets_S)).cpu().numpy()
+    return token_log_probs(base.language_head(()), h_SD, _on(base, batch.targets_S)).cpu().numpy()
 
 
 def _on(base: Base, array: np.ndarray) -> Tensor:

@@ -100,7 +100,7 @@ class FullWeights:
 
     def head_parameters(self) -> list[Tensor]:
         head = self._base.linears[self._base.head_name]
-        return [head.weight] if head.bias is None else [head.weight, head.bias]
+        return [head.dense()] if head.bias is None else [head.dense(), head.bias]
 
     def draw_dropout(self, step: int, rows_T: Tensor, positions_T: Tensor) -> None:
         """Full tuning has no adapter dropout."""

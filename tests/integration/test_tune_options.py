@@ -102,6 +102,8 @@ CASES = (
     Case("seed", "8", NUMBERS),
     Case("compute.device", "cuda", REFUSED),
     Case("compute.micro_batch_tokens", "256", ANY),
+    Case("compute.activation_checkpointing", "true", SAME),
+    Case("compute.kernels", "torch", ANY),
 )
 NOT_HERE = {
     "version": "one value is allowed",

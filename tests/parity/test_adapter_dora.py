@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import tiny
 from kivnun.model.dropout import dropped
-from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, dora_row_norm, lora_delta
+from kivnun.model.kernels import Kernels, choose
+from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, TunableLinear, dora_row_norm, row_squares
 from kivnun.model.load import load_base
 
 TinyBase = Callable[[str], Path]
@@ -21,6 +22,14 @@ TinyBase = Callable[[str], Path]
 
 def _draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _linear(weight_OI: Tensor, bias_O: Tensor | None = None, kernels: Kernels | None = None) -> TunableLinear:
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None)
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O, requires_grad=False)
+    return TunableLinear(linear, kernels or choose("auto", "cpu"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -69,7 +78,7 @@ def test_row_norms_equal_the_dense_ones_even_where_the_delta_undoes_the_row(left
     a_RI, b_OR = _draw(8, 40), _draw(24, 8, seed=1)
     weight_OI = (left - 1) * 2.0 * (b_OR @ a_RI) + _draw(24, 40, seed=2) * 0.01
     dense_O = (weight_OI.double() + 2.0 * (b_OR.double() @ a_RI.double())).norm(dim=1)
-    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0)
+    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI))
     assert found_O.dtype == torch.float32
     assert float(((found_O.double() - dense_O) / dense_O).abs().max()) < tolerance
 
@@ -77,7 +86,7 @@ def test_row_norms_equal_the_dense_ones_even_where_the_delta_undoes_the_row(left
 def test_row_norms_of_a_bfloat16_weight_are_those_of_its_values():
     weight_OI, a_RI, b_OR = _draw(24, 40).bfloat16(), _draw(3, 40, seed=1) * 0.1, _draw(24, 3, seed=2) * 0.1
     dense_O = (weight_OI.double() + 2.0 * (b_OR.double() @ a_RI.double())).norm(dim=1)
-    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0)
+    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI))
     assert float(((found_O.double() - dense_O) / dense_O).abs().max()) < 1e-3
 
 
@@ -90,7 +99,7 @@ def test_norms_are_held_constant_in_the_gradient():
         0.5,
         DropoutDraw(0.0, 0),
     )
-    site(x_TI, weight_OI, None).square().sum().backward()
+    site(x_TI, _linear(weight_OI)).square().sum().backward()
     a, b, m = (p.detach().double().requires_grad_() for p in (site.a_RI, site.b_OR, site.magnitude_O))
     norm_O = (weight_OI.double() + 0.5 * (b @ a)).norm(dim=1).detach()
     y_TO = m / norm_O * (x_TI.double() @ (weight_OI.double() + 0.5 * (b @ a)).T)
@@ -113,7 +122,7 @@ def test_lora_drops_the_adapters_input_alone():
     weight_OI, bias_O, x_TI, site, _ = _sites(0.3)
     mask_TI = dropped(torch.ones_like(x_TI), KEYS, 99, 0.3)
     expected = F.linear(x_TI, weight_OI, bias_O) + 0.5 * (x_TI * mask_TI) @ site.a_RI.T @ site.b_OR.T
-    assert tiny.relative_difference(site(x_TI, weight_OI, bias_O), expected) < 1e-6
+    assert tiny.relative_difference(site(x_TI, _linear(weight_OI, bias_O)), expected) < 1e-6
 
 
 def test_dora_with_dropout_is_pefts_formula_under_the_same_mask():
@@ -132,7 +141,7 @@ def test_dora_with_dropout_is_pefts_formula_under_the_same_mask():
     layer.weight = nn.Parameter(site.magnitude_O.detach().clone())
     dropped_TI = x_TI * dropped(torch.ones_like(x_TI), KEYS, 99, 0.3)
     correction = layer(dropped_TI, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=base)
-    assert tiny.relative_difference(site(x_TI, weight_OI, bias_O), base(x_TI) + correction) < 1e-6
+    assert tiny.relative_difference(site(x_TI, _linear(weight_OI, bias_O)), base(x_TI) + correction) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -161,6 +170,23 @@ def test_scoring_and_sampling_never_drop(tiny_base: TinyBase):
     assert (with_dropout.forward(batch) == without.forward(batch)).all()
 
 
-def test_the_delta_is_contracted_in_the_dtype_of_the_input():
-    x_TI = _draw(4, 40).bfloat16()
-    assert lora_delta(x_TI, _draw(3, 40), _draw(24, 3), 0.5).dtype == torch.bfloat16
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_written_gradients_are_autograds_in_float64(kind: str, rate: float):
+    weight_OI, bias_O, x_TI, lora, dora = _sites(rate)
+    site = lora if kind == "lora" else dora
+    site.dropout.keys_T = KEYS if rate else None
+    x_TI.requires_grad_()
+    pull_TO = _draw(60, 24, seed=9)
+    (site(x_TI, _linear(weight_OI, bias_O)) * pull_TO).sum().backward()
+    trained = [site.a_RI, site.b_OR] + ([dora.magnitude_O] if kind == "dora" else [])
+    x, a, b, *m = (p.detach().double().requires_grad_() for p in (x_TI, *trained))
+    mask = dropped(torch.ones(60, 40), KEYS, 99, rate).double() if rate else 1.0
+    w, delta = weight_OI.double(), 0.5 * (x * mask) @ a.T @ b.T
+    y = x @ w.T + delta + bias_O.double()
+    if m:
+        ratio = m[0] / (w + 0.5 * b @ a).norm(dim=1).detach()
+        y = x @ w.T + (ratio - 1) * ((x * mask) @ w.T) + ratio * delta + bias_O.double()
+    (y * pull_TO.double()).sum().backward()
+    for found, expected in zip((x_TI, *trained), (x, a, b, *m), strict=True):
+        assert tiny.relative_difference(found.grad, expected.grad) < 2e-6

@@ -45,7 +45,7 @@ def test_logits_equal_pefts_with_equal_tensors(name: str, options: dict[str, Any
     plain = tiny.packed_logits(base, ROWS)
     for ids, logits, before in zip(ROWS, _adapted_logits(base, weights), plain, strict=True):
         expected = tiny.reference_logits(twin, ids)
-        assert tiny.relative_difference(logits, expected) < 1e-6
+        assert tiny.relative_difference(logits, expected) < 2e-6
         assert tiny.relative_difference(before, expected) > 1e-2  # the adapter is felt
 
 
@@ -105,7 +105,7 @@ def test_our_folder_opens_in_peft_with_the_same_logits(options: dict[str, Any], 
     save_peft(weights.adapter, tmp_path, str(folder))
     theirs = peft.PeftModel.from_pretrained(tiny.reference(folder), tmp_path).eval()
     for ids, logits in zip(ROWS, _adapted_logits(base, weights), strict=True):
-        assert tiny.relative_difference(logits, tiny.reference_logits(theirs, ids)) < 1e-6
+        assert tiny.relative_difference(logits, tiny.reference_logits(theirs, ids)) < 2e-6
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
@@ -118,7 +118,7 @@ def test_pefts_folder_opens_here_with_the_same_logits(options: dict[str, Any], t
     with base.using(adapter.sites):
         found = tiny.packed_logits(base, ROWS)
     for ids, logits in zip(ROWS, found, strict=True):
-        assert tiny.relative_difference(logits, tiny.reference_logits(twin, ids)) < 1e-6
+        assert tiny.relative_difference(logits, tiny.reference_logits(twin, ids)) < 2e-6
 
 
 def test_an_adapter_on_an_untied_head_trains_as_in_peft(tiny_base: TinyBase):

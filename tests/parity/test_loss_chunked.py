@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
+from kivnun.model.kernels import TorchKernels
 from kivnun.model.load import load_base
-from kivnun.model.loss import token_log_probs, weighted_nll
+from kivnun.model.loss import GraphHead, token_log_probs, weighted_nll
 from kivnun.train.weights import FullWeights
 
 WIDTH, VOCAB = 24, 103
@@ -30,7 +31,7 @@ def _problem(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _ours(h_SD: Tensor, head_VD: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, nll_S = weighted_nll(lambda h: F.linear(h, head_VD), [head_VD], h_SD, targets_S, weights_S)
+    loss, nll_S = weighted_nll(GraphHead(lambda h: F.linear(h, head_VD), [head_VD], TorchKernels()), h_SD, targets_S, weights_S)
     (loss * 3.0).backward()  # a factor from outside must reach the gradients
     return loss, nll_S, h_SD.grad, head_VD.grad
 
@@ -57,7 +58,7 @@ def test_loss_and_gradients_are_cross_entropys(count: int, dtype: torch.dtype, t
 @pytest.mark.parametrize("count", COUNTS)
 def test_scores_are_log_softmax(count: int):
     h_SD, head_VD, targets_S, _ = _problem(count, torch.float32)
-    found_S = token_log_probs(lambda h: F.linear(h, head_VD), h_SD, targets_S)
+    found_S = token_log_probs(GraphHead(lambda h: F.linear(h, head_VD), [], TorchKernels()), h_SD, targets_S)
     expected_S = torch.log_softmax(h_SD @ head_VD.T, 1).gather(1, targets_S[:, None])[:, 0]
     torch.testing.assert_close(found_S, expected_S.detach(), rtol=1e-6, atol=1e-5)
 
@@ -67,7 +68,9 @@ def test_a_heads_bias_feels_the_given_positions_alone(count: int):
     """Short chunks are padded for the matrix product; the padding must not reach the bias."""
     h_SD, head_VD, targets_S, weights_S = _problem(count, torch.float32)
     bias_V = torch.zeros(VOCAB, requires_grad=True)
-    loss, _ = weighted_nll(lambda h: F.linear(h, head_VD, bias_V), [head_VD, bias_V], h_SD, targets_S, weights_S)
+    loss, _ = weighted_nll(
+        GraphHead(lambda h: F.linear(h, head_VD, bias_V), [head_VD, bias_V], TorchKernels()), h_SD, targets_S, weights_S
+    )
     (found_V,) = torch.autograd.grad(loss, bias_V)
     exact = (F.cross_entropy(h_SD @ head_VD.T + bias_V, targets_S, reduction="none") * weights_S).sum()
     (expected_V,) = torch.autograd.grad(exact, bias_V)
@@ -101,7 +104,9 @@ def test_a_confident_token_keeps_the_digits_of_its_gradient(p: float, dtype: tor
     exact_V = torch.softmax(logits_V.double(), 0)
     h_SD = torch.ones(1, 1, dtype=dtype, requires_grad=True)
     head_VD = logits_V.detach()[:, None].clone().requires_grad_()
-    loss, _ = weighted_nll(lambda h: F.linear(h, head_VD), [head_VD], h_SD, torch.tensor([4]), torch.ones(1))
+    loss, _ = weighted_nll(
+        GraphHead(lambda h: F.linear(h, head_VD), [head_VD], TorchKernels()), h_SD, torch.tensor([4]), torch.ones(1)
+    )
     loss.backward()
     found = float(head_VD.grad[4, 0])
     assert found == pytest.approx(float(exact_V[4]) - 1, rel=0.005)
@@ -110,7 +115,7 @@ def test_a_confident_token_keeps_the_digits_of_its_gradient(p: float, dtype: tor
 def test_a_soft_cap_takes_part_in_the_gradient(tiny_base: Callable[[str], Path]):
     base = load_base(tiny_base("gemma2"), "fp32")
     h_SD, targets_S = torch.randn(7, 48, requires_grad=True), torch.arange(7)
-    loss, _ = weighted_nll(base.head, [], h_SD, targets_S, torch.ones(7))
+    loss, _ = weighted_nll(base.language_head(()), h_SD, targets_S, torch.ones(7))
     (found,) = torch.autograd.grad(loss, h_SD)
     expected_loss = F.cross_entropy(
         2.5 * torch.tanh(F.linear(h_SD, base.linears[base.head_name].weight) / 2.5), targets_S, reduction="sum"

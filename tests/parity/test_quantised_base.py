@@ -56,7 +56,7 @@ def test_all_linear_layers_but_the_head_are_held_in_codes(form: str, tiny_base: 
     base, dense = load_base(tiny_base("phi3"), form), load_base(tiny_base("phi3"), "bf16")
     held = {name for name, linear in base.linears.items() if isinstance(linear.matrix, FrozenMatrix)}
     assert held == base.linears.keys() - {base.head_name}
-    assert torch.equal(base.linears[base.head_name].matrix.dense(), dense.linears[base.head_name].matrix.dense())
+    assert torch.equal(base.linears[base.head_name].dense(), dense.linears[base.head_name].dense())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -147,7 +147,7 @@ def test_what_bitsandbytes_saved_is_read_to_the_bit(how: str, name: str, tiny_ba
             expected = module.weight
         else:
             continue
-        assert torch.equal(base.linears[module_name].matrix.dense(), expected), module_name
+        assert torch.equal(base.linears[module_name].dense(), expected), module_name
         quantised = isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and module_name != base.head_name
         assert isinstance(base.linears[module_name].matrix, FrozenMatrix) == quantised, module_name
     for parameter_name, parameter in theirs.named_parameters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kivnun.model.dropout import dropped, site_key, token_keys
+from kivnun.model.dropout import dropped, scale_and_limit, site_key, token_keys
 
 
 def mask(seed: int = 0, step: int = 1, site: str = "a", rate: float = 0.5, tokens: int = 200, channels: int = 300) -> Tensor:
@@ -30,7 +30,10 @@ def test_the_share_dropped_is_the_rate_in_all_directions(rate: float):
 def test_what_is_kept_is_scaled_so_that_the_mean_stays():
     keys_T = token_keys(0, 1, torch.zeros(50, dtype=torch.long), torch.arange(50))
     out = dropped(torch.full((50, 40), 2.0), keys_T, 1, 0.2)
-    assert set(out.unique().tolist()) == {0.0, 2.5}
+    scale, limit = scale_and_limit(0.2)
+    assert set(out.unique().tolist()) == {0.0, 2.0 * float(torch.tensor(scale))}
+    assert scale * (1 - limit / 65536) == pytest.approx(1.0, abs=1e-12)
+    assert limit / 65536 == pytest.approx(0.2, abs=1 / 65536)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kivnun.model.dropout import scale_and_limit
 from kivnun.model.kernels.reference import Angles
 
 SOURCES = Path(__file__).parent
@@ -51,10 +52,9 @@ class _Pass(ctypes.Structure):
 class NativeKernels:
     """Kernels on the CPU for contiguous float32 and bfloat16 tensors; what each computes stands in `TorchKernels`."""
 
-    name = "native"
-
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, version: str) -> None:
         self._library = library
+        self.name = f"native {version}"  # of sources, compiler and processor: another one may round otherwise
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y_TD, scale_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
@@ -88,6 +88,21 @@ class NativeKernels:
         out_C = torch.empty(len(targets_C), dtype=torch.float32)
         self._call("log_prob", logits_CV, logits_CV, targets_C, out_C, len(targets_C), logits_CV.shape[1])
         return out_C
+
+    def dropped(self, x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
+        out_TD, (scale, limit) = torch.empty_like(x_TD), scale_and_limit(rate)
+        self._call("dropped", x_TD, x_TD.contiguous(), keys_T, site, limit, ctypes.c_float(scale), out_TD, *x_TD.shape)
+        return out_TD
+
+    def scale_columns(self, x_TO: Tensor, factor_O: Tensor) -> Tensor:
+        out_TO = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
+        self._call("scale_columns", x_TO, x_TO.contiguous(), factor_O.detach(), out_TO, *x_TO.shape)
+        return out_TO
+
+    def column_dots(self, x_TO: Tensor, y_TO: Tensor) -> Tensor:
+        out_O = torch.empty(x_TO.shape[1], dtype=torch.float32)
+        self._call("column_dots", x_TO, x_TO.contiguous(), y_TO.contiguous(), out_O, *x_TO.shape)
+        return out_O
 
     def attention(
         self,
@@ -193,13 +208,17 @@ def build() -> NativeKernels:
     flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else ())
     sources = sorted(SOURCES.glob("*.c"))
     parts = sorted([*sources, *SOURCES.glob("*.inc"), *SOURCES.glob("*.h")])
-    seen = [" ".join([*compiler, *flags]), _run([*compiler, "--version"]), _run([*compiler, "-march=native", "-Q", "--help=target"])]
+    seen = [
+        " ".join([*compiler, *flags]),
+        _run([*compiler, "--version"]),
+        _run([*compiler, "-march=native", "-Q", "--help=target"]),
+    ]
     digest = hashlib.sha256("\0".join([*seen, *(part.read_text(encoding="utf-8") for part in parts)]).encode()).hexdigest()
     library = _cache() / f"kernels-{digest[:20]}.so"
     if not library.is_file():
         _compile(compiler, flags, sources, library)
     try:
-        return NativeKernels(ctypes.CDLL(str(library)))
+        return NativeKernels(ctypes.CDLL(str(library)), digest[:12])
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded: {error}") from error
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kivnun.model.dropout import dropped
+
 
 @dataclass(frozen=True, slots=True)
 class Angles:
@@ -81,6 +83,18 @@ class TorchKernels:
         """Return the log-probability (nats, float32) of each target; rows of logits beyond the targets are ignored."""
         scores = _wide(logits_CV[: len(targets_C)])
         return (scores.gather(1, targets_C[:, None])[:, 0] - torch.logsumexp(scores, dim=1)).float()
+
+    def dropped(self, x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
+        """Return x with the elements that the keys name zeroed, the others scaled up: see `dropout.py`."""
+        return dropped(x_TD, keys_T, site, rate)
+
+    def scale_columns(self, x_TO: Tensor, factor_O: Tensor) -> Tensor:
+        """Return x * factor, multiplied in float32."""
+        return (_wide(x_TO) * factor_O).to(x_TO.dtype)
+
+    def column_dots(self, x_TO: Tensor, y_TO: Tensor) -> Tensor:
+        """Return the sum over tokens of x * y, float32 [O]."""
+        return (_wide(x_TO) * _wide(y_TO)).sum(0).float()
 
     def attention(
         self,
@@ -197,7 +211,7 @@ def _silu(g: Tensor) -> Tensor:
     return g / (1 + torch.exp(-g))  # of torch's own sigmoid the last elements of a tensor have other last bits
 
 
-def _rows(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], angles: Angles | None):  # noqa: ANN202
+def _rows(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], angles: Angles | None):
     """Yield each row's rotated queries, keys and values [heads, L, K], wide, and the rotation back."""
     start = 0
     for length in lengths:

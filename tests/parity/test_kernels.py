@@ -1,0 +1,193 @@
+"""The kernels in C against those in torch, and those against autograd in float64: every operation, odd sizes, both precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tiny
+from kivnun.errors import BaseModelError
+from kivnun.model import kernels as kernels_package
+from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels, choose, native, native_or_reason
+from kivnun.model.load import load_base
+
+TORCH = TorchKernels()
+DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)]
+LENGTHS = [5, 1, 40, 16, 133]
+HEADS = [(6, 2, 8, None, 0), (8, 4, 64, None, 64), (4, 4, 96, 12, 48), (6, 2, 20, 7, 12), (5, 1, 16, None, 16)]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> NativeKernels:
+    found = native_or_reason()
+    assert not isinstance(found, str), found
+    return found
+
+
+def _draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _qkv(heads: int, groups: int, width: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    qkv_TO = _draw(sum(LENGTHS), (heads + 2 * groups) * width).to(dtype)
+    return qkv_TO, _views(qkv_TO, heads, groups, width)
+
+
+def _views(x_TO: Tensor, heads: int, groups: int, width: int) -> tuple[Tensor, ...]:
+    return tuple(x.view(len(x_TO), -1, width) for x in x_TO.split([heads * width, groups * width, groups * width], dim=1))
+
+
+def _angles(rotated: int) -> Angles | None:
+    turns = _draw(sum(LENGTHS), rotated // 2, seed=3, scale=3.0)
+    return Angles(turns.cos(), turns.sin()) if rotated else None
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_pointwise_kernels_agree(compiled: NativeKernels, dtype: torch.dtype, tolerance: float) -> None:
+    x, w, dy, gu = (
+        t.to(dtype) for t in (_draw(37, 48), _draw(48, seed=1), _draw(37, 48, seed=2), _draw(37, 90, seed=4, scale=4.0))
+    )
+    keys, factor = torch.arange(37) * 99, _draw(48, seed=5)
+
+    def answers(of: Kernels) -> list[Tensor]:
+        y, scale = of.rms_norm(x, w, 1e-5)
+        return [
+            y, scale, of.rms_norm_backward(dy, x, w, scale), of.gate(gu), of.gate_backward(gu[:, :45].contiguous(), gu),
+            of.scale_columns(x, factor), of.column_dots(x, dy), of.dropped(x, keys, -5, 0.25),
+        ]  # fmt: skip
+
+    for found, expected in zip(answers(compiled), answers(TORCH), strict=True):
+        assert tiny.relative_difference(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_norm_and_gate_have_autograds_gradients(kernels: Kernels | str, compiled: NativeKernels) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    x, w, dy, gu, dh = _draw(9, 48), _draw(48, seed=1), _draw(9, 48, seed=2), _draw(9, 64, seed=3, scale=4.0), _draw(9, 32, seed=4)
+    exact, wide = x.double().requires_grad_(), gu.double().requires_grad_()
+    (w.double() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)).backward(dy.double())
+    (F.silu(wide[:, :32]) * wide[:, 32:]).backward(dh.double())
+    _, scale = of.rms_norm(x, w, 1e-5)
+    assert tiny.relative_difference(of.rms_norm_backward(dy, x, w, scale), exact.grad) < 1e-6
+    assert tiny.relative_difference(of.gate_backward(dh, gu), wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("heads", "groups", "width", "window", "rotated"), HEADS)
+def test_attention_agrees_forward_and_backward(
+    compiled: NativeKernels,
+    heads: int,
+    groups: int,
+    width: int,
+    window: int | None,
+    rotated: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    qkv, parts = _qkv(heads, groups, width, dtype)
+    dout = _draw(sum(LENGTHS), heads, width, seed=7).to(dtype)
+    given = (LENGTHS, width**-0.5, window, _angles(rotated))
+    answers = []
+    for of in (compiled, TORCH):
+        out, lse = of.attention(*parts, *given)
+        dqkv = torch.empty_like(qkv)
+        of.attention_backward(dout, *parts, out, lse, *given, _views(dqkv, heads, groups, width))  # type: ignore[arg-type]
+        answers.append((out, lse, dqkv))
+    for found, expected in zip(*answers, strict=True):
+        assert tiny.relative_difference(found, expected) < tolerance
+
+
+@pytest.mark.parametrize(("heads", "groups", "width", "window", "rotated"), HEADS)
+def test_attentions_gradient_is_autograds(heads: int, groups: int, width: int, window: int | None, rotated: int) -> None:
+    qkv, _ = _qkv(heads, groups, width, torch.float64)
+    dout = _draw(sum(LENGTHS), heads, width, seed=7).double()
+    given = (LENGTHS, width**-0.5, window, _angles(rotated))
+    traced = qkv.clone().requires_grad_()
+    out, lse = TORCH.attention(*_views(traced, heads, groups, width), *given)
+    out.backward(dout)
+    dqkv = torch.empty_like(qkv)
+    plain = _views(qkv, heads, groups, width)
+    exact_lse = lse.detach()
+    TORCH.attention_backward(dout, *plain, out.detach(), exact_lse, *given, _views(dqkv, heads, groups, width))  # type: ignore[arg-type]
+    assert tiny.relative_difference(dqkv, traced.grad) < 1e-6  # the log-sums are kept in float32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_the_losss_kernel_agrees_and_pads_with_zero(compiled: NativeKernels, dtype: torch.dtype, tolerance: float) -> None:
+    logits, targets, weights = _draw(37, 1003, scale=4.0).to(dtype), torch.arange(33) * 30, _draw(33, seed=1)
+    ours, theirs = logits.clone(), logits.clone()
+    assert tiny.relative_difference(compiled.nll_(ours, targets, weights), TORCH.nll_(theirs, targets, weights)) < 1e-6
+    assert tiny.relative_difference(ours, theirs) < tolerance
+    assert not ours[33:].any()
+    assert tiny.relative_difference(compiled.log_prob(logits, targets), TORCH.log_prob(logits, targets)) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_a_score_that_is_not_finite_is_never_hidden(kernels: Kernels | str, bad: float, compiled: NativeKernels) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    logits = _draw(4, 100)
+    logits[2, 40] = bad
+    nll = of.nll_(logits, torch.tensor([1, 2, 3, 4]), torch.ones(4))
+    assert torch.isfinite(nll).tolist() == [True, True, False, True]
+
+
+def test_a_row_depends_on_neither_neighbours_nor_threads(compiled: NativeKernels) -> None:
+    _, parts = _qkv(8, 4, 64, torch.bfloat16)
+    together, _ = compiled.attention(*parts, LENGTHS, 0.125, None, None)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(together, compiled.attention(*parts, LENGTHS, 0.125, None, None)[0])
+    finally:
+        torch.set_num_threads(1)
+    start = 0
+    for length in LENGTHS:
+        alone, _ = compiled.attention(*(x[start : start + length] for x in parts), [length], 0.125, None, None)
+        assert torch.equal(alone, together[start : start + length])
+        start += length
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3_window", "phi4_mini", "llama", "mistral", "qwen2"])
+def test_the_fast_path_has_the_gradients_of_torchs_kernels(name: str, tiny_base: Callable[[str], Path]) -> None:
+    found = {}
+    for which in ("auto", "torch"):
+        base = load_base(tiny_base(name), "fp32", kernels=which)
+        assert base.slow == []
+        trainee = tiny.new_trainee(base, tiny.new_weights(base))
+        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        found[which] = tiny.gradients(trainee)
+    for site, gradient in found["auto"].items():
+        assert tiny.relative_difference(gradient, found["torch"][site]) < 1e-5, site
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma2"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_activation_checkpointing_changes_no_bit(name: str, kind: str, tiny_base: Callable[[str], Path]) -> None:
+    found = []
+    for recompute in (False, True):
+        base = load_base(tiny_base(name), "fp32", recompute=recompute)
+        trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.2))  # type: ignore[arg-type]
+        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        found.append(tiny.gradients(trainee))
+    for site, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][site]), site
+
+
+def test_layers_without_a_fast_path_are_named(tiny_base: Callable[[str], Path]) -> None:
+    (line,) = load_base(tiny_base("gemma2"), "fp32").slow
+    assert line.startswith("2 Gemma2DecoderLayer compute by transformers' own forward")
+
+
+def test_without_a_compiler_torch_serves_and_native_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for cached in (native.build, native_or_reason):
+        monkeypatch.setattr(cached.__module__ + "." + cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(kernels_package, "build", native.build)
+    assert isinstance(choose("auto", "cpu"), TorchKernels)
+    with pytest.raises(BaseModelError, match="no-such-compiler does not run"):
+        choose("native", "cpu")
