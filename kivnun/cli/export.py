@@ -44,3 +44,5 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     gate = result.get("gate")
     compared = f", mean KL to base plus adapter {gate['kl']:.1e} over {gate['positions']:,} positions" if gate else ""
     stderr().print(f"written and checked: {form} of {run}{compared}")
+    if "note" in result:
+        stderr().print(result["note"])

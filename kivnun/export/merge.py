@@ -25,8 +25,9 @@ from kivnun.model.adapters import load_peft
 from kivnun.model.attention import Rows
 from kivnun.model.families import copy_tokenizer, stored_dtype
 from kivnun.model.linear import AdapterSite
-from kivnun.model.load import DTYPES, Base, load_base
+from kivnun.model.load import DTYPES, Base, load_base, load_decoded
 from kivnun.opened import OpenedRun, open_run
+from kivnun.spec.base import QUANTISED
 
 MERGE_RECORD = "kivnun_merge.json"
 GATE_ROWS = 32
@@ -82,6 +83,8 @@ def export_peft(run: OpenedRun, output: Path) -> dict[str, Any]:
 def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
     """Write the whole model with the adapter folded in, in float32 arithmetic and the base's own storage type.
 
+    Where the run held its base in codes, the adapter was trained on the decoded weights: it is folded into these, not into those
+    they were made from, and the result is plain bfloat16.
     Raises IntegrityError when the base already holds this adapter, or when what was written answers differently.
     """
     if run.is_full:
@@ -90,13 +93,15 @@ def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
         return {"content_hash": hash_folder(output)}
     adapter_hash = hash_folder(run.folder.adapter)
     _refuse_second_merge(run.base_folder, adapter_hash)
-    precision = stored_dtype(run.base_folder)
+    held = run.spec.base.precision if run.spec.base.precision in QUANTISED else None
+    precision = "bf16" if held else stored_dtype(run.base_folder)
     with atomic_folder(output) as place:
-        base = load_base(run.base_folder, "fp32", "cpu", run.spec.base.rope_factors)
+        base = _base_in_float32(run)
         _write_merged(base, run.folder.adapter, place, precision)
         # The adapter's folder holds the tokenizer and the template that the run used, wherever the user's file is by now.
         copy_tokenizer(run.folder.adapter, place, None)
         record = {"base_hash": base.content_hash, "adapter_hash": adapter_hash, "base": run.spec.base.model, "stored": precision}
+        record |= {"decoded_from": held} if held else {}
         (place / MERGE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         likeness = _likeness(run, place)
         if likeness is not None and not likeness.kl <= MAX_KL[precision]:
@@ -105,7 +110,16 @@ def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
                 hint="use the adapter as it is (--to peft), or tune on a base that is stored in float32",
             )
     gate = None if likeness is None else asdict(likeness)
-    return {"content_hash": hash_folder(output), "stored": precision, "gate": gate}
+    note = {"note": f"the base was held in {held}: the adapter is merged into its decoded weights, stored as bf16"} if held else {}
+    return {"content_hash": hash_folder(output), "stored": precision, "gate": gate, **note}
+
+
+def _base_in_float32(run: OpenedRun) -> Base:
+    """Return the weights that the run's base computes with, dense and in float32."""
+    spec = run.spec.base
+    if spec.precision in QUANTISED:
+        return load_decoded(run.base_folder, spec.precision, spec.rope_factors)
+    return load_base(run.base_folder, "fp32", "cpu", spec.rope_factors)
 
 
 def _write_merged(base: Base, adapter_folder: Path, place: Path, precision: str) -> None:
@@ -138,7 +152,7 @@ def _gate_rows(run: OpenedRun) -> list[TokenRow]:
 
 def _likeness(run: OpenedRun, merged: Path) -> Likeness | None:
     """Compare base plus adapter with the merged folder, both in float32, row by row: the logits of one row at a time are held."""
-    base = load_base(run.base_folder, "fp32", "cpu", run.spec.base.rope_factors)
+    base = _base_in_float32(run)
     sites = load_peft(base, run.folder.adapter).sites
     written = load_base(merged, "fp32", "cpu", run.spec.base.rope_factors)
     divergence, agreed, positions = 0.0, 0, 0
