@@ -262,6 +262,8 @@ CHANGES: dict[str, list[str]] = {
     "seed": ["seed=1"],
     "compute.threads": ["compute.threads=1"],
     "compute.micro_batch_tokens": ["compute.micro_batch_tokens=512"],
+    "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
+    "compute.kernels": ["compute.kernels=torch"],
 }
 ELSEWHERE = {
     "version": "only 1 is accepted",
