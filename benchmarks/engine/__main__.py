@@ -62,6 +62,8 @@ def _run(cases: list[Case], work: Path, screen: Console) -> Results:
 
         def on_progress(name: str) -> None:
             progress.update(task, description=name, advance=0 if name.endswith("floor") else 1)
+            if not screen.is_terminal:  # a bar is drawn on terminals only
+                screen.print(name, highlight=False)
 
         results = run_all(cases, lambda due: start_process(due, work), measure_floor, on_progress)
     return results

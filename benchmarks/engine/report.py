@@ -94,7 +94,7 @@ def _row(case: Case, cases: Sequence[Case], results: Results) -> list[str]:
         _number(memory_ratio(results, group, name, f"trl-{arithmetic}"), "{:.2f}"),
         _number(floor_share(cases, results, group, name), "{:.0%}"),
         *(
-            _number(distance(results, group, name, what) if case.same_mathematics else None, "{:.1e}")
+            _number(distance(results, group, name, what, max) if case.same_mathematics else None, "{:.1e}")
             for what in ("loss", "grad_norm")
         ),
     ]

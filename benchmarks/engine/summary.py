@@ -38,7 +38,7 @@ def figures(cases: Sequence[Case], results: Results) -> Figures:
             lambda ours, theirs: (ours.linear_bytes or 0) / (theirs.linear_bytes or 1),
         ),
         "fp32_loss_diff_max": _largest(
-            distance(results, group, "ours-fp32", "loss")
+            distance(results, group, "ours-fp32", "loss", max)
             for group in ("accuracy", "accuracy_71m")
             if results.of(group, "ours-fp32")
         ),
@@ -55,11 +55,8 @@ def figures(cases: Sequence[Case], results: Results) -> Figures:
             "bf16_rss_ratio": memory_ratio(results, "main", "ours-bf16", "trl-bf16-8x2"),
             "fp32_rss_ratio": memory_ratio(results, "main", "ours-fp32", "trl-fp32-8x2"),
         },
-        "accuracy": {
-            f"{name.replace('-', '_')}_{what}_diff_max": distance(results, "accuracy", name, what)
-            for name in ("ours-fp32", "ours-bf16", "trl-bf16")
-            for what in ("loss", "grad_norm")
-        },
+        "accuracy": _accuracy(results, "accuracy"),
+        "accuracy_71m": _accuracy(results, "accuracy_71m"),
         "extras": extras,
     }
 
@@ -73,6 +70,15 @@ def _against(cases: Sequence[Case], results: Results, group: str, clock: str) ->
         "fp32_floor_share": floor_share(cases, results, group, "ours-fp32"),
         "bf16_rss_ratio": memory_ratio(results, group, "ours-bf16", "trl-bf16"),
         "fp32_rss_ratio": memory_ratio(results, group, "ours-fp32", "trl-fp32"),
+    }
+
+
+def _accuracy(results: Results, group: str) -> dict[str, float | None]:
+    return {
+        f"{name.replace('-', '_')}_{what}_diff_{kind}": distance(results, group, name, what, of)
+        for name in ("ours-fp32", "ours-bf16", "trl-bf16")
+        for what in ("loss", "grad_norm")
+        for kind, of in (("max", max), ("mean", statistics.mean))
     }
 
 
@@ -105,13 +111,14 @@ def floor_share(cases: Sequence[Case], results: Results, group: str, name: str) 
     return _median([seconds / sum(run.cpu_s[1:]) for run in results.of(group, name).values()])
 
 
-def distance(results: Results, group: str, name: str, what: str) -> float | None:
-    """Return the largest relative distance of a run's losses ("loss") or gradient norms ("grad_norm") to TRL's in fp32."""
+def distance(results: Results, group: str, name: str, what: str, of: Callable[[list[float]], float]) -> float | None:
+    """Return `of` (the largest, or the mean) the relative distances of a run's losses ("loss") or gradient norms ("grad_norm"),
+    step by step, to those of TRL in fp32."""
     run, reference = _first(results, group, name), _first(results, group, "trl-fp32")
     if run is None or reference is None:
         return None
     pairs = zip(_series(run, what), _series(reference, what), strict=True)
-    return max(abs(value - exact) / abs(exact) for value, exact in pairs)
+    return of([abs(value - exact) / abs(exact) for value, exact in pairs])
 
 
 def step_ratio(results: Results, name: str) -> float | None:

@@ -19,7 +19,7 @@ PROMISED = {
     "bf16_vs_trl_best", "bf16_vs_trl_best_malloc", "fp32_vs_trl_best", "bf16_floor_share", "fp32_floor_share", "bf16_rss_ratio",
     "fp32_rss_ratio", "dora_vs_lora", "nf4_vs_bf16", "nf4_base_bytes_ratio", "fp32_loss_diff_max", "two_threads", "wide",
 }  # fmt: skip
-SUB_OBJECTS = {"trl_8x2", "accuracy", "extras"}
+SUB_OBJECTS = {"trl_8x2", "accuracy", "accuracy_71m", "extras"}
 FLOOR = {"bf16": 4e11, "fp32": 2e11}
 
 
@@ -81,8 +81,8 @@ def test_figures_hold_exactly_what_was_promised_and_nothing_is_missing(cases: li
     found = figures(cases, run_made_up(cases))
     assert set(found) == PROMISED | SUB_OBJECTS
     flat = {**found, **{f"{k}.{name}": v for k in ("two_threads", "wide", *SUB_OBJECTS) for name, v in found[k].items()}}  # type: ignore[union-attr]
-    left_out = {"trl_8x2.fp32_vs_trl", "trl_8x2.fp32_rss_ratio"} if cases == quick_cases() else set()
-    assert {name for name, value in flat.items() if value is None} == left_out
+    empty = {name for name, value in flat.items() if value is None and not name.startswith("accuracy_71m.")}
+    assert empty == ({"trl_8x2.fp32_vs_trl", "trl_8x2.fp32_rss_ratio"} if cases == quick_cases() else set())
 
 
 def test_ratios_leave_the_first_step_out() -> None:
