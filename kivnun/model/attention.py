@@ -1,7 +1,8 @@
 """Attention over packed rows: each row attends to itself alone, by itself, whatever else is in the pack.
 
 Registered in transformers' attention interface under one name; the row lengths travel with the call. Since every row is
-computed with its own shapes, its result does not depend on its neighbours, to the bit.
+computed with its own shapes, its result does not depend on its neighbours, to the bit. Training on CUDA in 16 bits goes through
+one call for the whole pack (`varlen.py`); generation, soft-capped scores and float32 go row by row there too.
 Shapes: H query heads, G key/value heads, T tokens of the pack, L tokens of one row, C cached and new tokens of one row, K width
 of a head. Next: `load.py` (who installs this), `generate.py` (who uses the cache).
 """
@@ -20,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kivnun.errors import BaseModelError
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels
+from kivnun.model.kernels.triton import TritonKernels
+from kivnun.model.varlen import Bounds, serving
 
 NAME = "kivnun_rows"
 
@@ -76,6 +79,13 @@ class Rows:
     slots: list[int | None] = field(default_factory=list)
     kernels: Kernels = field(default_factory=TorchKernels)
     _angles: Angles | None = None
+    _bounds: Bounds | None = None
+
+    def bounds_on(self, device: torch.device) -> Bounds:
+        """Return where rows begin and end, brought to the device once for all layers."""
+        if self._bounds is None:
+            self._bounds = Bounds.of(self.lengths, device)
+        return self._bounds
 
     def angles_of(self, position_embeddings: tuple[Tensor, Tensor]) -> Angles:
         """Return the pass's rotation from transformers' cosines and sines [1, T, 2R], converted once for all layers."""
@@ -123,6 +133,9 @@ def rows_attention(
         turned = (x[0].transpose(0, 1) for x in (query, key, value))
         out_THK = _RowsAttention.apply(*turned, rows.lengths, scale, sliding_window, rows.kernels)
         return out_THK[None], None  # type: ignore[index]
+    if rows.cache is None and softcap is None and (whole := serving(query, sliding_window)) is not None:
+        q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+        return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(query.device), scale, sliding_window)[None], None
     outs: list[Tensor] = []
     # split, not slices: its backward is one concatenation, where a slice's backward writes a full-size tensor of zeros.
     parts = zip(*(x[0].split(rows.lengths, dim=1) for x in (query, key, value)), strict=True)
@@ -188,7 +201,7 @@ def fused_attention(
     query_width: int,
     key_width: int,
     head_dim: int,
-    lengths: list[int],
+    rows: Rows,
     scale: float,
     window: int | None,
     angles: Angles,
@@ -197,12 +210,40 @@ def fused_attention(
     """Return causal attention [T, H * K] of each row over itself, from projections side by side, [T, (H + 2 G) * K]."""
     widths = (query_width, key_width, key_width)
     if isinstance(kernels, NativeKernels):
-        return _FusedAttention.apply(qkv_TO, widths, head_dim, lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
-    q_THK, k_TGK, v_TGK = _heads(qkv_TO, widths, head_dim)
-    turned = (angles.turned(q_THK), angles.turned(k_TGK), v_TGK)
-    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in turned), strict=True)
+        return _FusedAttention.apply(qkv_TO, widths, head_dim, rows.lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
+    q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, widths, head_dim, angles, kernels)
+    if (whole := serving(q_THK, window)) is not None:
+        return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(qkv_TO.device), scale, window).flatten(1)
+    parts = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True)
     outs = [_one_row(q_HLK, k_GLK, v_GLK, scale, window, None) for q_HLK, k_GLK, v_GLK in parts]
     return torch.cat(outs, dim=1).transpose(0, 1).flatten(1)
+
+
+def _turned_heads(
+    qkv_TO: Tensor, widths: tuple[int, int, int], head_dim: int, angles: Angles, kernels: Kernels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys, rotated, and values, [T, heads, K]."""
+    if isinstance(kernels, TritonKernels):  # queries and keys lie side by side: one kernel turns both
+        qk_TO, v_TO = qkv_TO.split([widths[0] + widths[1], widths[2]], dim=1)
+        qk_THK: Tensor = _Turned.apply(qk_TO.view(len(qk_TO), -1, head_dim), angles, kernels)  # type: ignore[assignment]
+        heads = [width // head_dim for width in widths[:2]]
+        return *qk_THK.split(heads, dim=1), v_TO.view(len(v_TO), -1, head_dim)  # type: ignore[return-value]
+    q_THK, k_TGK, v_TGK = _heads(qkv_TO, widths, head_dim)
+    return angles.turned(q_THK), angles.turned(k_TGK), v_TGK
+
+
+class _Turned(torch.autograd.Function):
+    """Rotation by the angles; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THK, angles, kernels):  # type: ignore[override]
+        ctx.given = (angles, kernels)
+        return kernels.turned(x_THK, angles, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dout_THK):  # type: ignore[override]
+        angles, kernels = ctx.given
+        return kernels.turned(dout_THK, angles, -1), None, None
 
 
 def _heads(x_TO: Tensor, widths: tuple[int, int, int], head_dim: int) -> tuple[Tensor, ...]:

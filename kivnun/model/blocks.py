@@ -100,9 +100,7 @@ class FastLayer:
         x_TD, again = self._norm_in(h_TD), self._norm_in.again(h_TD)
         queries, keys = self._sizes
         qkv_TO = self._qkv(x_TD, again)
-        out_TO = fused_attention(
-            qkv_TO, queries, keys, self._head_dim, rows.lengths, self._scale, self._window, angles, self._kernels
-        )
+        out_TO = fused_attention(qkv_TO, queries, keys, self._head_dim, rows, self._scale, self._window, angles, self._kernels)
         h_TD = h_TD + self._attn.o_proj(out_TO)  # type: ignore[operator, union-attr]
         x_TD, again = self._norm_mid(h_TD), self._norm_mid.again(h_TD)
         gu_T2F = self._gate_up(x_TD, again)

@@ -22,7 +22,7 @@ from transformers.activations import ACT2CLS
 
 from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
-from kivnun.model import blocks
+from kivnun.model import attention, blocks
 from kivnun.model.activation import WholeVectors
 from kivnun.model.attention import Rows
 from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision
@@ -30,7 +30,7 @@ from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
 from kivnun.model.loss import FrozenHead, GraphHead
 from kivnun.model.probe import refuse_unlike_transformers
-from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix
+from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix, pieces_of
 from kivnun.model.read_model import ReadModel, decoded, read_model
 from kivnun.model.rope import RowRotary
 
@@ -40,6 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, 
 
 # Fewer rows than this go through a matrix product in another kernel, with other last bits than the same rows among more.
 MIN_TOKENS = 16
+
+PIECE_ROWS = 4096  # rows of a matrix that are quantised at once: a multiple of a block
 
 
 @dataclass(slots=True)
@@ -137,6 +139,35 @@ def load_base(
     return _prepared(folder, _read(folder, precision, chosen), DTYPES[precision], device, rope_factors, chosen, recompute)
 
 
+@torch.no_grad()
+def base_from_model(
+    model: nn.Module, precision: str, device: str = "cpu", *, kernels: str = "auto", recompute: bool = False
+) -> Base:
+    """Return transformers' causal language model as a base, as `load_base` would of its folder; the model itself is changed.
+
+    For models that were made where they are used, with weights of no file: no hash names them. Weights are quantised where the
+    model is, one matrix at a time.
+    """
+    chosen, dtype = choose(kernels, device), DTYPES[precision]
+    attention.register()
+    model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    head, matrices, buffer = model.get_output_embeddings(), {}, DecodeBuffer(dtype, chosen)  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if precision in FORMS and type(module) is nn.Linear and module is not head:
+            matrices[name] = FORMS[precision].quantise(_pieces_for(precision, module.weight), module.weight.shape, buffer)
+            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    read = ReadModel(model, matrices)
+    return _prepared(Path(type(model).__name__), read, dtype, device, "per_row", chosen, recompute, content_hash="in memory")
+
+
+def _pieces_for(precision: str, weight_OI: Tensor) -> Iterator[Tensor]:
+    """Yield pieces of a matrix where they can be quantised: int8's encoding is for the CPU alone."""
+    for piece in pieces_of(weight_OI, PIECE_ROWS):
+        yield piece if precision == "nf4" else piece.cpu()
+
+
 def load_decoded(folder: Path, precision: str, rope_factors: str = "per_row") -> Base:
     """Return the base in `folder` as quantised in `precision` ("nf4" or "int8"), its matrices decoded for good, in float32.
 
@@ -160,7 +191,14 @@ def _read(folder: Path, precision: str, kernels: Kernels) -> ReadModel:
 
 
 def _prepared(
-    folder: Path, read: ReadModel, dtype: torch.dtype, device: str, rope_factors: str, kernels: Kernels, recompute: bool
+    folder: Path,
+    read: ReadModel,
+    dtype: torch.dtype,
+    device: str,
+    rope_factors: str,
+    kernels: Kernels,
+    recompute: bool,
+    content_hash: str | None = None,
 ) -> Base:
     model = read.model
     linears, head_name = _install_tunables(model, read.matrices, kernels)
@@ -171,7 +209,7 @@ def _prepared(
         model=model,
         config=model.config,
         folder=folder,
-        content_hash=hash_folder(folder),
+        content_hash=content_hash or hash_folder(folder),
         dtype=dtype,
         device=torch.device(device),
         linears=linears,

@@ -1,4 +1,5 @@
-"""The pointwise and attention kernels of the hot path: one set of operations, in torch and, for the CPU, in C.
+"""The pointwise and attention kernels of the hot path: one set of operations, in torch, for the CPU in C, and for CUDA in
+Triton.
 
 `choose` picks a set when a base is loaded, by what is there and right, never by how fast it turns out to be; it stays the same for
 the whole run and is part of the run's numeric environment. Next: `reference.py` (what each operation computes).
@@ -14,11 +15,15 @@ import torch
 from kivnun.errors import BaseModelError
 from kivnun.model.kernels.native import ENDING, CannotBuild, NativeKernels, build
 from kivnun.model.kernels.reference import Angles, TorchKernels
+from kivnun.model.kernels.triton import TritonKernels
 from kivnun.model.products import onednn_serves
 
-__all__ = ["Angles", "Kernels", "NativeKernels", "TorchKernels", "choose", "names_of", "native_or_reason"]
+__all__ = [
+    "Angles", "Kernels", "NativeKernels", "TorchKernels", "TritonKernels", "choose", "names_of", "native_or_reason",
+    "triton_or_reason",
+]  # fmt: skip
 
-Kernels: TypeAlias = TorchKernels | NativeKernels
+Kernels: TypeAlias = TorchKernels | NativeKernels | TritonKernels
 
 
 @functools.cache
@@ -32,13 +37,33 @@ def native_or_reason() -> NativeKernels | str:
     return f"the compiled kernels compute {' and '.join(map(str, wrong))} wrongly" if wrong else kernels
 
 
+@functools.cache
+def triton_or_reason() -> TritonKernels | str:
+    """Return the kernels in Triton after one question to each, or why they do not serve on this machine."""
+    try:
+        kernels = TritonKernels()
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    wrong = []
+    for dtype in ENDING:
+        try:
+            right = _agrees(kernels, dtype, "cuda") and _turns_and_decodes(kernels, dtype, "cuda")
+        except Exception as error:  # a compiler on a stranger's machine raises what it likes
+            return f"the kernels in Triton do not run: {type(error).__name__}: {error}"
+        wrong += [] if right else [dtype]
+    return f"the kernels in Triton compute {' and '.join(map(str, wrong))} wrongly" if wrong else kernels
+
+
 def choose(wanted: str, device: str) -> Kernels:
-    """Return the kernels named "native" or "torch"; "auto" is native on a CPU where they serve.
+    """Return the kernels named "native" or "torch"; "auto" is native on a CPU and Triton on CUDA, where they serve.
 
     Raises BaseModelError when "native" is asked for and cannot be had, with the reason.
     """
-    if wanted == "torch" or (wanted == "auto" and device != "cpu"):
+    if wanted == "torch":
         return TorchKernels()
+    if wanted == "auto" and device != "cpu":
+        in_triton = triton_or_reason()
+        return TorchKernels() if isinstance(in_triton, str) else in_triton
     found = native_or_reason() if device == "cpu" else "native kernels are for the CPU"
     if not isinstance(found, str):
         return found
@@ -54,15 +79,15 @@ def names_of(kernels: Kernels) -> dict[str, str]:
     return {"pointwise": kernels.name, "float32 products": "oneDNN" if onednn_serves() else "torch"}
 
 
-def _agrees(kernels: NativeKernels, dtype: torch.dtype) -> bool:
+def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
     """Compare the kernels with the reference on a small problem; a miscompiled one must not train anything."""
     reference, near = TorchKernels(), 2e-2 if dtype == torch.bfloat16 else 2e-5
-    values = torch.sin(torch.arange(2 * 21 * 4 * 32, dtype=torch.float32)).to(dtype).view(2, 21, 4, 32)
+    values = torch.sin(torch.arange(2 * 21 * 4 * 32, dtype=torch.float32)).to(device, dtype).view(2, 21, 4, 32)
     (x_THK, y_THK), lengths = values, [16, 5]
     angles = Angles(torch.cos(y_THK[:, 0].float()), torch.sin(y_THK[:, 0].float()))
     angles = Angles(angles.cos_TR[:, :8].contiguous(), angles.sin_TR[:, :8].contiguous())
     flat_TD, weight_D = x_THK.reshape(21, -1), y_THK.reshape(21, -1)[0]
-    targets, weights = torch.arange(18), torch.linspace(0.1, 1.0, 18)
+    targets, weights = torch.arange(18, device=device), torch.linspace(0.1, 1.0, 18, device=device)
 
     def answers(of: Kernels) -> list[torch.Tensor]:
         normed, scale = of.rms_norm(flat_TD, weight_D, 1e-5)
@@ -71,7 +96,7 @@ def _agrees(kernels: NativeKernels, dtype: torch.dtype) -> bool:
         out, lse = of.attention(x_THK, y_THK[:, :2], y_THK[:, 2:], lengths, 0.2, None, angles)
         into = (torch.empty_like(x_THK), torch.empty_like(y_THK[:, :2]), torch.empty_like(y_THK[:, 2:]))
         of.attention_backward(x_THK, x_THK, y_THK[:, :2], y_THK[:, 2:], out, lse, lengths, 0.2, None, angles, into)
-        keys = torch.arange(21)
+        keys = torch.arange(21, device=device)
         return [
             normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), of.gate(flat_TD), nll, logits, out, lse, *into,
             of.gate_backward(flat_TD[:, :64].contiguous(), flat_TD), of.log_prob(flat_TD, targets),
@@ -79,3 +104,23 @@ def _agrees(kernels: NativeKernels, dtype: torch.dtype) -> bool:
         ]  # fmt: skip
 
     return all(torch.allclose(a.float(), b.float(), near, near) for a, b in zip(answers(kernels), answers(reference), strict=True))
+
+
+def _turns_and_decodes(kernels: TritonKernels, dtype: torch.dtype, device: str) -> bool:
+    """Compare what only kernels in Triton do by themselves, or what only bases in 4 and 8 bits use."""
+    reference, near = TorchKernels(), 2e-2 if dtype == torch.bfloat16 else 2e-5
+    turns = torch.arange(21 * 6, device=device).float().view(21, 6)
+    angles, x_THK = Angles(turns.cos(), turns.sin()), torch.sin(torch.arange(21 * 3 * 16, device=device)).to(dtype).view(21, 3, 16)
+    codes = torch.arange(256, device=device).to(torch.uint8)
+    scales, offset = torch.linspace(0.5, 2.0, 256, device=device), torch.tensor(0.25, device=device)
+
+    def answers(of: TorchKernels) -> list[torch.Tensor]:
+        plain, nested, eight = (torch.empty(8, 64, dtype=dtype, device=device) for _ in range(3))
+        of.nf4_decode(codes, scales, 64, plain)
+        of.nf4_decode_nested(codes, codes[:8], scales, scales[:1], offset, 64, nested)
+        of.int8_decode(codes.repeat(2).view(torch.int8).view(8, 64), scales[:8], eight)
+        return [plain, nested, eight]
+
+    pairs = [(kernels.turned(x_THK, angles, way), angles.turned(x_THK, way)) for way in (1, -1)]
+    pairs += zip(answers(kernels), answers(reference), strict=True)
+    return all(torch.allclose(a.float(), b.float(), near, near) for a, b in pairs)
