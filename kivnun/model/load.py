@@ -136,7 +136,10 @@ def load_base(
     the folder holds no causal language model that Kivnun can run row by row, or holds it in another precision for good.
     """
     chosen = choose(kernels, device)
-    return _prepared(folder, _read(folder, precision, chosen), DTYPES[precision], device, rope_factors, chosen, recompute)
+    read = _read(folder, precision, chosen if device == "cpu" else choose("auto", "cpu"))
+    for matrix in read.matrices.values():  # quantised on the CPU, decoded where the base computes
+        matrix.buffer.kernels = chosen
+    return _prepared(folder, read, DTYPES[precision], device, rope_factors, chosen, recompute)
 
 
 @torch.no_grad()

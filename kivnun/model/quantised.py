@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kivnun.model.kernels.reference import GROUP
 
 BLOCK = 64
-GROUPS_AT_ONCE = 512
+GROUPS_AT_ONCE = 128  # as many scales as torch leaves to one thread: more threads would wait for each other more than they work
 # Codes are kept as bit patterns of this type. Tools that shard a model (FSDP, ZeRO) split floating parameters only, and copy bits;
 # it is the type a quantised base computes in, so that a cast of the whole model to that type leaves codes alone.
 CARRIER = torch.bfloat16

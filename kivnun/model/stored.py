@@ -25,7 +25,7 @@ TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE = 1 << 20  # elements read at once: small beside a base, large beside what a call costs
+PIECE = 1 << 22  # elements read at once: small beside a base, large beside what a call costs
 
 
 @dataclass(frozen=True, slots=True)

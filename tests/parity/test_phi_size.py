@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -99,23 +100,14 @@ def write_tensors(file: Path, shapes: dict[str, tuple[int, ...]], weights: bytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("precision", "share"), [("bf16", 1.0), ("nf4", 0.31)])
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 1.001), ("nf4", 0.30)])
 def test_a_base_of_phis_size_loads_and_trains_within_its_memory(precision: str, share: float, phi: Path, tmp_path: Path) -> None:
+    few = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     small = tmp_path / "small"
-    transformers.AutoModelForCausalLM.from_config(
-        transformers.Phi3Config(
-            **{
-                **SHAPE,
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-            }
-        )
-    ).save_pretrained(small)
+    transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**{**SHAPE, **few})).save_pretrained(small)
     command = [sys.executable, "-c", textwrap.dedent(LOAD_AND_TRAIN), str(small), str(phi), precision]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1100, env=_with_tests())
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1100, env=paths)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     print({"precision": precision, **said, "ratio": round(said["load_peak"] / said["held"], 3)})
@@ -123,9 +115,3 @@ def test_a_base_of_phis_size_loads_and_trains_within_its_memory(precision: str, 
     assert said["held"] <= share * 2 * said["parameters"]
     assert said["load_peak"] <= 1.1 * said["held"]
     assert said["peak"] < 24 * GIB
-
-
-def _with_tests() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -158,7 +158,7 @@ PEAK = """
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4", "int8"])
 def test_loading_takes_little_more_memory_than_what_is_loaded(precision: str, tmp_path: Path) -> None:
-    """At most 1.1 of the loaded bytes and 12 MB: what the probe's forward, the decode buffer and malloc take on this size."""
+    """At most 1.1 of the loaded bytes and 20 MB: what a piece, the decode buffer, the probe and malloc take whatever the size."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 4096}
     config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes, "num_key_value_heads": 2})
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -168,4 +168,4 @@ def test_loading_takes_little_more_memory_than_what_is_loaded(precision: str, tm
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
     peak, held = map(int, said.split())
     print(json.dumps({"precision": precision, "peak": peak, "held": held, "ratio": round(peak / held, 3)}))
-    assert peak <= 1.1 * held + 12e6
+    assert peak <= 1.1 * held + 20e6
