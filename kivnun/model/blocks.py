@@ -155,4 +155,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh_TF):  # type: ignore[override]
         (gu_T2F,) = ctx.saved_tensors
-        return ctx.kernels.gate_backward(dh_TF, gu_T2F), None
+        # In their place: the down projection, whose backward pass needed g and u to make its input again, has run by now.
+        dgu_T2F = gu_T2F.detach()
+        ctx.kernels.gate_backward_(dh_TF, dgu_T2F)
+        return dgu_T2F, None

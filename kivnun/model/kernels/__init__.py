@@ -96,10 +96,11 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
         out, lse = of.attention(x_THK, y_THK[:, :2], y_THK[:, 2:], lengths, 0.2, None, angles)
         into = (torch.empty_like(x_THK), torch.empty_like(y_THK[:, :2]), torch.empty_like(y_THK[:, 2:]))
         of.attention_backward(x_THK, x_THK, y_THK[:, :2], y_THK[:, 2:], out, lse, lengths, 0.2, None, angles, into)
-        keys = torch.arange(21, device=device)
+        keys, gu = torch.arange(21, device=device), flat_TD.clone()
+        of.gate_backward_(flat_TD[:, :64].contiguous(), gu)
         return [
             normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), of.gate(flat_TD), nll, logits, out, lse, *into,
-            of.gate_backward(flat_TD[:, :64].contiguous(), flat_TD), of.log_prob(flat_TD, targets),
+            gu, of.log_prob(flat_TD, targets),
             of.dropped(flat_TD, keys, 7, 0.3), of.scale_columns(flat_TD, weight_D.float()), of.column_dots(flat_TD, flat_TD),
         ]  # fmt: skip
 

@@ -72,10 +72,8 @@ class NativeKernels:
         self._call("gate", gu_T2F, gu_T2F, h_TF, *h_TF.shape)
         return h_TF
 
-    def gate_backward(self, dh_TF: Tensor, gu_T2F: Tensor) -> Tensor:
-        dgu_T2F = torch.empty_like(gu_T2F)
-        self._call("gate_backward", gu_T2F, dh_TF.contiguous(), gu_T2F, dgu_T2F, *dh_TF.shape)
-        return dgu_T2F
+    def gate_backward_(self, dh_TF: Tensor, gu_T2F: Tensor) -> None:
+        self._call("gate_backward", gu_T2F, dh_TF.contiguous(), gu_T2F, *dh_TF.shape)
 
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
         count = len(targets_C)

@@ -53,11 +53,11 @@ class TorchKernels:
         g, u = _wide(gu_T2F).chunk(2, dim=-1)
         return (_silu(g) * u).to(gu_T2F.dtype)
 
-    def gate_backward(self, dh_TF: Tensor, gu_T2F: Tensor) -> Tensor:
-        """Return (dh * u * s * (1 + g * (1 - s)), dh * g * s) side by side, s = sigmoid(g)."""
+    def gate_backward_(self, dh_TF: Tensor, gu_T2F: Tensor) -> None:
+        """Put the gradients of g and u in their place: dh * u * s * (1 + g * (1 - s)) and dh * g * s with s = sigmoid(g)."""
         g, u = _wide(gu_T2F).chunk(2, dim=-1)
         dh, s = _wide(dh_TF), 1 / (1 + torch.exp(-g))
-        return torch.cat([dh * u * s * (1 + g * (1 - s)), dh * g * s], dim=-1).to(gu_T2F.dtype)
+        gu_T2F.copy_(torch.cat([dh * u * s * (1 + g * (1 - s)), dh * g * s], dim=-1))
 
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
         """Return each position's NLL (nats, float32) and turn its logits into the gradient of weight * NLL, in place.

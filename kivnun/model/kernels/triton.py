@@ -55,11 +55,10 @@ class TritonKernels(TorchKernels):
         self._functions.gate[_pieces(out_TF)](gu_T2F, out_TF, out_TF.shape[1], BLOCK=PIECE)
         return out_TF
 
-    def gate_backward(self, dh_TF: Tensor, gu_T2F: Tensor) -> Tensor:
-        dh_TF, gu_T2F = dh_TF.contiguous(), gu_T2F.contiguous()
-        dgu_T2F = torch.empty_like(gu_T2F)
-        self._functions.gate_backward[_pieces(dh_TF)](dh_TF, gu_T2F, dgu_T2F, dh_TF.shape[1], BLOCK=PIECE)
-        return dgu_T2F
+    def gate_backward_(self, dh_TF: Tensor, gu_T2F: Tensor) -> None:
+        assert gu_T2F.is_contiguous()  # it is written in place; each element is read by the program that writes it
+        dh_TF = dh_TF.contiguous()
+        self._functions.gate_backward[_pieces(dh_TF)](dh_TF, gu_T2F, gu_T2F, dh_TF.shape[1], BLOCK=PIECE)
 
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
         assert logits_CV.is_contiguous()  # it is written in place
