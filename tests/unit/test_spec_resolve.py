@@ -264,8 +264,6 @@ CHANGES: dict[str, list[str]] = {
     "compute.micro_batch_tokens": ["compute.micro_batch_tokens=512"],
     "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
     "compute.kernels": ["compute.kernels=torch"],
-    "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
-    "compute.kernels": ["compute.kernels=torch"],
 }
 ELSEWHERE = {
     "version": "only 1 is accepted",
