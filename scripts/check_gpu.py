@@ -1,7 +1,8 @@
-"""Check Kivnun on a GPU machine: the facts of tests/gpu first, then the speed of LoRA, DoRA and full steps as a table.
+"""Check Kivnun on a GPU machine: against float64 on the CPU, then the facts of tests/gpu; then time LoRA, DoRA and full steps.
 
 Run from the repository root; nothing needs to be installed but torch, transformers, peft and pytest:
-`python -m scripts.check_gpu`. With `--device cpu` it measures a much smaller model, to try the script itself.
+`python -m scripts.check_gpu`. With `--device cpu` it measures a much smaller model, to try the script itself. How fast others are
+on the same work is measured by `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.gpu.correct import check_all
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import TokenRow, Where
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
@@ -65,9 +67,15 @@ def main() -> int:
         return 1
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
     print(f"{name} · Python {platform.python_version()} · torch {torch.__version__} · transformers {transformers.__version__}")
-    failed = 0 if arguments.skip_facts else _facts()
+    failed = 0 if arguments.skip_facts else max(_compared(arguments.device), _facts())
     _measure(arguments.device, GPU if arguments.device == "cuda" else CPU)
     return failed
+
+
+def _compared(device: str) -> int:
+    checks = check_all(device)
+    print(*checks, sep="\n", flush=True)
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def _facts() -> int:

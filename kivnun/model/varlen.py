@@ -97,7 +97,7 @@ def _wrong(attend: VariableLength, device: torch.device, groups: int, window: in
             out = attend(given[0], given[1], given[2], Bounds.of(lengths, device), 0.3, window)
             found = [out.detach(), *torch.autograd.grad(out, given, dout.to(device, torch.bfloat16))]
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     distances = [float((a.cpu().float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     return "" if all(distance < TOLERANCE for distance in distances) else f"relative differences of {distances}"
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 import tiny
+from kivnun.model.attention import _one_row
 from kivnun.model.dropout import dropped, token_keys
 from kivnun.model.generate import SamplingParams, generate
+from kivnun.model.kernels import choose, triton_or_reason
 from kivnun.model.load import load_base
+from kivnun.model.varlen import Bounds, serving, varlen_or_reason
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.objectives import LikelihoodObjective
 from kivnun.train.optim import MuonSettings
@@ -131,3 +134,67 @@ def test_greedy_answers_are_transformers_on_the_device(tiny_base: TinyBase):
     ids = torch.tensor([prompt], device=DEVICE)
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, eos_token_id=None)
     assert generate(load_base(folder, "fp32", DEVICE), [prompt], SamplingParams(10, ()))[0] == theirs[0, 20:].tolist()
+
+
+def test_attention_is_one_call_for_the_pack_or_says_why_not():
+    whole = varlen_or_reason(torch.device(DEVICE))
+    print(whole)
+    assert not isinstance(whole, str), whole
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 64), (4, 4, 96), (6, 2, 128)])
+def test_one_call_for_the_pack_is_attention_row_by_row(heads: int, groups: int, width: int, window: int | None):
+    whole = serving(torch.empty(1, heads, width, dtype=torch.bfloat16, device=DEVICE), window)
+    if whole is None:
+        pytest.skip(f"this torch does not serve it: {varlen_or_reason(torch.device(DEVICE))}")
+    lengths = [5, 1, 300, 16, 133]
+    draws = torch.Generator().manual_seed(0)
+    sizes = ((sum(lengths), n, width) for n in (heads, groups, groups, heads))
+    q, k, v, dout = (torch.randn(size, generator=draws).to(DEVICE, torch.bfloat16) for size in sizes)
+    found = []
+    for call in ("whole", "rows"):
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        if call == "whole":
+            out = whole(given[0], given[1], given[2], Bounds.of(lengths, q.device), width**-0.5, window)
+        else:
+            parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in given), strict=True)
+            out = torch.cat([_one_row(*part, width**-0.5, window, None) for part in parts], dim=1).transpose(0, 1)
+        found.append([out, *torch.autograd.grad(out, given, dout)])
+    for ours, theirs in zip(*found, strict=True):
+        assert tiny.relative_difference(ours, theirs) < 1e-2
+
+
+def test_kernels_in_triton_are_chosen_or_say_why_not():
+    found = triton_or_reason()
+    if isinstance(found, str) and "cannot be imported" in found:
+        pytest.skip(found)
+    assert not isinstance(found, str), found
+    assert choose("auto", DEVICE) is found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_kernels_in_triton_train_as_torchs_do(kind: str, precision: str, tiny_base: TinyBase):
+    if isinstance(triton_or_reason(), str):
+        pytest.skip(str(triton_or_reason()))
+    found = []
+    for kernels in ("auto", "torch"):
+        base = load_base(tiny_base("phi4_mini"), precision, DEVICE, kernels=kernels)
+        trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.2))  # type: ignore[arg-type]
+        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        found.append(tiny.gradients(trainee))
+    for name, gradient in found[0].items():
+        assert tiny.relative_difference(gradient, found[1][name]) < (1e-4 if precision == "fp32" else 6e-2), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_activation_checkpointing_changes_no_gradient_beyond_rounding(precision: str, tiny_base: TinyBase):
+    found = []
+    for recompute in (False, True):
+        base = load_base(tiny_base("phi3"), precision, DEVICE, recompute=recompute)
+        trainee = tiny.new_trainee(base, tiny.new_weights(base, "lora", dropout=0.2))
+        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        found.append(tiny.gradients(trainee))
+    for name, gradient in found[0].items():
+        assert tiny.relative_difference(gradient, found[1][name]) < 1e-2, name
