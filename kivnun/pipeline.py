@@ -64,7 +64,7 @@ from kivnun.events import (
 )
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
-from kivnun.model.kernels import names_of, native_or_reason
+from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
@@ -369,8 +369,13 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         threads=len(os.sched_getaffinity(0)),
         data_format=dataset.format,  # type: ignore[arg-type]
         stored_precision=stored_precision(base_folder),
-        no_native_reason=found if isinstance(found := native_or_reason(), str) else None,
+        no_native_reason=_reason(native_or_reason()),
+        no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
     )
+
+
+def _reason(found: object) -> str | None:
+    return found if isinstance(found, str) else None
 
 
 def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:

@@ -110,17 +110,18 @@ class DoraSite:
     _squares_O: Tensor | None = None
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        drop = self.dropout.now(linear.kernels)
-        weight_OI = linear.dense()
-        if self._squares_O is None:  # the base never changes under an adapter
-            self._squares_O = row_squares(weight_OI)
-        length_O = dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O)
-        tensors = (self.a_RI, self.b_OR, self.magnitude_O, length_O)
+        drop, tensors = self.dropout.now(linear.kernels), (self.a_RI, self.b_OR, self.magnitude_O)
         if drop is undropped:
-            return _Dora.apply(x_TI, *tensors, linear.bias, self.scaling, linear, again)  # type: ignore[no-any-return]
+            return _Dora.apply(x_TI, *tensors, linear.bias, self, linear, again)  # type: ignore[no-any-return]
         dropped_TI = _Dropped.apply(x_TI, drop)
         plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
-        return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self.scaling, linear, None)
+        return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self, linear, None)
+
+    def row_norm(self, weight_OI: Tensor) -> Tensor:
+        """Return the row norms of W + scaling * B A, float32 [O]. |W_o|^2 is taken once: a base never changes under an adapter."""
+        if self._squares_O is None:
+            self._squares_O = row_squares(weight_OI)
+        return dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return m / c * (W + scaling * B A) in float32."""
@@ -134,12 +135,14 @@ class _Dora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, length_O, bias_O, scaling, linear, again):  # type: ignore[override]
+    def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, bias_O, site, linear, again):  # type: ignore[override]
+        weight_OI = linear.dense()
+        length_O = site.row_norm(weight_OI)
         xa_TR = times_transposed(x_TI, a_RI.to(x_TI.dtype))
-        z_TO = times_transposed(x_TI, linear.dense()).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=scaling)
+        z_TO = times_transposed(x_TI, weight_OI).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=site.scaling)
         y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO)
-        ctx.scaling, ctx.drop, ctx.linear, ctx.again = scaling, undropped, linear, again
+        ctx.scaling, ctx.drop, ctx.linear, ctx.again = site.scaling, undropped, linear, again
         return y_TO if bias_O is None else y_TO.add_(bias_O)
 
     @staticmethod
@@ -149,7 +152,7 @@ class _Dora(torch.autograd.Function):
         dmagnitude_O = kernels.column_dots(dy_TO, z_TO) / length_O
         dz_TO = kernels.scale_columns(dy_TO, magnitude_O / length_O)
         x_TI = ctx.again() if ctx.again else x_TI
-        return *_lora_gradients(ctx, dz_TO, x_TI, xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None, None
+        return *_lora_gradients(ctx, dz_TO, x_TI, xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None
 
 
 class _Dropped(torch.autograd.Function):

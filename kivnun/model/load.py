@@ -95,7 +95,8 @@ class Base:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
             rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None])
-        rows.kernels = self.kernels
+        # Of this pass alone: what its layers share (angles, bounds) must not outlive it.
+        rows = Rows(rows.lengths, rows.cache, rows.slots, self.kernels)
         if self.rotary is not None:
             self.rotary.lengths = rows.lengths
         trunk: nn.Module = self.model.base_model  # type: ignore[assignment]

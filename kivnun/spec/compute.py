@@ -30,15 +30,18 @@ class LocalSpec(Section, frozen=True):
         description="Tokens of one forward and backward pass, at most; the result of a step does not depend on it.",
     )
     activation_checkpointing: Annotated[
-        bool, Why("a quarter of the time for memory that most runs have: turn it on when a run does not fit")
+        bool, Why("it costs a second forward pass: turn it on when a run does not fit in memory")
     ] = Field(
         default=False,
         description="Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time.",
     )
     kernels: Annotated[
-        Literal["auto", "native", "torch"],
-        Why("the compiled ones where the CPU and a C compiler offer them, else torch's; pinned, since last bits depend on it"),
-    ] = Field(default="auto", description="What computes norms, gates, attention and the loss: kernels in C, or torch.")
+        Literal["auto", "native", "triton", "torch"],
+        Why("those in C on a CPU, in Triton on a GPU, where they can be built, else torch; pinned, since last bits depend on it"),
+    ] = Field(
+        default="auto",
+        description="What computes norms, gates, attention and the loss: kernels in C (CPU), in Triton (GPU), or torch.",
+    )
 
 
 ComputeSpec: TypeAlias = Annotated[Annotated[LocalSpec, Tag("local")], Discriminator(kind_chooser("local"))]

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from kivnun.spec.adapters import FullSpec
 from kivnun.spec.base import is_hub_id
 from kivnun.spec.catalogue import fields_of, why_of
+from kivnun.spec.compute import LocalSpec
 from kivnun.spec.data import DataFormat
 from kivnun.spec.objectives import ObjectiveKind
 from kivnun.spec.problems import Problem, problems_of, spec_error
@@ -26,6 +27,7 @@ from kivnun.spec.yaml_text import write_yaml
 SMALL_BASE = 500_000_000
 TINY_BASE = 100_000_000
 RSLORA_ALPHA = 8.0
+KERNELS_OF = {"cpu": "native", "cuda": "triton"}
 MIN_MICRO_BATCH = 4096
 WHOLE_MODEL_RATE: dict[ObjectiveKind, float] = {"supervised": 2e-5, "pretraining": 2e-5, "dpo": 1e-6}
 
@@ -37,7 +39,8 @@ class ResolveFacts:
     `objective_kind` is what the data's format is for, `max_seq_len` the longest row the base takes, `longest_row` the longest
     trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
     `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
-    (None: plain weights), `no_native_reason` why the kernels in C cannot be used here (None: they can).
+    (None: plain weights), `no_native_reason` and `no_triton_reason` why the kernels in C or in
+    Triton cannot be used here (None: they can).
     """
 
     objective_kind: ObjectiveKind
@@ -49,10 +52,11 @@ class ResolveFacts:
     data_format: DataFormat = "auto"
     stored_precision: Literal["int8", "nf4"] | None = None
     no_native_reason: str | None = None
+    no_triton_reason: str | None = None
 
-    @property
-    def native_kernels(self) -> bool:
-        return self.no_native_reason is None
+    def no_kernels_reason(self, kernels: str) -> str | None:
+        """Return why kernels of this name cannot be used here; None: they can."""
+        return {"native": self.no_native_reason, "triton": self.no_triton_reason}.get(kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem(
             "compute.micro_batch_tokens", text, "raise it, or lower data.max_seq_len and say in data.over_long what happens"
         )
-    if spec.compute.kernels == "native" and (not facts.native_kernels or spec.compute.device == "cuda"):
-        text = f"compute.kernels is native, but {facts.no_native_reason or 'they are for the CPU'}"
-        yield Problem("compute.kernels", text, "leave it out, or install a C compiler (cc) for a run on the CPU")
+    yield from _kernel_mismatches(spec.compute, facts)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
@@ -115,6 +117,16 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem("adapter", text, "choose lora or dora, or use the model it was made from")
     if spec.compute.device == "cuda" and facts.device != "cuda":
         yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
+
+
+def _kernel_mismatches(compute: LocalSpec, facts: ResolveFacts) -> Iterator[Problem]:
+    device = facts.device if compute.device == "auto" else compute.device
+    if compute.kernels in ("auto", "torch"):
+        return
+    reason = facts.no_kernels_reason(compute.kernels) if compute.kernels == KERNELS_OF[device] else f"the run computes on {device}"
+    if reason is not None:
+        text = f"compute.kernels is {compute.kernels}, but {reason}"
+        yield Problem("compute.kernels", text, f"leave it out: {KERNELS_OF[device]} or torch is chosen for {device}")
 
 
 def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
@@ -136,9 +148,9 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         found = "a CUDA device was found" if device == "cuda" else "no CUDA device was found"
         yield _Choice("compute.device", device, found)
     if spec.compute.kernels == "auto":
-        native = device == "cpu" and facts.native_kernels
-        why = "compiled on this machine and found right" if native else facts.no_native_reason or "on a GPU"
-        yield _Choice("compute.kernels", "native" if native else "torch", why)
+        best = KERNELS_OF[device]
+        reason = facts.no_kernels_reason(best)
+        yield _Choice("compute.kernels", best if reason is None else "torch", reason or "built on this machine and found right")
     if spec.compute.threads is None:
         yield _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
     if spec.compute.micro_batch_tokens is None:

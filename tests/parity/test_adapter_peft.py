@@ -30,6 +30,27 @@ KINDS: list[dict[str, Any]] = [
 ROWS = [tiny.random_ids(length) for length in (3, 17, 30)]
 
 
+def _near(options: dict[str, Any]) -> float:
+    """Return how near to PEFT's float32 logits ours must be. With "gaussian", whose A is largest, PEFT itself is 1e-6 from what it
+    computes in float64, and two libraries that round differently are up to twice that from each other."""
+    return 2e-6 if options.get("init") == "gaussian" else 1e-6
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("name", ["phi3", "qwen2"])
+def test_logits_are_as_near_to_float64_as_pefts_own(name: str, options: dict[str, Any], tiny_base: TinyBase):
+    folder = tiny_base(name)
+    base = load_base(folder, "fp32")
+    weights = tiny.new_weights(base, **options)
+    twin = tiny.peft_twin(folder, weights.adapter)
+    theirs = [tiny.reference_logits(twin, ids) for ids in ROWS]
+    twin.double()
+    exact = [tiny.reference_logits(twin, ids) for ids in ROWS]
+    ours = _adapted_logits(base, weights)
+    distance = max(map(tiny.relative_difference, ours, exact))
+    assert distance < 1.5 * max(map(tiny.relative_difference, theirs, exact))
+
+
 def _adapted_logits(base: Base, weights: tiny.AdapterWeights) -> list[torch.Tensor]:
     with base.using(weights.sites()):
         return tiny.packed_logits(base, ROWS)
@@ -45,7 +66,7 @@ def test_logits_equal_pefts_with_equal_tensors(name: str, options: dict[str, Any
     plain = tiny.packed_logits(base, ROWS)
     for ids, logits, before in zip(ROWS, _adapted_logits(base, weights), plain, strict=True):
         expected = tiny.reference_logits(twin, ids)
-        assert tiny.relative_difference(logits, expected) < 2e-6
+        assert tiny.relative_difference(logits, expected) < _near(options)
         assert tiny.relative_difference(before, expected) > 1e-2  # the adapter is felt
 
 
@@ -105,7 +126,7 @@ def test_our_folder_opens_in_peft_with_the_same_logits(options: dict[str, Any], 
     save_peft(weights.adapter, tmp_path, str(folder))
     theirs = peft.PeftModel.from_pretrained(tiny.reference(folder), tmp_path).eval()
     for ids, logits in zip(ROWS, _adapted_logits(base, weights), strict=True):
-        assert tiny.relative_difference(logits, tiny.reference_logits(theirs, ids)) < 2e-6
+        assert tiny.relative_difference(logits, tiny.reference_logits(theirs, ids)) < _near(options)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
@@ -118,7 +139,7 @@ def test_pefts_folder_opens_here_with_the_same_logits(options: dict[str, Any], t
     with base.using(adapter.sites):
         found = tiny.packed_logits(base, ROWS)
     for ids, logits in zip(ROWS, found, strict=True):
-        assert tiny.relative_difference(logits, tiny.reference_logits(twin, ids)) < 2e-6
+        assert tiny.relative_difference(logits, tiny.reference_logits(twin, ids)) < _near(options)
 
 
 def test_an_adapter_on_an_untied_head_trains_as_in_peft(tiny_base: TinyBase):

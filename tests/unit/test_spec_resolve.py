@@ -327,3 +327,30 @@ def test_resolved_yaml_is_yaml_for_any_reader() -> None:
 
     spec, reasons = resolved()
     assert yaml.safe_load(resolved_yaml(spec, reasons))["adapter"] == read_yaml(spec.to_yaml()).value["adapter"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "found", "why"),
+    [
+        ("cpu", {}, "native", "built on this machine and found right"),
+        ("cpu", {"no_native_reason": "there is no C compiler"}, "torch", "there is no C compiler"),
+        ("cuda", {}, "triton", "built on this machine and found right"),
+        ("cuda", {"no_triton_reason": "Triton cannot be imported"}, "torch", "Triton cannot be imported"),
+    ],
+)
+def test_kernels_are_the_best_there_are_for_the_device(device: str, missing: dict[str, str], found: str, why: str) -> None:
+    spec, reasons = resolved(facts=replace(FACTS, device=device, **missing))
+    assert (spec.compute.kernels, reasons["compute.kernels"]) == (found, why)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "facts", "message"),
+    [
+        ("triton", FACTS, "compute.kernels is triton, but the run computes on cpu"),
+        ("native", replace(FACTS, device="cuda"), "compute.kernels is native, but the run computes on cuda"),
+        ("native", replace(FACTS, no_native_reason="there is no C compiler"), "native, but there is no C compiler"),
+    ],
+)
+def test_kernels_that_cannot_be_had_are_refused_with_the_reason(kernels: str, facts: ResolveFacts, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        resolved(f"compute.kernels={kernels}", facts=facts)

@@ -55,23 +55,19 @@ def triton_or_reason() -> TritonKernels | str:
 
 
 def choose(wanted: str, device: str) -> Kernels:
-    """Return the kernels named "native" or "torch"; "auto" is native on a CPU and Triton on CUDA, where they serve.
+    """Return the kernels named "native", "triton" or "torch"; "auto" is the device's own where they serve, else torch.
 
-    Raises BaseModelError when "native" is asked for and cannot be had, with the reason.
+    Raises BaseModelError when kernels are asked for by name and cannot be had, with the reason.
     """
     if wanted == "torch":
         return TorchKernels()
-    if wanted == "auto" and device != "cpu":
-        in_triton = triton_or_reason()
-        return TorchKernels() if isinstance(in_triton, str) else in_triton
-    found = native_or_reason() if device == "cpu" else "native kernels are for the CPU"
-    if not isinstance(found, str):
+    best, found = ("native", native_or_reason()) if device == "cpu" else ("triton", triton_or_reason())
+    if wanted in ("auto", best) and not isinstance(found, str):
         return found
     if wanted == "auto":
         return TorchKernels()
-    raise BaseModelError(
-        f"compute.kernels is native, and they cannot be used: {found}", hint="install a C compiler, or leave compute.kernels out"
-    )
+    reason = found if wanted == best else f"they do not compute on {device}"
+    raise BaseModelError(f"compute.kernels is {wanted}, and they cannot be used: {reason}", hint="leave compute.kernels out")
 
 
 def names_of(kernels: Kernels) -> dict[str, str]:

@@ -173,18 +173,5 @@ static int over_rows(const struct attention *a, const int64_t *lengths, int64_t 
   return failed;
 }
 
-#define SCALAR float
-#define LOAD load_f32
-#define STORE store_f32
-#define NAME(kernel) kernel##_f32
-#include "attention.inc"
-#undef SCALAR
-#undef LOAD
-#undef STORE
-#undef NAME
-
-#define SCALAR bf16
-#define LOAD load_bf16
-#define STORE store_bf16
-#define NAME(kernel) kernel##_bf16
-#include "attention.inc"
+#define KERNELS "attention.inc"
+#include "both_types.h"

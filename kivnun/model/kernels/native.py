@@ -260,4 +260,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivnun" / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivnun" / "kernels"
+    except RuntimeError as error:  # a user without a home, as containers have
+        raise CannotBuild(f"there is no folder for the cache: {error}; XDG_CACHE_HOME may name one") from error

@@ -11,18 +11,5 @@ static inline uint64_t mixed(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-#define SCALAR float
-#define LOAD load_f32
-#define STORE store_f32
-#define NAME(kernel) kernel##_f32
-#include "pointwise.inc"
-#undef SCALAR
-#undef LOAD
-#undef STORE
-#undef NAME
-
-#define SCALAR bf16
-#define LOAD load_bf16
-#define STORE store_bf16
-#define NAME(kernel) kernel##_bf16
-#include "pointwise.inc"
+#define KERNELS "pointwise.inc"
+#include "both_types.h"
