@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kivnun.model.attention import KVCache, Rows
 from kivnun.model.load import Base
-from kivnun.model.loss import MIN_ROWS
+from kivnun.model.loss import padded
 from kivnun.randomness import generator
 
 # Rows decoded together. More rows make better use of matrix products, and hold more cache.
@@ -127,9 +127,7 @@ def _pass(base: Base, cache: KVCache, rows: Sequence[_Row], new: Sequence[list[i
     )
     h_TD = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]))
     last_ND = h_TD[torch.tensor(np.cumsum(lengths) - 1, device=base.device)]
-    short = max(0, MIN_ROWS - len(last_ND))
-    padded = torch.cat([last_ND, last_ND.new_zeros(short, last_ND.shape[1])])
-    return base.head(padded)[: len(rows)].float()
+    return base.head(padded(last_ND))[: len(rows)].float()
 
 
 def _choose(logits_V: Tensor, params: SamplingParams, draws: np.random.Generator | None) -> int:

@@ -77,8 +77,13 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TO):  # type: ignore[override]
         x_TI, xa_TR, a_RI, b_OR = ctx.saved_tensors
-        dx_TI, da_RI, db_OR = _lora_gradients(ctx, dy_TO, ctx.again() if ctx.again else x_TI, xa_TR, a_RI, b_OR)
-        return dx_TI, da_RI, db_OR, None, None, None, None
+        return *_lora_gradients(ctx, dy_TO, _input(ctx, x_TI), xa_TR, a_RI, b_OR), None, None, None, None
+
+
+def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
+    """Return x, kept or made again; what it is made of is let go, which autograd does by itself only for what it keeps."""
+    again, ctx.again = ctx.again, None
+    return again() if again else kept_TI
 
 
 def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, a_RI: Tensor, b_OR: Tensor):
@@ -151,8 +156,7 @@ class _Dora(torch.autograd.Function):
         kernels = ctx.linear.kernels
         dmagnitude_O = kernels.column_dots(dy_TO, z_TO) / length_O
         dz_TO = kernels.scale_columns(dy_TO, magnitude_O / length_O)
-        x_TI = ctx.again() if ctx.again else x_TI
-        return *_lora_gradients(ctx, dz_TO, x_TI, xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None
+        return *_lora_gradients(ctx, dz_TO, _input(ctx, x_TI), xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None
 
 
 class _Dropped(torch.autograd.Function):

@@ -30,6 +30,7 @@ from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
 from kivnun.model.loss import FrozenHead, GraphHead
 from kivnun.model.probe import refuse_unlike_transformers
+from kivnun.model.products import whole
 from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix, pieces_of
 from kivnun.model.read_model import ReadModel, decoded, read_model
 from kivnun.model.rope import RowRotary
@@ -38,8 +39,6 @@ from kivnun.model.rope import RowRotary
 # and digits enough beside those the codes leave out.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "int8": torch.bfloat16}
 
-# Fewer rows than this go through a matrix product in another kernel, with other last bits than the same rows among more.
-MIN_TOKENS = 16
 
 PIECE_ROWS = 4096  # rows of a matrix that are quantised at once: a multiple of a block
 
@@ -86,11 +85,10 @@ class Base:
     def hidden(self, ids_T: Tensor, positions_T: Tensor, rows: Rows) -> Tensor:
         """Return the final hidden state [T, D] of packed rows.
 
-        `positions_T` are positions within rows. Short packs are padded by a row of their own, so that a row's values do not
-        depend on how many tokens share the pass.
+        `positions_T` are positions within rows. Packs are padded to whole numbers of rows by a row of their own (`products.whole`).
         """
         num_tokens = len(ids_T)
-        short = MIN_TOKENS - num_tokens
+        short = whole(num_tokens) - num_tokens
         if short > 0:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
@@ -104,8 +102,8 @@ class Base:
         return out.last_hidden_state[0, :num_tokens]
 
     def padded(self, values_T: np.ndarray) -> np.ndarray:
-        """Return per-token values with zeros for the tokens that `hidden` adds to a short pack."""
-        return np.pad(values_T, (0, max(0, MIN_TOKENS - len(values_T))))
+        """Return per-token values with zeros for the tokens that `hidden` adds to a pack."""
+        return np.pad(values_T, (0, whole(len(values_T)) - len(values_T)))
 
     def language_head(self, parameters: Sequence[Tensor]) -> FrozenHead | GraphHead:
         """Return the head for a loss, which trains `parameters`: by two plain products where it is a frozen matrix and no more."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kivnun.model.kernels import Kernels
 from kivnun.model.linear import TunableLinear
-from kivnun.model.products import times, times_transposed
+from kivnun.model.products import times, times_transposed, whole
 
 
 class Head(Protocol):
@@ -36,8 +36,6 @@ class Head(Protocol):
 
 
 CHUNK = 512
-# Below 16 rows the matrix libraries take other kernels, whose rows differ in the last bit from the same rows among more.
-MIN_ROWS = 16
 
 
 class FrozenHead:
@@ -90,7 +88,7 @@ class _ChunkedNll(torch.autograd.Function):
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
         for at in _chunks(len(h_SD)):
             with torch.enable_grad():
-                h_CD = _padded(h_SD[at]).detach().requires_grad_()
+                h_CD = padded(h_SD[at]).detach().requires_grad_()
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
             dlogits_CV = logits_CV.contiguous() if isinstance(head, FrozenHead) else logits_CV.detach().clone()
@@ -114,7 +112,7 @@ def token_log_probs(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
     """Return the log-probability (nats, float32 [S]) of each target token; no gradient."""
     out_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
     for at in _chunks(len(h_SD)):
-        out_S[at] = head.kernels.log_prob(head(_padded(h_SD[at])).contiguous(), targets_S[at])
+        out_S[at] = head.kernels.log_prob(head(padded(h_SD[at])).contiguous(), targets_S[at])
     return out_S
 
 
@@ -122,9 +120,10 @@ def _chunks(count: int) -> list[slice]:
     return [slice(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
 
 
-def _padded(h_CD: Tensor) -> Tensor:
-    short = MIN_ROWS - len(h_CD)
-    return h_CD if short <= 0 else torch.cat([h_CD, h_CD.new_zeros(short, h_CD.shape[1])])
+def padded(h_CD: Tensor) -> Tensor:
+    """Return hidden states with rows of zeros added, up to a whole number of rows for the head's product."""
+    short = whole(len(h_CD)) - len(h_CD)
+    return h_CD if short == 0 else torch.cat([h_CD, h_CD.new_zeros(short, h_CD.shape[1])])
 
 
 def dpo_weights(policy_P2: Tensor, reference_P2: Tensor, beta: float) -> tuple[Tensor, Tensor]:

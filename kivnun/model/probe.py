@@ -18,7 +18,7 @@ from kivnun.model.attention import NAME, Rows
 if TYPE_CHECKING:
     from kivnun.model.load import Base
 
-LENGTH = 20  # not below load.MIN_TOKENS, so that nothing is padded
+LENGTH = 20
 BLOCK = 5  # tokens: what leaks over a row's start is felt by its first tokens most
 
 # Relative distance of logits: kernels differ by 1e-6 (bfloat16: 1e-2), unrelated logits by more than 1.

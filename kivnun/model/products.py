@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 
 
+def whole(rows: int) -> int:
+    """Return a number of rows rounded up to what products are padded to.
+
+    Below 16 rows the libraries take other kernels, whose rows differ in the last bit from the same rows among more. And oneDNN
+    makes and keeps kernels for every number of rows it meets, megabytes for each: steps of 64 keep them few.
+    """
+    step = 16 if rows <= 128 else 64
+    return max(16, -(-rows // step) * step)
+
+
 def times_transposed(x_TK: Tensor, w_NK: Tensor) -> Tensor:
     """Return x w^T [T, N]."""
     return _onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t()
