@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from by_hand import nll_by_hand
 from kivnun.artifacts import hash_folder
 from kivnun.errors import IntegrityError, KivnunError, RunFolderError
 from kivnun.export.merge import export_run
@@ -105,15 +106,8 @@ def test_the_merged_model_scores_in_plain_transformers_as_the_run_says(
     export_run(run, "merged", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     opened = open_run(run)
-    loss = weight = 0.0
-    for row in opened.dataset.validation:
-        ids_T, weights_T = torch.from_numpy(row.ids).long(), torch.from_numpy(row.weights).double()  # type: ignore[union-attr]
-        with torch.no_grad():
-            log_probs_TV = torch.log_softmax(model(input_ids=ids_T[None]).logits[0].double(), dim=1)
-        loss -= float((weights_T[1:] * log_probs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]).sum())
-        weight += float(weights_T.sum())
     said = json.loads((run / "result.json").read_text(encoding="utf-8"))["tuned"]["nll"]
-    assert loss / weight == pytest.approx(said, abs=1e-4)
+    assert nll_by_hand(model, opened) == pytest.approx(said, abs=1e-4)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from by_hand import nll_by_hand
 from kivnun.errors import SpecError
 from kivnun.export.merge import export_run
 from kivnun.export.verify import verify_run
@@ -59,15 +60,8 @@ def test_a_merge_is_the_decoded_base_with_the_adapter_in_bfloat16(name: str, run
     assert model.dtype == torch.bfloat16
     assert "quantization_config" not in model.config.to_dict()
     opened = open_run(run_of(name))
-    loss = weight = 0.0
-    for row in opened.dataset.validation:
-        ids_T, weights_T = torch.from_numpy(row.ids).long(), torch.from_numpy(row.weights).double()  # type: ignore[union-attr]
-        with torch.no_grad():
-            log_probs_TV = torch.log_softmax(model(input_ids=ids_T[None]).logits[0].double(), dim=1)
-        loss -= float((weights_T[1:] * log_probs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]).sum())
-        weight += float(weights_T.sum())
     tuned = json.loads((run_of(name) / "result.json").read_text(encoding="utf-8"))["tuned"]["nll"]
-    assert loss / weight == pytest.approx(tuned, abs=2e-2)
+    assert nll_by_hand(model, opened) == pytest.approx(tuned, abs=2e-2)
 
 
 def test_a_base_that_bitsandbytes_saved_is_tuned_as_it_is(base: Path, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from kivnun.data.rows import PreferencePair
+from by_hand import nll_by_hand
 from kivnun.opened import OpenedRun, open_run
 from runs import chats, pairs, run_spec, write_spec
 
@@ -29,21 +28,6 @@ def plain_model(opened: OpenedRun) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(opened.folder.model, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(opened.base_folder, dtype=torch.float32)
     return PeftModel.from_pretrained(model, opened.folder.adapter).eval()
-
-
-@torch.no_grad()
-def nll_by_hand(model: torch.nn.Module, opened: OpenedRun) -> float:
-    """Return the nats per trained token over the held-out rows, each row alone through the plain model."""
-    total, weight = 0.0, 0.0
-    for item in opened.dataset.validation:
-        for row in (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item,):
-            ids = torch.from_numpy(row.ids.astype("int64"))[None]
-            log_probs: Tensor = model(input_ids=ids).logits[0].double().log_softmax(-1)
-            picked = log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0]
-            weights = torch.from_numpy(row.weights[1:]).double()
-            total -= float((picked * weights).sum())
-            weight += float(weights.sum())
-    return total / weight
 
 
 @pytest.mark.parametrize("kind", KINDS)
