@@ -127,7 +127,7 @@ def _pass(base: Base, cache: KVCache, rows: Sequence[_Row], new: Sequence[list[i
     )
     h_TD = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]))
     last_ND = h_TD[torch.tensor(np.cumsum(lengths) - 1, device=base.device)]
-    return base.head(padded(last_ND))[: len(rows)].float()
+    return base.head(padded(last_ND, base.kernels))[: len(rows)].float()
 
 
 def _choose(logits_V: Tensor, params: SamplingParams, draws: np.random.Generator | None) -> int:

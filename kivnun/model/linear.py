@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kivnun.model.kernels import Kernels
-from kivnun.model.products import over_tokens, times, times_transposed
+from kivnun.model.products import LowRank, Matrix, PackedMatrix, can_pack, over_tokens, times, times_transposed
 
 # Makes a layer's input again in the backward pass, from what another function keeps anyway; None: the input itself is kept.
 Again: TypeAlias = Callable[[], Tensor] | None
@@ -68,8 +68,9 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI, a_RI, b_OR, scaling, drop, linear, again):  # type: ignore[override]
-        xa_TR = times_transposed(drop(x_TI), a_RI.to(x_TI.dtype))
-        y_TO = times_transposed(x_TI, linear.dense()).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=scaling)
+        xa_TR = times_transposed(drop(x_TI), a_RI.to(x_TI.dtype), linear.kernels)
+        low = LowRank(xa_TR, (b_OR * scaling).to(x_TI.dtype).t())
+        y_TO = times_transposed(x_TI, linear.operand(), linear.kernels, low)
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR)
         ctx.scaling, ctx.drop, ctx.linear, ctx.again = scaling, drop, linear, again
         return y_TO if linear.bias is None else y_TO.add_(linear.bias)
@@ -88,14 +89,16 @@ def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
 
 def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, a_RI: Tensor, b_OR: Tensor):
     """Return (dx [T, I] or None where nobody asks for it, dA [R, I], dB [O, R]) of y = x W^T + s (x~ A^T) B^T."""
-    u_TR = times(dy_TO, b_OR.to(dy_TO.dtype)).mul_(ctx.scaling)
-    db_OR = over_tokens(xa_TR, dy_TO).t().to(b_OR.dtype) * ctx.scaling
-    da_RI = over_tokens(u_TR, ctx.drop(x_TI)).to(a_RI.dtype)
+    kernels = ctx.linear.kernels
+    u_TR = times(dy_TO, (b_OR * ctx.scaling).to(dy_TO.dtype), kernels)
+    db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(b_OR.dtype) * ctx.scaling
+    da_RI = over_tokens(u_TR, ctx.drop(x_TI), kernels).to(a_RI.dtype)
     if not ctx.needs_input_grad[0]:
         return None, da_RI, db_OR
-    a, dx_TI = a_RI.to(dy_TO.dtype), times(dy_TO, ctx.linear.dense())
-    dx_TI = dx_TI.addmm_(u_TR, a) if ctx.drop is undropped else dx_TI.add_(ctx.drop(u_TR @ a))
-    return dx_TI, da_RI, db_OR
+    a_RI = a_RI.to(dy_TO.dtype)
+    if ctx.drop is undropped:
+        return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a_RI)), da_RI, db_OR
+    return times(dy_TO, ctx.linear.operand(), kernels).add_(ctx.drop(times(u_TR, a_RI, kernels))), da_RI, db_OR
 
 
 @dataclass(slots=True)
@@ -122,11 +125,11 @@ class DoraSite:
         plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
         return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self, linear, None)
 
-    def row_norm(self, weight_OI: Tensor) -> Tensor:
+    def row_norm(self, weight_OI: Matrix, kernels: Kernels) -> Tensor:
         """Return the row norms of W + scaling * B A, float32 [O]. |W_o|^2 is taken once: a base never changes under an adapter."""
         if self._squares_O is None:
-            self._squares_O = row_squares(weight_OI)
-        return dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O)
+            self._squares_O = row_squares(weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dense())
+        return dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O, kernels)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return m / c * (W + scaling * B A) in float32."""
@@ -141,10 +144,11 @@ class _Dora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, bias_O, site, linear, again):  # type: ignore[override]
-        weight_OI = linear.dense()
-        length_O = site.row_norm(weight_OI)
-        xa_TR = times_transposed(x_TI, a_RI.to(x_TI.dtype))
-        z_TO = times_transposed(x_TI, weight_OI).addmm_(xa_TR, b_OR.to(x_TI.dtype).t(), alpha=site.scaling)
+        weight_OI = linear.operand()
+        length_O = site.row_norm(weight_OI, linear.kernels)
+        xa_TR = times_transposed(x_TI, a_RI.to(x_TI.dtype), linear.kernels)
+        low = LowRank(xa_TR, (b_OR * site.scaling).to(x_TI.dtype).t())
+        z_TO = times_transposed(x_TI, weight_OI, linear.kernels, low)
         y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO)
         ctx.scaling, ctx.drop, ctx.linear, ctx.again = site.scaling, undropped, linear, again
@@ -176,13 +180,13 @@ AdapterSite = LoraSite | DoraSite
 
 
 @torch.no_grad()
-def dora_row_norm(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, squares_O: Tensor) -> Tensor:
+def dora_row_norm(weight_OI: Matrix, a_RI: Tensor, b_OR: Tensor, scaling: float, squares_O: Tensor, kernels: Kernels) -> Tensor:
     """Return the row norms of W + scaling * B A, float32 [O], without forming the O x I sum; `squares_O` is |W_o|^2.
 
     norm^2 = |W_o|^2 + 2 s B_o (A W_o) + s^2 B_o (A A^T) B_o^T; the three terms are summed in float64, since they cancel where
     the delta undoes a row. |W_o| and A W_o hold float32's digits, so a row undone to a hundredth keeps two or three of them.
     """
-    w_a_OR = times_transposed(weight_OI, a_RI.to(weight_OI.dtype)).double()
+    w_a_OR = times_transposed(a_RI.to(weight_OI.dtype), weight_OI, kernels).t().double()
     b_OR64 = b_OR.double()
     cross_O = 2 * scaling * (b_OR64 * w_a_OR).sum(1)
     delta_O = scaling**2 * ((b_OR64 @ (a_RI.double() @ a_RI.double().T)) * b_OR64).sum(1)
@@ -199,21 +203,30 @@ def row_squares(weight_OI: Tensor) -> Tensor:
 class TunableLinear(nn.Module):
     """A linear layer of the base, with the weight's own name, that applies the site lent to it.
 
-    A dense layer holds its weight; a layer in fewer bits holds `matrix` instead, and `weight` is None.
+    A dense layer holds its weight. A layer in fewer bits, or packed, holds `matrix` instead, and `weight` is None.
     """
 
     def __init__(self, linear: nn.Linear, kernels: Kernels, matrix: nn.Module | None = None) -> None:
         super().__init__()
         self.weight = linear.weight if matrix is None else None
-        self.matrix = matrix
+        self.matrix: nn.Module | PackedMatrix | None = matrix
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kernels = kernels
         self.site: AdapterSite | None = None
 
+    def pack(self) -> None:
+        """Keep the weight packed for its products, where it can be: it can never be trained then."""
+        if self.weight is not None and can_pack(self.weight, self.kernels):
+            self.matrix, self.weight = PackedMatrix(self.weight, self.kernels), None
+
     def dense(self) -> Tensor:
         """Return the weight [O, I] in the dtype of computing. Decoded weights are valid until the next decoding."""
         return self.weight if self.matrix is None else self.matrix.dense()  # type: ignore[operator, return-value]
+
+    def operand(self) -> Matrix:
+        """Return the weight as products take it: packed if it is, else dense."""
+        return self.matrix if isinstance(self.matrix, PackedMatrix) else self.dense()
 
     def forward(self, x: Tensor, again: Again = None) -> Tensor:
         flat_TI = x.reshape(-1, self.in_features)  # [1, T, I] in the trunk, [S, I] at the head
@@ -233,7 +246,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI, weight_OI, bias_O, linear):  # type: ignore[override]
-        y_TO = times_transposed(x_TI, linear.dense())
+        y_TO = times_transposed(x_TI, linear.operand(), linear.kernels)
         ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None)
         ctx.linear = linear
         return y_TO if bias_O is None else y_TO.add_(bias_O)
@@ -241,8 +254,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TO):  # type: ignore[override]
         (x_TI,) = ctx.saved_tensors
-        dx_TI = times(dy_TO, ctx.linear.dense()) if ctx.needs_input_grad[0] else None
-        dweight_OI = over_tokens(dy_TO, x_TI) if ctx.needs_input_grad[1] else None
+        dx_TI = times(dy_TO, ctx.linear.operand(), ctx.linear.kernels) if ctx.needs_input_grad[0] else None
+        dweight_OI = over_tokens(dy_TO, x_TI, ctx.linear.kernels) if ctx.needs_input_grad[1] else None
         return dx_TI, dweight_OI, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

@@ -42,15 +42,15 @@ class FrozenHead:
     """A head that is one matrix and is not trained: two products a chunk, and no graph."""
 
     def __init__(self, linear: TunableLinear) -> None:
-        self._weight_VD, self._bias_V, self.kernels, self.parameters = linear.dense(), linear.bias, linear.kernels, ()
+        self._weight_VD, self._bias_V, self.kernels, self.parameters = linear.operand(), linear.bias, linear.kernels, ()
 
     @torch.no_grad()
     def __call__(self, h_CD: Tensor) -> Tensor:
-        logits_CV = times_transposed(h_CD, self._weight_VD)
+        logits_CV = times_transposed(h_CD, self._weight_VD, self.kernels)
         return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
 
     def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        return times(dlogits_CV, self._weight_VD), ()
+        return times(dlogits_CV, self._weight_VD, self.kernels), ()
 
 
 class GraphHead:
@@ -88,7 +88,7 @@ class _ChunkedNll(torch.autograd.Function):
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
         for at in _chunks(len(h_SD)):
             with torch.enable_grad():
-                h_CD = padded(h_SD[at]).detach().requires_grad_()
+                h_CD = padded(h_SD[at], head.kernels).detach().requires_grad_()
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
             dlogits_CV = logits_CV.contiguous() if isinstance(head, FrozenHead) else logits_CV.detach().clone()
@@ -112,7 +112,7 @@ def token_log_probs(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
     """Return the log-probability (nats, float32 [S]) of each target token; no gradient."""
     out_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
     for at in _chunks(len(h_SD)):
-        out_S[at] = head.kernels.log_prob(head(padded(h_SD[at])).contiguous(), targets_S[at])
+        out_S[at] = head.kernels.log_prob(head(padded(h_SD[at], head.kernels)).contiguous(), targets_S[at])
     return out_S
 
 
@@ -120,9 +120,9 @@ def _chunks(count: int) -> list[slice]:
     return [slice(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
 
 
-def padded(h_CD: Tensor) -> Tensor:
+def padded(h_CD: Tensor, kernels: Kernels) -> Tensor:
     """Return hidden states with rows of zeros added, up to a whole number of rows for the head's product."""
-    short = whole(len(h_CD)) - len(h_CD)
+    short = whole(len(h_CD), kernels, h_CD.dtype) - len(h_CD)
     return h_CD if short == 0 else torch.cat([h_CD, h_CD.new_zeros(short, h_CD.shape[1])])
 
 

@@ -1,42 +1,112 @@
-"""Matrix products, each by the library that is fastest for its dtype. The choice is this table, made once and by measurement.
+"""Matrix products, each by what is fastest for its dtype and processor. The choice is this table, made once and by measurement.
 
-On a CPU torch gives float32 products to MKL; oneDNN, which torch also holds, does them 2.3 times as fast on AMD's processors, with
-the same float32 arithmetic (docs/LOG.md, 2026-11-24). Its entry is a private operator of torch, so it is probed once, for being
-there and being right; without it torch's own products serve, and the run says so.
-Shapes: T tokens, M, N, K any. Next: `linear.py`.
+On processors with AVX-512 the kernels in C multiply: as fast as oneDNN with packed weights, an adapter's second product in the
+same pass, and nothing kept for each number of rows, where oneDNN keeps megabytes (docs/LOG.md, 2026-11-25). They read the right
+factor packed, which takes 2 % of a product of 700 rows and as long as a product of 16: a frozen weight may be kept so
+(`PackedMatrix`). Elsewhere torch multiplies; float32 on a CPU through oneDNN rather than MKL, which on AMD's processors is 2.3
+times as fast. Its entry is a private operator of torch, so it is probed once, for being there and being right.
+Shapes: T tokens, M, N, K any, R rank. Next: `kernels/products.c` (how they are taken), `linear.py`.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kivnun.model.kernels.native import NativeKernels, Panels
 
-def whole(rows: int) -> int:
+
+class PackedMatrix:
+    """A frozen matrix [N, K] kept as the kernels in C read it, once for each product; the same values to the bit."""
+
+    def __init__(self, w_NK: Tensor, kernels: NativeKernels) -> None:
+        self.shape, self.dtype, self._kernels = w_NK.shape, w_NK.dtype, kernels
+        self._transposed, self._straight = kernels.panels_transposed(w_NK), kernels.panels(w_NK)
+
+    def dense(self) -> Tensor:
+        """Return the matrix in its usual order, a copy."""
+        return self._kernels.unpacked(self._straight)
+
+    def panels_transposed(self) -> Panels:
+        return self._transposed
+
+    def panels(self) -> Panels:
+        return self._straight
+
+
+Matrix: TypeAlias = Tensor | PackedMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A second product, left [T, R] right [R, N], that is added to a first one in the same sums."""
+
+    left_TR: Tensor
+    right_RN: Tensor
+
+
+def can_pack(w_NK: Tensor, kernels: object) -> bool:
+    """Return whether these kernels multiply by a packed matrix on both its sides."""
+    return all(_by_native(w_NK, depth, kernels) for depth in w_NK.shape)
+
+
+def times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
+    """Return x w^T, or x w^T + low [T, N]."""
+    if _by_native(x_TK, x_TK.shape[1], kernels):
+        right = w_NK.panels_transposed() if isinstance(w_NK, PackedMatrix) else w_NK
+        return _native(x_TK, right, kernels, low, transposed=True)
+    return _added(_onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t(), low)  # type: ignore[arg-type, union-attr]
+
+
+def times(x_TN: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
+    """Return x w, or x w + low [T, K]."""
+    if _by_native(x_TN, x_TN.shape[1], kernels):
+        right = w_NK.panels() if isinstance(w_NK, PackedMatrix) else w_NK
+        return _native(x_TN, right, kernels, low, transposed=False)
+    return _added(_onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK, low)  # type: ignore[arg-type, union-attr, operator]
+
+
+def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: object) -> Tensor:
+    """Return a^T b [M, N], in float32 where the kernels in C compute it. A narrow factor comes before a wide one."""
+    if a_TM.shape[1] <= NARROW and _by_native(a_TM, 0, kernels):
+        return kernels.outer(a_TM, b_TN)  # type: ignore[attr-defined]
+    return _onednn(a_TM.t(), b_TN.t()) if _by_onednn(a_TM) else a_TM.t() @ b_TN
+
+
+NARROW = 256  # columns up to which a factor counts as narrow: an adapter's rank
+
+
+def whole(rows: int, kernels: object, dtype: torch.dtype) -> int:
     """Return a number of rows rounded up to what products are padded to.
 
-    Below 16 rows the libraries take other kernels, whose rows differ in the last bit from the same rows among more. And oneDNN
-    makes and keeps kernels for every number of rows it meets, megabytes for each: steps of 64 keep them few.
+    Below 16 rows libraries take other kernels, whose rows differ in the last bit from the same rows among more. And oneDNN makes
+    and keeps kernels for every number of rows it meets, megabytes for each: steps of 64 keep them few. The kernels in C need
+    neither.
     """
+    if isinstance(kernels, NativeKernels) and kernels.multiplies(dtype, 0):
+        return rows
     step = 16 if rows <= 128 else 64
     return max(16, -(-rows // step) * step)
 
 
-def times_transposed(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """Return x w^T [T, N]."""
-    return _onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t()
+def _by_native(x: Tensor, depth: int, kernels: object) -> bool:
+    return isinstance(kernels, NativeKernels) and x.device.type == "cpu" and kernels.multiplies(x.dtype, depth)
 
 
-def times(x_TN: Tensor, w_NK: Tensor) -> Tensor:
-    """Return x w [T, K]."""
-    return _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
+def _native(x_TK: Tensor, right: Panels | Tensor, kernels: Any, low: LowRank | None, *, transposed: bool) -> Tensor:
+    if low is None:
+        return kernels.product(x_TK, right, transposed=transposed)
+    if not kernels.multiplies(x_TK.dtype, low.left_TR.shape[1]):  # an odd rank
+        return _added(kernels.product(x_TK, right, transposed=transposed), low)
+    return kernels.product(x_TK, right, low.left_TR, kernels.panels(low.right_RN), transposed=transposed)
 
 
-def over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
-    """Return a^T b [M, N]. Of two factors of unequal width the narrow one comes first: oneDNN is up to three times as fast so."""
-    return _onednn(a_TM.t(), b_TN.t()) if _by_onednn(a_TM) else a_TM.t() @ b_TN
+def _added(y_TN: Tensor, low: LowRank | None) -> Tensor:
+    return y_TN if low is None else y_TN.addmm_(low.left_TR, low.right_RN)
 
 
 def _by_onednn(x: Tensor) -> bool:

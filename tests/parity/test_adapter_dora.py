@@ -78,7 +78,7 @@ def test_row_norms_equal_the_dense_ones_even_where_the_delta_undoes_the_row(left
     a_RI, b_OR = _draw(8, 40), _draw(24, 8, seed=1)
     weight_OI = (left - 1) * 2.0 * (b_OR @ a_RI) + _draw(24, 40, seed=2) * 0.01
     dense_O = (weight_OI.double() + 2.0 * (b_OR.double() @ a_RI.double())).norm(dim=1)
-    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI))
+    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI), choose("auto", "cpu"))
     assert found_O.dtype == torch.float32
     assert float(((found_O.double() - dense_O) / dense_O).abs().max()) < tolerance
 
@@ -86,7 +86,7 @@ def test_row_norms_equal_the_dense_ones_even_where_the_delta_undoes_the_row(left
 def test_row_norms_of_a_bfloat16_weight_are_those_of_its_values():
     weight_OI, a_RI, b_OR = _draw(24, 40).bfloat16(), _draw(3, 40, seed=1) * 0.1, _draw(24, 3, seed=2) * 0.1
     dense_O = (weight_OI.double() + 2.0 * (b_OR.double() @ a_RI.double())).norm(dim=1)
-    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI))
+    found_O = dora_row_norm(weight_OI, a_RI, b_OR, 2.0, row_squares(weight_OI), choose("auto", "cpu"))
     assert float(((found_O.double() - dense_O) / dense_O).abs().max()) < 1e-3
 
 

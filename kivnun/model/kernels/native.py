@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-std=g
 WIDE = ("-mprefer-vector-width=512",)  # compilers for x86 take half of AVX-512's width when left alone
 ENDING = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_TIMEOUT_S = 120
+STRAIGHT, TRANSPOSED = 1, 2  # how a right factor is given, where it is not packed
+LANES = 16  # float32 numbers of a vector
+GROUP = {torch.float32: 1, torch.bfloat16: 2}  # numbers that products.c multiplies in one instruction
 
 
 class CannotBuild(Exception):
@@ -49,11 +53,31 @@ class _Pass(ctypes.Structure):
     )
 
 
+class _Product(ctypes.Structure):
+    """`struct product` of products.c, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("left", "right", "low", "low_right", "out")),
+        *((name, ctypes.c_int64) for name in ("left_row", "right_row", "low_row", "out_row", "M", "N", "K", "R")),
+        ("given", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A right factor [K, N] as products.c reads it."""
+
+    data: Tensor
+    depth: int
+    columns: int
+
+
 class NativeKernels:
     """Kernels on the CPU for contiguous float32 and bfloat16 tensors; what each computes stands in `TorchKernels`."""
 
     def __init__(self, library: ctypes.CDLL, version: str) -> None:
         self._library = library
+        self._multiplied = frozenset(dtype for bit, dtype in enumerate(ENDING) if library.products_serve() >> bit & 1)
         self.name = f"native {version}"  # of sources, compiler and processor: another one may round otherwise
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -139,6 +163,79 @@ class NativeKernels:
         for name, tensor in zip(("dq", "dk", "dv"), into, strict=True):
             _place(given, name, tensor)
         self._over_rows("attention_backward", given, q_THK, lengths)
+
+    def multiplies(self, dtype: torch.dtype, depth: int) -> bool:
+        """Return whether this processor has products of its own for this type and this many summed numbers."""
+        return dtype in self._multiplied and depth % GROUP[dtype] == 0
+
+    def panels_transposed(self, w_NK: Tensor) -> Panels:
+        """Return w^T packed, the right factor of x w^T."""
+        columns, depth = w_NK.shape
+        return self._panels("pack_transposed", w_NK, depth, columns)
+
+    def panels(self, w_KN: Tensor) -> Panels:
+        """Return w packed, the right factor of x w."""
+        return self._panels("pack", w_KN, *w_KN.shape)
+
+    def _panels(self, pack: str, w: Tensor, depth: int, columns: int) -> Panels:
+        w = w.detach() if w.stride(1) == 1 else w.detach().contiguous()
+        width = LANES if columns <= LANES else 2 * LANES
+        data = torch.empty(-(-columns // width) * width * depth, dtype=w.dtype)
+        rows_and_columns = [ctypes.c_int64(size) for size in (*w.shape, w.stride(0))]
+        kernel = getattr(self._library, f"{pack}_{ENDING[w.dtype]}")
+        kernel(ctypes.c_void_p(w.data_ptr()), *rows_and_columns, ctypes.c_void_p(data.data_ptr()), torch.get_num_threads())
+        return Panels(data, depth, columns)
+
+    def unpacked(self, right: Panels) -> Tensor:
+        """Return the matrix [K, N] that `panels` has packed."""
+        width, group = (LANES if right.columns <= LANES else 2 * LANES), GROUP[right.data.dtype]
+        panels = right.data.view(-1, right.depth // group, width, group)
+        return panels.permute(1, 3, 0, 2).reshape(right.depth, -1)[:, : right.columns].contiguous()
+
+    def product(
+        self,
+        left_MK: Tensor,
+        right: Panels | Tensor,
+        low_MR: Tensor | None = None,
+        low_right: Panels | None = None,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Return left right + low low_right [M, N], summed in float32 and rounded once.
+
+        `right` is packed, or a matrix [K, N] (`transposed`: [N, K]), which is packed on the way, a block at a time.
+        """
+        left_MK = left_MK if left_MK.stride(1) == 1 else left_MK.contiguous()
+        given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK))
+        if isinstance(right, Panels):
+            given.right, given.K, given.N = right.data.data_ptr(), right.depth, right.columns
+        else:
+            right = right.detach() if right.stride(1) == 1 else right.detach().contiguous()
+            given.given = TRANSPOSED if transposed else STRAIGHT
+            given.N, given.K = right.shape if transposed else right.shape[::-1]
+            given.right, given.right_row = right.data_ptr(), right.stride(0)
+        assert left_MK.shape[1] == given.K
+        out_MN = left_MK.new_empty(given.M, given.N)
+        given.out, given.out_row = out_MN.data_ptr(), given.N
+        if low_MR is not None and low_right is not None:
+            assert low_MR.stride(1) == 1
+            given.low, given.low_right = low_MR.data_ptr(), low_right.data.data_ptr()
+            given.low_row, given.R = low_MR.stride(0), low_right.depth
+        if getattr(self._library, f"product_{ENDING[left_MK.dtype]}")(ctypes.byref(given), torch.get_num_threads()):
+            raise MemoryError(f"no memory to pack a block of a matrix of {given.K} rows")
+        return out_MN
+
+    def outer(self, a_TR: Tensor, b_TN: Tensor) -> Tensor:
+        """Return a^T b, float32 [R, N], for a narrow `a`."""
+        tokens, rank = a_TR.shape
+        group = GROUP[a_TR.dtype]
+        b_TN = b_TN if b_TN.stride(1) == 1 else b_TN.contiguous()
+        grouped = torch.nn.functional.pad(a_TR, (0, 0, 0, -tokens % group)).view(-1, group, rank).transpose(1, 2).contiguous()
+        out_RN = torch.empty(rank, b_TN.shape[1], dtype=torch.float32)
+        sizes = [ctypes.c_int64(size) for size in (tokens, rank, b_TN.shape[1], b_TN.stride(0))]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (grouped, b_TN, out_RN)]
+        getattr(self._library, f"outer_{ENDING[a_TR.dtype]}")(*pointers, *sizes, torch.get_num_threads())
+        return out_RN
 
     def nf4_encode(self, values_N: Tensor, block: int, codes: Tensor, scales: Tensor) -> None:
         values_N = values_N if values_N.dtype in ENDING else values_N.float()
