@@ -1,13 +1,33 @@
-/* Causal attention of packed rows: small float32 matrix products in registers, and softmax. What is computed stands in attention.inc.
+/* Causal attention of packed rows: small matrix products in registers, and softmax. What is computed stands in attention.inc.
  *
- * All products have one form, C [M, N] (+)= A [M, R] B [R, N] with N in whole vectors: A is read by element through two strides, so
- * that it may be transposed, and B by vector. */
+ * All products have one form, C [M, N] += A [M, R] B [R, N] with N in whole vectors and C in float32. A and B are made of cells of
+ * four bytes that hold `grain` numbers next to each other along R: one float, or two bfloat16 where the processor multiplies
+ * those in pairs (AVX512-BF16: twice the operations). A is read by cell through two strides, so that it may be transposed; B by
+ * vector of cells, likewise. A head's tokens therefore come in three layouts, the same one for single floats where two agree:
+ *   rows     [tokens, K / grain]             to be A, R running over the head
+ *   stack    [tokens / grain, K]             to be B, R running over tokens
+ *   columns  [tokens / 16, K / grain, 16]    to be B, R running over the head */
 #include <stdlib.h>
 
-#include "scalars.h"
+#include "vectors.h"
 
-enum { LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4, MAX_QUERIES = 48, MAX_SCORES = 49152 };
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+enum { TILE_ROWS = 6, TILE_VECTORS = 4 };
+#ifndef QUERIES
+#define QUERIES 96
+#endif
+#ifndef KEYS
+#define KEYS 128
+#endif
+#ifndef SPAN
+#define SPAN 512
+#endif
+typedef float cell __attribute__((may_alias));
+
+#ifdef __AVX512BF16__
+enum { GRAIN_f32 = 1, GRAIN_bf16 = 2 };
+#else
+enum { GRAIN_f32 = 1, GRAIN_bf16 = 1 };
+#endif
 
 /* One pass. Strides are in elements; `*_stride` goes to the next token, `*_head` to the next head. `window` 0 means none. */
 struct attention {
@@ -25,29 +45,45 @@ struct attention {
 };
 
 static inline int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Few enough queries that their scores stay in the second-level cache. A multiple of the tile's rows. */
-static inline int64_t queries_of_block(int64_t padded_length) {
-  int64_t fit = MAX_SCORES / padded_length / TILE_ROWS * TILE_ROWS;
-  return fit < TILE_ROWS ? TILE_ROWS : fit > MAX_QUERIES ? MAX_QUERIES : fit;
+/* The next of as few pieces as possible, about equal: a narrow last tile would wait for its own sums. */
+static inline int64_t piece(int64_t left, int64_t largest, int64_t multiple) {
+  int64_t pieces = (left + largest - 1) / largest, even = (left + pieces - 1) / pieces;
+  return least((even + multiple - 1) / multiple * multiple, left);
 }
 
 static inline int64_t lowest_key(const struct attention *a, int64_t query) {
-  int64_t low = a->window ? query - a->window + 1 : 0;
-  return low < 0 ? 0 : low;
+  return a->window ? most(query - a->window + 1, 0) : 0;
 }
 
 static inline int64_t first_key(const struct attention *a, int64_t query) { return lowest_key(a, query) / LANES * LANES; }
 
-static inline float *take(char **scratch, int64_t floats) {
-  float *here = (float *)*scratch;
-  *scratch += (sizeof(float) * floats + 63) / 64 * 64;
+static inline void *take(char **scratch, int64_t cells) {
+  void *here = *scratch;
+  *scratch += (sizeof(cell) * cells + 63) / 64 * 64;
   return here;
 }
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, int64_t R, const float *a, int64_t a_row,
-                                                       int64_t a_r, const float *b, int64_t b_row, float *c, int64_t c_row,
-                                                       int add) {
+static inline __attribute__((always_inline)) vec multiply_add(const int grain, vec sum, cell a, vec b) {
+#ifdef __AVX512BF16__
+  if (grain == 2) {
+    __m512i pairs = _mm512_castps_si512(_mm512_set1_ps(a)), column = _mm512_castps_si512((__m512)b);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)column);
+  }
+#endif
+  return sum + a * b;
+}
+
+/* A and B of a product: `step` goes to the next cell along R, `next` to A's next row or B's next vector. */
+struct operand {
+  const cell *at;
+  int64_t next, step;
+};
+
+static inline __attribute__((always_inline)) void tile(const int grain, const int rows, const int vectors, int64_t R,
+                                                       struct operand a, struct operand b, float *c, int64_t c_row, int add) {
   vec sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
@@ -56,12 +92,12 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
   for (int64_t r = 0; r < R; r++) {
     vec column[TILE_VECTORS];
 #pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) column[n] = *(const vec *)(b + r * b_row + n * LANES);
+    for (int n = 0; n < vectors; n++) column[n] = *(const vec *)(b.at + r * b.step + n * b.next);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
-      float factor = a[m * a_row + r * a_r];
+      cell factor = a.at[m * a.next + r * a.step];
 #pragma GCC unroll 8
-      for (int n = 0; n < vectors; n++) sum[m][n] += factor * column[n];
+      for (int n = 0; n < vectors; n++) sum[m][n] = multiply_add(grain, sum[m][n], factor, column[n]);
     }
   }
 #pragma GCC unroll 8
@@ -70,76 +106,105 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int n = 0; n < vectors; n++) *(vec *)(c + m * c_row + n * LANES) = sum[m][n];
 }
 
-#define TILES_OF(rows)                                                                     \
-  switch (vectors) {                                                                       \
-    case 4: tile(rows, 4, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    case 3: tile(rows, 3, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    case 2: tile(rows, 2, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    default: tile(rows, 1, R, a, a_row, a_r, b, b_row, c, c_row, add);                     \
+#define TILES_OF(rows)                                                       \
+  switch (vectors) {                                                         \
+    case 4: tile(grain, rows, 4, R, a, b, c, c_row, add); break;             \
+    case 3: tile(grain, rows, 3, R, a, b, c, c_row, add); break;             \
+    case 2: tile(grain, rows, 2, R, a, b, c, c_row, add); break;             \
+    default: tile(grain, rows, 1, R, a, b, c, c_row, add);                   \
   }
 
-static void tiles(int64_t rows, int64_t vectors, int64_t R, const float *a, int64_t a_row, int64_t a_r, const float *b, int64_t b_row,
-                  float *c, int64_t c_row, int add) {
-  switch (rows) {
-    case 6: TILES_OF(6) break;
-    case 5: TILES_OF(5) break;
-    case 4: TILES_OF(4) break;
-    case 3: TILES_OF(3) break;
-    case 2: TILES_OF(2) break;
-    default: TILES_OF(1)
-  }
-}
-
-static void product(int64_t M, int64_t N, int64_t R, const float *a, int64_t a_row, int64_t a_r, const float *b, int64_t b_row,
-                    float *c, int64_t c_row, int add) {
-  for (int64_t n = 0; n < N; n += LANES * TILE_VECTORS) {
-    int64_t vectors = (N - n) / LANES < TILE_VECTORS ? (N - n) / LANES : TILE_VECTORS;
-    for (int64_t m = 0; m < M; m += TILE_ROWS) {
-      int64_t rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
-      tiles(rows, vectors, R, a + m * a_row, a_row, a_r, b + n, b_row, c + m * c_row + n, c_row, add);
+/* At most TILE_ROWS rows of C, any number of vectors. */
+static inline __attribute__((always_inline)) void strip(const int grain, int64_t rows, int64_t N, int64_t R, struct operand a,
+                                                        struct operand b, float *c, int64_t c_row, int add) {
+  for (int64_t left = N / LANES, vectors; left > 0; left -= vectors, b.at += vectors * b.next, c += vectors * LANES) {
+    vectors = piece(left, TILE_VECTORS, 1);
+    switch (rows) {
+      case 6: TILES_OF(6) break;
+      case 5: TILES_OF(5) break;
+      case 4: TILES_OF(4) break;
+      case 3: TILES_OF(3) break;
+      case 2: TILES_OF(2) break;
+      default: TILES_OF(1)
     }
   }
 }
 
-/* [L, K] -> [K, P], zero from L on. */
-static void transpose(const float *from_LK, int64_t L, int K, int64_t P, float *to_KP) {
-  for (int64_t block = 0; block < P; block += LANES)
-    for (int k = 0; k < K; k++)
-      for (int64_t t = block; t < block + LANES; t++) to_KP[k * P + t] = t < L ? from_LK[t * K + k] : 0.0f;
+/* One token's vector as cells of its row. */
+static inline __attribute__((always_inline)) void put_row(const int grain, vec x, cell *to) {
+#ifdef __AVX512BF16__
+  if (grain == 2) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &half, sizeof half);
+    return;
+  }
+#endif
+  put_vec(to, x);
 }
 
-/* Scores [low, high) become probabilities, the others up to `end` zero. Returns the log-sum. */
-static float softmax(float *scores, int64_t low, int64_t high, int64_t end, float scale) {
-  float highest = scores[low], sum = 0.0f;
-#pragma omp simd reduction(max : highest)
-  for (int64_t j = low; j < high; j++) highest = scores[j] > highest ? scores[j] : highest;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = low; j < high; j++) {
-    scores[j] = exp_of((scores[j] - highest) * scale);
-    sum += scores[j];
+/* Two tokens' vectors, one after the other, as cells of the stack. */
+static inline __attribute__((always_inline)) void put_stack(const int grain, vec even, vec odd, cell *to, int64_t next) {
+#ifdef __AVX512BF16__
+  if (grain == 2) {
+    static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), both));
+    return;
   }
-  float share = 1.0f / sum;
-#pragma omp simd
-  for (int64_t j = low; j < high; j++) scores[j] *= share;
-  for (int64_t j = 0; j < low; j++) scores[j] = 0.0f;
-  for (int64_t j = high; j < end; j++) scores[j] = 0.0f;
-  return highest * scale + logf(sum);
+#endif
+  put_vec(to, even);
+  put_vec(to + next, odd);
+}
+
+/* LANES tokens [LANES, K] in the layouts that are asked for. `stack` may be `rows` where the two agree. */
+static inline __attribute__((always_inline)) void put_tokens(const int grain, float *from, int K, cell *rows, cell *stack,
+                                                             cell *columns) {
+  const int depth = K / grain;
+  for (int64_t i = 0; stack && stack != rows && i < LANES; i += 2)
+    for (int64_t d = 0; d < K; d += LANES)
+      put_stack(grain, vec_at(from + i * K + d), vec_at(from + (i + 1) * K + d), stack + i / grain * K + d, K);
+  if (!rows) rows = from;
+  for (int64_t d = 0; d < LANES * K; d += LANES) put_row(grain, vec_at(from + d), rows + d / grain);
+  for (int64_t r = 0; columns && r < depth; r++)
+    for (int64_t i = 0; i < LANES; i++) columns[r * LANES + i] = rows[i * depth + r];
+}
+
+/* Scores become exp(scale * (score - highest)) as cells, those outside [low, high) zero, with the highest of all so far. Returns
+ * by how much what was summed under the former highest must be scaled. */
+static inline __attribute__((always_inline)) float softmax(const int grain, float *scores, int64_t low, int64_t high, int64_t end,
+                                                           float scale, float *highest, float *sum, cell *p) {
+  vec top = vec_of(*highest), total = {0};
+  for (int64_t j = 0; j < end; j += LANES) {
+    if (j < low || j + LANES > high) put_vec(scores + j, within(vec_at(scores + j), low - j, high - j, -INFINITY));
+    top = larger(vec_at(scores + j), top);
+  }
+  float now = largest_of(top), shrink = exp_of((*highest - now) * scale);
+  for (int64_t j = 0; j < end; j += LANES) {
+    vec x = exp_of_each((vec_at(scores + j) - now) * scale);
+    if (j < low || j + LANES > high) x = within(x, low - j, high - j, 0.0f);
+    total += x;
+    put_row(grain, x, p + j / grain);
+  }
+  *sum = *sum * shrink + sum_of(total);
+  *highest = now;
+  return shrink;
 }
 
 /* Scores become probabilities p, and dp becomes the scores' gradient p * (dp - pull) * scale; both zero outside [low, high). */
-static void softmax_backward(float *scores, float *dp, int64_t low, int64_t high, int64_t end, float scale, float lse, float pull) {
-  for (int64_t j = 0; j < low; j++) scores[j] = dp[j] = 0.0f;
-#pragma omp simd
-  for (int64_t j = low; j < high; j++) {
-    scores[j] = exp_of(scores[j] * scale - lse);
-    dp[j] = scores[j] * (dp[j] - pull) * scale;
+static inline void softmax_backward(float *scores, float *dp, int64_t low, int64_t high, int64_t end, float scale, float lse,
+                                    float pull) {
+  for (int64_t j = 0; j < end; j += LANES) {
+    vec p = exp_of_each(vec_at(scores + j) * scale - lse), ds = p * (vec_at(dp + j) - pull) * scale;
+    if (j < low || j + LANES > high) p = within(p, low - j, high - j, 0.0f), ds = within(ds, low - j, high - j, 0.0f);
+    put_vec(scores + j, p);
+    put_vec(dp + j, ds);
   }
-  for (int64_t j = high; j < end; j++) scores[j] = dp[j] = 0.0f;
 }
 
 static int64_t scratch_bytes(int64_t longest, int width) {
-  int64_t P = whole(longest), scores = MAX_SCORES + TILE_ROWS * P;
-  return (int64_t)sizeof(float) * (6 * P * width + 3 * MAX_QUERIES * width + 2 * scores) + 16 * 64;
+  int64_t P = whole(longest);
+  return (int64_t)sizeof(float) * (6 * P * width + 4 * QUERIES * width + 4 * QUERIES * KEYS + LANES * width) + 32 * 64;
 }
 
 typedef void (*row_kernel)(const struct attention *, int64_t, int64_t, int, char *);

@@ -1,0 +1,69 @@
+/* Vectors of 16 floats: the compiler's own arithmetic, and the few operations that it has no operator for. Where the processor's
+ * registers are narrower, compilers split what is written here. */
+#ifndef KIVNUN_VECTORS_H
+#define KIVNUN_VECTORS_H
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define WHOLE_VECTORS
+#endif
+
+#include "scalars.h"
+
+enum { LANES = 16 };
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4), may_alias));
+
+static inline vec vec_at(const float *x) { return *(const vec *)x; }
+static inline void put_vec(float *to, vec x) { *(vec *)to = x; }
+static inline vec vec_of(float x) { return x - (vec){0}; }
+
+/* The larger of each two lanes; b where one is NaN. */
+static inline vec larger(vec a, vec b) {
+#ifdef WHOLE_VECTORS
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+#endif
+}
+
+/* x in lanes low <= i < high, `otherwise` in the others. */
+static inline vec within(vec x, int64_t low, int64_t high, float otherwise) {
+#ifdef WHOLE_VECTORS
+  uint32_t below_high = high >= LANES ? 0xffffu : high <= 0 ? 0 : (1u << high) - 1, below_low = low >= LANES ? 0xffffu : low <= 0 ? 0 : (1u << low) - 1;
+  return (vec)_mm512_mask_blend_ps((__mmask16)(below_high & ~below_low), _mm512_set1_ps(otherwise), (__m512)x);
+#else
+  for (int i = 0; i < LANES; i++) x[i] = i >= low && i < high ? x[i] : otherwise;
+  return x;
+#endif
+}
+
+static inline float sum_of(vec x) {
+#ifdef WHOLE_VECTORS
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; i++) sum += x[i];
+  return sum;
+#endif
+}
+
+static inline float largest_of(vec x) {
+#ifdef WHOLE_VECTORS
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float largest = x[0];
+  for (int i = 1; i < LANES; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+/* e^x as `exp_of` has it, for x below 88. */
+static inline vec exp_of_each(vec x) {
+  x = larger(vec_of(-87.3f), x);
+  vec shifted = x * LOG2_E + ROUNDS, n = shifted - ROUNDS, r = x - n * LN_2_HIGH - n * LN_2_LOW;
+  return EXP_NEAR_0(r) * (vec)(((vec_bits)shifted - float_to_bits(ROUNDS) + 127u) << 23);
+}
+
+#endif
