@@ -11,15 +11,23 @@
 
 #include "vectors.h"
 
+#define LOG2_E 1.44269504088896341f
+#define LOWEST -1e38f /* below every score; less than infinity, so that two of them have a difference */
 enum { TILE_ROWS = 6, TILE_VECTORS = 4 };
 #ifndef QUERIES
 #define QUERIES 96
 #endif
 #ifndef KEYS
-#define KEYS 128
+#define KEYS 256
+#endif
+#ifndef AHEAD
+#define AHEAD 12
 #endif
 #ifndef SPAN
 #define SPAN 512
+#endif
+#ifndef PITCH
+#define PITCH (KEYS + LANES)
 #endif
 typedef float cell __attribute__((may_alias));
 
@@ -76,57 +84,80 @@ static inline __attribute__((always_inline)) vec multiply_add(const int grain, v
   return sum + a * b;
 }
 
-/* A and B of a product: `step` goes to the next cell along R, `next` to A's next row or B's next vector. */
+/* A or B of a product: `step` goes to the next cell along R, `next` to A's next row or B's next vector. */
 struct operand {
   const cell *at;
   int64_t next, step;
 };
 
-static inline __attribute__((always_inline)) void tile(const int grain, const int rows, const int vectors, int64_t R,
-                                                       struct operand a, struct operand b, float *c, int64_t c_row, int add) {
+struct product {
+  struct operand a, b;
+  int64_t R;
+  float *c;
+  int64_t c_row;
+  int add; /* to what stands in C */
+};
+
+/* Keeps what was worked out before from being held in registers that the sums need; addresses are cheaper to work out again. */
+#define FORGET() __asm__ volatile("" ::: "memory")
+
+static inline __attribute__((always_inline)) void tile(const int grain, const int rows, const int vectors, const struct product *p) {
   vec sum[TILE_ROWS][TILE_VECTORS];
+  float *c = p->c;
+  int64_t c_row = p->c_row;
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) sum[m][n] = add ? *(const vec *)(c + m * c_row + n * LANES) : (vec){0};
-  for (int64_t r = 0; r < R; r++) {
+    for (int n = 0; n < vectors; n++) sum[m][n] = p->add ? vec_at(c + m * c_row + n * LANES) : (vec){0};
+  FORGET();
+  const char *a = (const char *)p->a.at, *b = (const char *)p->b.at;
+  const int64_t a_next = p->a.next, a_step = p->a.step, b_next = p->b.next, b_step = p->b.step;
+  for (int64_t r = p->R; r > 0; r--, a += a_step, b += b_step) {
     vec column[TILE_VECTORS];
 #pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) column[n] = *(const vec *)(b.at + r * b.step + n * b.next);
+    for (int n = 0; n < vectors; n++) column[n] = vec_at((const float *)(b + n * b_next));
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
-      cell factor = a.at[m * a.next + r * a.step];
+      cell factor = *(const cell *)(a + m * a_next);
 #pragma GCC unroll 8
       for (int n = 0; n < vectors; n++) sum[m][n] = multiply_add(grain, sum[m][n], factor, column[n]);
     }
   }
+  FORGET();
+  c = p->c, c_row = p->c_row;
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) *(vec *)(c + m * c_row + n * LANES) = sum[m][n];
+    for (int n = 0; n < vectors; n++) put_vec(c + m * c_row + n * LANES, sum[m][n]);
 }
 
-#define TILES_OF(rows)                                                       \
-  switch (vectors) {                                                         \
-    case 4: tile(grain, rows, 4, R, a, b, c, c_row, add); break;             \
-    case 3: tile(grain, rows, 3, R, a, b, c, c_row, add); break;             \
-    case 2: tile(grain, rows, 2, R, a, b, c, c_row, add); break;             \
-    default: tile(grain, rows, 1, R, a, b, c, c_row, add);                   \
-  }
+/* Each size is a function of its own: together, the compiler keeps the sums of none of them in registers all along. */
+#define TILE(grain, rows, vectors) \
+  static __attribute__((noinline)) void tile_##grain##_##rows##x##vectors(const struct product *p) { tile(grain, rows, vectors, p); }
+#define TILES_OF(grain, rows) TILE(grain, rows, 1) TILE(grain, rows, 2) TILE(grain, rows, 3) TILE(grain, rows, 4)
+#define TILES(grain) \
+  TILES_OF(grain, 1) TILES_OF(grain, 2) TILES_OF(grain, 3) TILES_OF(grain, 4) TILES_OF(grain, 5) TILES_OF(grain, 6)
+#define NAMES_OF(grain, rows) {tile_##grain##_##rows##x1, tile_##grain##_##rows##x2, tile_##grain##_##rows##x3, tile_##grain##_##rows##x4}
+#define NAMES(grain) \
+  {NAMES_OF(grain, 1), NAMES_OF(grain, 2), NAMES_OF(grain, 3), NAMES_OF(grain, 4), NAMES_OF(grain, 5), NAMES_OF(grain, 6)}
+
+typedef void (*tile_kernel)(const struct product *);
+TILES(1)
+static const tile_kernel tiles_1[TILE_ROWS][TILE_VECTORS] = NAMES(1);
+#ifdef __AVX512BF16__
+TILES(2)
+static const tile_kernel tiles_2[TILE_ROWS][TILE_VECTORS] = NAMES(2);
+#else
+#define tiles_2 tiles_1
+#endif
 
 /* At most TILE_ROWS rows of C, any number of vectors. */
-static inline __attribute__((always_inline)) void strip(const int grain, int64_t rows, int64_t N, int64_t R, struct operand a,
-                                                        struct operand b, float *c, int64_t c_row, int add) {
-  for (int64_t left = N / LANES, vectors; left > 0; left -= vectors, b.at += vectors * b.next, c += vectors * LANES) {
+static inline void strip(const int grain, int64_t rows, int64_t N, int64_t R, struct operand a, struct operand b, float *c,
+                         int64_t c_row, int add) {
+  struct product p = {{a.at, 4 * a.next, 4 * a.step}, {b.at, 4 * b.next, 4 * b.step}, R, c, c_row, add};
+  for (int64_t left = N / LANES, vectors; left > 0; left -= vectors, p.b.at += vectors * b.next, p.c += vectors * LANES) {
     vectors = piece(left, TILE_VECTORS, 1);
-    switch (rows) {
-      case 6: TILES_OF(6) break;
-      case 5: TILES_OF(5) break;
-      case 4: TILES_OF(4) break;
-      case 3: TILES_OF(3) break;
-      case 2: TILES_OF(2) break;
-      default: TILES_OF(1)
-    }
+    (grain == 1 ? tiles_1 : tiles_2)[rows - 1][vectors - 1](&p);
   }
 }
 
@@ -170,41 +201,71 @@ static inline __attribute__((always_inline)) void put_tokens(const int grain, fl
     for (int64_t i = 0; i < LANES; i++) columns[r * LANES + i] = rows[i * depth + r];
 }
 
-/* Scores become exp(scale * (score - highest)) as cells, those outside [low, high) zero, with the highest of all so far. Returns
- * by how much what was summed under the former highest must be scaled. */
-static inline __attribute__((always_inline)) float softmax(const int grain, float *scores, int64_t low, int64_t high, int64_t end,
-                                                           float scale, float *highest, float *sum, cell *p) {
-  vec top = vec_of(*highest), total = {0};
-  for (int64_t j = 0; j < end; j += LANES) {
-    if (j < low || j + LANES > high) put_vec(scores + j, within(vec_at(scores + j), low - j, high - j, -INFINITY));
-    top = larger(vec_at(scores + j), top);
-  }
-  float now = largest_of(top), shrink = exp_of((*highest - now) * scale);
-  for (int64_t j = 0; j < end; j += LANES) {
-    vec x = exp_of_each((vec_at(scores + j) - now) * scale);
-    if (j < low || j + LANES > high) x = within(x, low - j, high - j, 0.0f);
-    total += x;
-    put_row(grain, x, p + j / grain);
-  }
-  *sum = *sum * shrink + sum_of(total);
-  *highest = now;
-  return shrink;
+/* What a strip of queries sees of a block of keys, relative to the strip's first vector of keys: row r sees [low + r, high + r) of
+ * `end`, where low counts only in a sliding window. */
+struct sight {
+  int64_t rows, low, high, end;
+  int windowed;
+};
+
+static inline int all_see(const struct sight *s, int64_t j) {
+  return j + LANES <= s->high && (!s->windowed || j >= s->low + s->rows - 1);
 }
 
-/* Scores become probabilities p, and dp becomes the scores' gradient p * (dp - pull) * scale; both zero outside [low, high). */
-static inline void softmax_backward(float *scores, float *dp, int64_t low, int64_t high, int64_t end, float scale, float lse,
-                                    float pull) {
-  for (int64_t j = 0; j < end; j += LANES) {
-    vec p = exp_of_each(vec_at(scores + j) * scale - lse), ds = p * (vec_at(dp + j) - pull) * scale;
-    if (j < low || j + LANES > high) p = within(p, low - j, high - j, 0.0f), ds = within(ds, low - j, high - j, 0.0f);
-    put_vec(scores + j, p);
-    put_vec(dp + j, ds);
+static inline vec as_seen(const struct sight *s, int64_t row, int64_t j, vec x, float otherwise) {
+  return within(x, s->windowed ? s->low + row - j : 0, s->high + row - j, otherwise);
+}
+
+/* Scores become 2^(scale * (score - highest)) as cells, zero where not seen, with the highest of each row so far. When that
+ * rises, the sum so far and, if there is one, the output so far shrink. */
+static inline __attribute__((always_inline)) void softmax(const int grain, struct sight s, float *scores, float scale,
+                                                          float *highest, float *sum, float *out, int K, cell *p) {
+  vec top[TILE_ROWS], total[TILE_ROWS];
+  for (int64_t row = 0; row < s.rows; row++) top[row] = vec_of(highest[row]), total[row] = (vec){0};
+  for (int64_t j = 0; j < s.end; j += LANES) {
+    int all = all_see(&s, j);
+    for (int64_t row = 0; row < s.rows; row++) {
+      vec x = vec_at(scores + row * PITCH + j);
+      top[row] = larger(all ? x : as_seen(&s, row, j, x, LOWEST), top[row]);
+    }
+  }
+  vec before = vec_at(highest), now = before;
+  for (int64_t row = 0; row < s.rows; row++) now[row] = largest_of(top[row]);
+  vec shrink = exp2_of_each((before - now) * scale);
+  for (int64_t j = 0; j < s.end; j += LANES) {
+    int all = all_see(&s, j);
+    for (int64_t row = 0; row < s.rows; row++) {
+      vec x = exp2_of_each((vec_at(scores + row * PITCH + j) - now[row]) * scale);
+      if (!all) x = as_seen(&s, row, j, x, 0.0f);
+      total[row] += x;
+      put_row(grain, x, p + (row * PITCH + j) / grain);
+    }
+  }
+  for (int64_t row = 0; row < s.rows; row++) {
+    sum[row] = (out ? sum[row] * shrink[row] : 0.0f) + sum_of(total[row]);
+    highest[row] = now[row];
+    if (out && shrink[row] != 1.0f)
+      for (int d = 0; d < K; d += LANES) put_vec(out + row * K + d, vec_at(out + row * K + d) * shrink[row]);
+  }
+}
+
+/* Scores become probabilities p, and dp becomes the scores' gradient p * (dp - pull) * scale; both zero where not seen. */
+static inline void softmax_backward(struct sight s, float *scores, float *dp, float scale, const float *lse, const float *pull) {
+  for (int64_t j = 0; j < s.end; j += LANES) {
+    int all = all_see(&s, j);
+    for (int64_t row = 0; row < s.rows; row++) {
+      float *at = scores + row * PITCH + j, *d = dp + row * PITCH + j;
+      vec p = exp2_of_each(vec_at(at) * (scale * LOG2_E) - lse[row] * LOG2_E);
+      if (!all) p = as_seen(&s, row, j, p, 0.0f);
+      put_vec(at, p);
+      put_vec(d, p * (vec_at(d) - pull[row]) * scale);
+    }
   }
 }
 
 static int64_t scratch_bytes(int64_t longest, int width) {
   int64_t P = whole(longest);
-  return (int64_t)sizeof(float) * (6 * P * width + 4 * QUERIES * width + 4 * QUERIES * KEYS + LANES * width) + 32 * 64;
+  return (int64_t)sizeof(float) * (6 * P * width + 4 * QUERIES * width + 4 * QUERIES * PITCH + LANES * width) + 32 * 64;
 }
 
 typedef void (*row_kernel)(const struct attention *, int64_t, int64_t, int, char *);

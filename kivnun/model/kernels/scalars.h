@@ -36,19 +36,21 @@ static inline void store_bf16(bf16 *at, float value) {
 
 /* e^x to 1e-7 relative between -87 and 88, held at the ends outside. Cody and Waite's reduction, then the degree-6 minimax
  * polynomial of Cephes' expf (Moshier). Comparisons are written so that NaN passes through. */
-#define LOG2_E 1.44269504088896341f
-#define LN_2_HIGH 0.693359375f
-#define LN_2_LOW (-2.12194440e-4f)
-#define ROUNDS 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
-#define EXP_NEAR_0(r)                                                                                              \
-  ((((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +              \
-     1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1.0f)
-
 static inline float exp_of(float x) {
   x = x < -87.3f ? -87.3f : x;
   x = x > 88.3f ? 88.3f : x;
-  float shifted = x * LOG2_E + ROUNDS, n = shifted - ROUNDS, r = x - n * LN_2_HIGH - n * LN_2_LOW;
-  return EXP_NEAR_0(r) * bits_to_float((float_to_bits(shifted) - float_to_bits(ROUNDS) + 127u) << 23);
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+  float shifted = x * 1.44269504088896341f + magic;
+  float n = shifted - magic;
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) - float_to_bits(magic) + 127u) << 23);
 }
 
 static inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }

@@ -59,11 +59,25 @@ static inline float largest_of(vec x) {
 #endif
 }
 
-/* e^x as `exp_of` has it, for x below 88. */
-static inline vec exp_of_each(vec x) {
-  x = larger(vec_of(-87.3f), x);
-  vec shifted = x * LOG2_E + ROUNDS, n = shifted - ROUNDS, r = x - n * LN_2_HIGH - n * LN_2_LOW;
-  return EXP_NEAR_0(r) * (vec)(((vec_bits)shifted - float_to_bits(ROUNDS) + 127u) << 23);
+/* 2^x to 1e-7 relative for x of at most 127: a power of two times the minimax polynomial of degree 6 on [-1/2, 1/2]. */
+static inline vec exp2_of_each(vec x) {
+#ifdef WHOLE_VECTORS
+  vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = larger(vec_of(-126.0f), x);
+  vec shifted = x + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+#endif
+  vec f = x - n, y = f * 1.53458124e-4f + 1.33999309e-3f;
+  y = y * f + 9.61848907e-3f;
+  y = y * f + 5.55032864e-2f;
+  y = y * f + 2.40226462e-1f;
+  y = y * f + 6.93147182e-1f;
+  y = y * f + 1.0f;
+#ifdef WHOLE_VECTORS
+  return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  return y * (vec)(((vec_bits)shifted - (0x4b400000u - 127u)) << 23);
+#endif
 }
 
 #endif
