@@ -161,6 +161,12 @@ static inline void strip(const int grain, int64_t rows, int64_t N, int64_t R, st
   }
 }
 
+/* Asks for the lines of n tokens' vectors while there is other work to do. */
+static inline void fetch(const void *at, int64_t stride, int64_t n, int64_t bytes) {
+  for (int64_t t = 0; t < n; t++)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const char *)at + t * stride + b, 0, 2);
+}
+
 /* One token's vector as cells of its row. */
 static inline __attribute__((always_inline)) void put_row(const int grain, vec x, cell *to) {
 #ifdef __AVX512BF16__
