@@ -59,6 +59,35 @@ static inline float largest_of(vec x) {
 #endif
 }
 
+/* Turns a square of 16 vectors over its diagonal. */
+static inline void transpose(const float *from, int64_t from_row, float *to, int64_t to_row) {
+#ifdef WHOLE_VECTORS
+  __m512 x[LANES];
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) x[i] = _mm512_loadu_ps(from + i * from_row);
+  /* Squares of `half` lanes on either side of the diagonal change places, in ever larger squares. */
+#pragma GCC unroll 4
+  for (int half = 1; half < LANES; half *= 2) {
+    __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(half));
+    __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(LANES - half));
+    __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(half)), upper, lane, _mm512_set1_epi32(LANES));
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      if (!(i & half)) {
+        __m512 a = x[i], b = x[i + half];
+        x[i] = _mm512_permutex2var_ps(a, low, b);
+        x[i + half] = _mm512_permutex2var_ps(a, high, b);
+      }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) _mm512_storeu_ps(to + i * to_row, x[i]);
+#else
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
 /* 2^x to 1e-7 relative for x of at most 127: a power of two times the minimax polynomial of degree 6 on [-1/2, 1/2]. */
 static inline vec exp2_of_each(vec x) {
 #ifdef WHOLE_VECTORS
