@@ -5,11 +5,9 @@
 #include "cells.h"
 
 /* Queries and keys that meet at once: their scores and what they multiply stay in the second-level cache. Scores lie PITCH apart,
- * since rows a power of two apart would share few places in the first. SPAN is how many keys all queries pass by before the next
- * ones come, so that in long rows keys, values and their gradients stay there too. */
-enum { QUERIES = 96, KEYS = 256, PITCH = KEYS + LANES, SPAN = 512 };
+ * since rows a power of two apart would share few places in the first. */
+enum { QUERIES = 96, KEYS = 256, PITCH = KEYS + LANES };
 #define LOG2_E 1.44269504088896341f
-#define LN_2 0.693147180559945309f
 #define LOWEST -1e38f /* below every score; finite, so that two of them have a difference */
 
 /* One pass. Strides are in elements; `*_stride` goes to the next token, `*_head` to the next head. `window` 0 means none. */
@@ -119,7 +117,8 @@ ALWAYS void put_strip(const int grain, const struct sight *s, float *p, float *d
 }
 
 static int64_t scratch_bytes(int64_t longest, int width) {
-  int64_t of_row = 6 * whole(longest) * width, of_block = 2 * QUERIES * (width + PITCH), of_strip = 3 * TILE_ROWS * PITCH + LANES * width;
+  int64_t of_row = 5 * whole(longest) * width, of_block = QUERIES * (3 * width + 2 * PITCH);
+  int64_t of_strip = 3 * TILE_ROWS * PITCH + LANES * width;
   return (int64_t)sizeof(float) * (of_row + of_block + of_strip) + 16 * 64;
 }
 

@@ -29,6 +29,7 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* The next of as few pieces as possible, about equal: a narrow last tile would wait for its own sums. */
 static inline int64_t piece(int64_t left, int64_t largest, int64_t multiple) {
+  if (left <= largest) return left;
   int64_t pieces = (left + largest - 1) / largest, even = (left + pieces - 1) / pieces;
   return least((even + multiple - 1) / multiple * multiple, left);
 }
@@ -147,15 +148,16 @@ ALWAYS void put_stack(const int grain, vec even, vec odd, cell *to, int64_t next
   put_vec(to + next, odd);
 }
 
-/* LANES tokens [LANES, K], which this may overwrite, in the layouts that are asked for. `stack` may be `rows` where they agree. */
+/* LANES tokens [LANES, K], which this may overwrite, in the layouts that are asked for. Those that agree may be one, `from` too. */
 ALWAYS void put_tokens(const int grain, float *from, int K, cell *rows, cell *stack, cell *columns) {
   const int depth = K / grain;
-  for (int64_t i = 0; stack && stack != rows && i < LANES; i += 2)
+  for (int64_t i = 0; stack && stack != rows && stack != from && i < LANES; i += 2)
     for (int64_t d = 0; d < K; d += LANES)
       put_stack(grain, vec_at(from + i * K + d), vec_at(from + (i + 1) * K + d), stack + i / grain * K + d, K);
   if (!rows && !columns) return;
   if (!rows) rows = from;
-  for (int64_t d = 0; d < LANES * K; d += LANES) put_row(grain, vec_at(from + d), rows + d / grain);
+  if (grain == 2 || rows != from)
+    for (int64_t d = 0; d < LANES * K; d += LANES) put_row(grain, vec_at(from + d), rows + d / grain);
   if (!columns) return;
   int64_t r = 0;
   for (; r + LANES <= depth; r += LANES) transpose(rows + r, depth, columns + r * LANES, LANES);

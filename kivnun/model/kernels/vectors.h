@@ -28,11 +28,12 @@ static inline vec larger(vec a, vec b) {
 #endif
 }
 
+static inline uint32_t lanes_below(int64_t n) { return n <= 0 ? 0 : n >= LANES ? 0xffffu : (1u << n) - 1; }
+
 /* x in lanes low <= i < high, `otherwise` in the others. */
 static inline vec within(vec x, int64_t low, int64_t high, float otherwise) {
 #ifdef WHOLE_VECTORS
-  uint32_t below_high = high >= LANES ? 0xffffu : high <= 0 ? 0 : (1u << high) - 1, below_low = low >= LANES ? 0xffffu : low <= 0 ? 0 : (1u << low) - 1;
-  return (vec)_mm512_mask_blend_ps((__mmask16)(below_high & ~below_low), _mm512_set1_ps(otherwise), (__m512)x);
+  return (vec)_mm512_mask_blend_ps((__mmask16)(lanes_below(high) & ~lanes_below(low)), _mm512_set1_ps(otherwise), (__m512)x);
 #else
   for (int i = 0; i < LANES; i++) x[i] = i >= low && i < high ? x[i] : otherwise;
   return x;
