@@ -26,8 +26,10 @@ from kivnun.model.varlen import Bounds, serving
 
 NAME = "kivnun_rows"
 
-# Which kernel for which length is a committed rule, never a choice made while running. On CPU in bfloat16 the backward pass of
-# torch's flash kernel runs at a few per cent of peak below about a thousand tokens; two batched products do better there.
+# Which kernel for which length is a committed rule, never a choice made while running. The kernels in C take every length: torch's
+# were slower at all of them, in both types (`python -m benchmarks.engine.attention_lengths`). Without those, on CPU in bfloat16,
+# the backward pass of torch's flash kernel runs at a few per cent of peak below about a thousand tokens; two batched products do
+# better there.
 MATMUL_MAX_LENGTH_BF16_CPU = 1024
 
 # Arguments that models hand to every attention function and that say nothing about the result when rows are causal.

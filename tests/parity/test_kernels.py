@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +110,73 @@ def test_attention_agrees_forward_and_backward(
         assert tiny.relative_difference(found, expected) < tolerance
 
 
+def _both_passes(
+    of: Kernels,
+    parts: tuple[Tensor, ...],
+    lengths: list[int],
+    window: int | None = None,
+    angles: Angles | None = None,
+    scale: float = 0.125,
+) -> tuple[Tensor, ...]:
+    """Return what attention of these queries, keys and values gives, and the three gradients of a drawn dout."""
+    q, k, v = parts
+    dout, into = _draw(*q.shape, seed=7).to(q.dtype), tuple(torch.empty_like(x) for x in parts)
+    out, lse = of.attention(q, k, v, lengths, scale, window, angles)
+    of.attention_backward(dout, q, k, v, out, lse, lengths, scale, window, angles, into)  # type: ignore[arg-type]
+    return out, *into
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("scale", [0.125, 2.0])
+def test_attention_of_long_rows_agrees(
+    compiled: NativeKernels, scale: float, window: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Longer than a block of keys; with scores up to a hundred apart."""
+    parts = tuple(_draw(1100, heads, 40, seed=seed).to(dtype) for seed, heads in enumerate((4, 2, 2)))
+    ours, theirs = (_both_passes(of, parts, [700, 400], window, None, scale) for of in (compiled, TORCH))
+    for found, expected in zip(ours, theirs, strict=True):
+        assert tiny.relative_difference(found, expected) < tolerance
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="takes parts of x86's instructions away")
+@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f"])
+def test_attention_agrees_on_lesser_processors(without: str, tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    native._compile(native._compiler(), (*native.FLAGS, without), [native.SOURCES / "attention.c"], library)
+    lesser = NativeKernels(ctypes.CDLL(str(library)), without)
+    for dtype, tolerance in DTYPES:
+        for heads, groups, width, window, rotated in HEADS:
+            _, parts = _qkv(heads, groups, width, dtype)
+            ours, theirs = (_both_passes(of, parts, LENGTHS, window, _angles(rotated)) for of in (lesser, TORCH))
+            for found, expected in zip(ours, theirs, strict=True):
+                assert tiny.relative_difference(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_attention_in_bf16_errs_less_than_torchs(compiled: NativeKernels, spread: float) -> None:
+    """Both against float64 of the same numbers; queries and keys rotated as transformers does it, in bf16."""
+    lengths, turns = [300, 17], _draw(317, 32, seed=3, scale=3.0)
+    angles = Angles(turns.cos(), turns.sin())
+    parts = tuple((_draw(317, n, 64, seed=seed) * by).bfloat16() for seed, n, by in ((0, 8, spread), (1, 4, spread), (2, 4, 1.0)))
+    exact = _both_passes(TORCH, tuple(x.double() for x in parts), lengths, None, angles)
+    ours = _both_passes(compiled, parts, lengths, None, angles)
+    for found, theirs, expected in zip(ours, _torchs(parts, lengths, angles), exact, strict=True):
+        assert tiny.relative_difference(found, expected) < tiny.relative_difference(theirs, expected)
+
+
+def _torchs(parts: tuple[Tensor, ...], lengths: list[int], angles: Angles) -> tuple[Tensor, ...]:
+    """`_both_passes` by `scaled_dot_product_attention` and autograd."""
+    q, k, v = (x.clone().requires_grad_() for x in parts)
+    of_rows = zip(*(x.split(lengths) for x in (angles.turned(q), angles.turned(k), v)), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in row), is_causal=True, scale=0.125, enable_gqa=True)
+        for row in of_rows
+    ]
+    out = torch.cat([x[0].transpose(0, 1) for x in outs])
+    return out, *torch.autograd.grad(out, (q, k, v), _draw(*q.shape, seed=7).to(q.dtype))
+
+
 @pytest.mark.parametrize(("heads", "groups", "width", "window", "rotated"), HEADS)
 def test_attentions_gradient_is_autograds(heads: int, groups: int, width: int, window: int | None, rotated: int) -> None:
     qkv, _ = _qkv(heads, groups, width, torch.float64)
@@ -143,18 +212,30 @@ def test_a_score_that_is_not_finite_is_never_hidden(kernels: Kernels | str, bad:
     assert torch.isfinite(nll).tolist() == [True, True, False, True]
 
 
-def test_a_row_depends_on_neither_neighbours_nor_threads(compiled: NativeKernels) -> None:
-    _, parts = _qkv(8, 4, 64, torch.bfloat16)
-    together, _ = compiled.attention(*parts, LENGTHS, 0.125, None, None)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 12])
+def test_a_row_depends_on_neither_neighbours_nor_threads(compiled: NativeKernels, window: int | None, dtype: torch.dtype) -> None:
+    _, parts = _qkv(8, 4, 64, dtype)
+    dout = _draw(sum(LENGTHS), 8, 64, seed=7).to(dtype)
+
+    def answers(start: int, lengths: list[int]) -> list[Tensor]:
+        here = slice(start, start + sum(lengths))
+        q, k, v = (x[here] for x in parts)
+        into = tuple(torch.empty_like(x) for x in (q, k, v))
+        out, lse = compiled.attention(q, k, v, lengths, 0.125, window, None)
+        compiled.attention_backward(dout[here], q, k, v, out, lse, lengths, 0.125, window, None, into)
+        return [out, lse.t(), *into]
+
+    together = answers(0, LENGTHS)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(together, compiled.attention(*parts, LENGTHS, 0.125, None, None)[0])
+        assert all(map(torch.equal, together, answers(0, LENGTHS)))
     finally:
         torch.set_num_threads(1)
     start = 0
     for length in LENGTHS:
-        alone, _ = compiled.attention(*(x[start : start + length] for x in parts), [length], 0.125, None, None)
-        assert torch.equal(alone, together[start : start + length])
+        alone = answers(start, [length])
+        assert all(torch.equal(x, y[start : start + length]) for x, y in zip(alone, together, strict=True))
         start += length
 
 

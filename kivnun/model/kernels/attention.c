@@ -1,13 +1,14 @@
-/* Causal attention of packed rows: small float32 matrix products in registers, and softmax. What is computed stands in attention.inc.
- *
- * All products have one form, C [M, N] (+)= A [M, R] B [R, N] with N in whole vectors: A is read by element through two strides, so
- * that it may be transposed, and B by vector. */
+/* Causal attention of packed rows: what the kernels of both types share. What is computed stands in attention.inc, and how
+ * matrices are multiplied in cells.h. */
 #include <stdlib.h>
 
-#include "scalars.h"
+#include "cells.h"
 
-enum { LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4, MAX_QUERIES = 48, MAX_SCORES = 49152 };
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+/* Queries and keys that meet at once: their scores and what they multiply stay in the second-level cache. Scores lie PITCH apart,
+ * since rows a power of two apart would share few places in the first. */
+enum { QUERIES = 96, KEYS = 256, PITCH = KEYS + LANES };
+#define LOG2_E 1.44269504088896341f
+#define LOWEST -1e38f /* below every score; finite, so that two of them have a difference */
 
 /* One pass. Strides are in elements; `*_stride` goes to the next token, `*_head` to the next head. `window` 0 means none. */
 struct attention {
@@ -24,122 +25,101 @@ struct attention {
   float scale;
 };
 
-static inline int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-/* Few enough queries that their scores stay in the second-level cache. A multiple of the tile's rows. */
-static inline int64_t queries_of_block(int64_t padded_length) {
-  int64_t fit = MAX_SCORES / padded_length / TILE_ROWS * TILE_ROWS;
-  return fit < TILE_ROWS ? TILE_ROWS : fit > MAX_QUERIES ? MAX_QUERIES : fit;
-}
-
 static inline int64_t lowest_key(const struct attention *a, int64_t query) {
-  int64_t low = a->window ? query - a->window + 1 : 0;
-  return low < 0 ? 0 : low;
+  return a->window ? most(query - a->window + 1, 0) : 0;
 }
 
 static inline int64_t first_key(const struct attention *a, int64_t query) { return lowest_key(a, query) / LANES * LANES; }
 
-static inline float *take(char **scratch, int64_t floats) {
-  float *here = (float *)*scratch;
-  *scratch += (sizeof(float) * floats + 63) / 64 * 64;
+static inline void *take(char **scratch, int64_t cells) {
+  void *here = *scratch;
+  *scratch += (sizeof(cell) * cells + 63) / 64 * 64;
   return here;
 }
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, int64_t R, const float *a, int64_t a_row,
-                                                       int64_t a_r, const float *b, int64_t b_row, float *c, int64_t c_row,
-                                                       int add) {
-  vec sum[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) sum[m][n] = add ? *(const vec *)(c + m * c_row + n * LANES) : (vec){0};
-  for (int64_t r = 0; r < R; r++) {
-    vec column[TILE_VECTORS];
-#pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) column[n] = *(const vec *)(b + r * b_row + n * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) {
-      float factor = a[m * a_row + r * a_r];
-#pragma GCC unroll 8
-      for (int n = 0; n < vectors; n++) sum[m][n] += factor * column[n];
+/* What a strip of queries sees of a block of keys. Row r sees the keys [low + r, high + r), counted from `first`; where there is
+ * no window, `low` does not count. Computed are `count` keys from `first` on, whole vectors, and none where that is not positive. */
+struct sight {
+  int64_t rows, first, end, count, low, high;
+  int windowed;
+};
+
+static inline struct sight sight_of(const struct attention *a, int64_t query, int64_t rows, int64_t block) {
+  int64_t first = most(first_key(a, query), block), end = least(query + rows, block + KEYS);
+  return (struct sight){rows, first, end, whole(end - first), query + 1 - a->window - first, query + 1 - first, a->window != 0};
+}
+
+static inline int all_see(const struct sight *s, int64_t j) {
+  return j + LANES <= s->high && (!s->windowed || j >= s->low + s->rows - 1);
+}
+
+static inline vec as_seen(const struct sight *s, int64_t row, int64_t j, vec x, float otherwise) {
+  return within(x, s->windowed ? s->low + row - j : 0, s->high + row - j, otherwise);
+}
+
+/* Scores become 2^(scale * (score - highest)) as cells, zero where not seen, with the highest of each row so far. When that rises,
+ * the sum so far and the output so far shrink; `out` is null while there is none (Milakov and Gimelshein 2018, "Online normalizer
+ * calculation for softmax"). */
+ALWAYS void softmax(const int grain, const struct sight *s, float *scores, float scale, float *highest, float *sum, float *out, int K,
+                    cell *p) {
+  vec top[TILE_ROWS], total[TILE_ROWS], before = vec_at(highest), now = before;
+  for (int64_t row = 0; row < s->rows; row++) top[row] = vec_of(highest[row]), total[row] = (vec){0};
+  for (int64_t j = 0; j < s->count; j += LANES)
+    for (int64_t row = 0, all = all_see(s, j); row < s->rows; row++) {
+      vec x = vec_at(scores + row * PITCH + j);
+      top[row] = larger(all ? x : as_seen(s, row, j, x, LOWEST), top[row]);
+    }
+  for (int64_t row = 0; row < s->rows; row++) now[row] = largest_of(top[row]);
+  vec shrink = exp2_of_each((before - now) * scale);
+  for (int64_t j = 0; j < s->count; j += LANES)
+    for (int64_t row = 0, all = all_see(s, j); row < s->rows; row++) {
+      vec x = exp2_of_each((vec_at(scores + row * PITCH + j) - now[row]) * scale);
+      if (!all) x = as_seen(s, row, j, x, 0.0f);
+      total[row] += x;
+      put_row(grain, x, p + (row * PITCH + j) / grain);
+    }
+  for (int64_t row = 0; row < s->rows; row++) {
+    sum[row] = (out ? sum[row] * shrink[row] : 0.0f) + sum_of(total[row]);
+    highest[row] = now[row];
+    for (int64_t d = 0; out && shrink[row] != 1.0f && d < K; d += LANES)
+      put_vec(out + row * K + d, vec_at(out + row * K + d) * shrink[row]);
+  }
+}
+
+/* Scores become probabilities p, and dp becomes the scores' gradient p * (dp - pull) * scale; both zero where not seen. */
+static inline void softmax_backward(const struct sight *s, float *scores, float *dp, float scale, const float *lse, const float *pull) {
+  for (int64_t row = 0; row < s->rows; row++, scores += PITCH, dp += PITCH) {
+    vec log_sum = vec_of(lse[row] * LOG2_E), pulled = vec_of(pull[row]);
+    for (int64_t j = 0; j < s->count; j += LANES) {
+      vec p = exp2_of_each(vec_at(scores + j) * (scale * LOG2_E) - log_sum);
+      if (!all_see(s, j)) p = as_seen(s, row, j, p, 0.0f);
+      put_vec(scores + j, p);
+      put_vec(dp + j, p * ((vec_at(dp + j) - pulled) * scale));
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < vectors; n++) *(vec *)(c + m * c_row + n * LANES) = sum[m][n];
 }
 
-#define TILES_OF(rows)                                                                     \
-  switch (vectors) {                                                                       \
-    case 4: tile(rows, 4, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    case 3: tile(rows, 3, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    case 2: tile(rows, 2, R, a, a_row, a_r, b, b_row, c, c_row, add); break;               \
-    default: tile(rows, 1, R, a, a_row, a_r, b, b_row, c, c_row, add);                     \
+/* A strip's p and ds as cells: both stacked, for what keys and values get, and ds by row, for what the queries get. */
+ALWAYS void put_strip(const int grain, const struct sight *s, float *p, float *ds, cell *p_stack, cell *ds_stack, cell *ds_rows) {
+  if (s->rows % 2) {
+    memset(p + s->rows * PITCH, 0, sizeof(float) * s->count);
+    memset(ds + s->rows * PITCH, 0, sizeof(float) * s->count);
   }
-
-static void tiles(int64_t rows, int64_t vectors, int64_t R, const float *a, int64_t a_row, int64_t a_r, const float *b, int64_t b_row,
-                  float *c, int64_t c_row, int add) {
-  switch (rows) {
-    case 6: TILES_OF(6) break;
-    case 5: TILES_OF(5) break;
-    case 4: TILES_OF(4) break;
-    case 3: TILES_OF(3) break;
-    case 2: TILES_OF(2) break;
-    default: TILES_OF(1)
-  }
-}
-
-static void product(int64_t M, int64_t N, int64_t R, const float *a, int64_t a_row, int64_t a_r, const float *b, int64_t b_row,
-                    float *c, int64_t c_row, int add) {
-  for (int64_t n = 0; n < N; n += LANES * TILE_VECTORS) {
-    int64_t vectors = (N - n) / LANES < TILE_VECTORS ? (N - n) / LANES : TILE_VECTORS;
-    for (int64_t m = 0; m < M; m += TILE_ROWS) {
-      int64_t rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
-      tiles(rows, vectors, R, a + m * a_row, a_row, a_r, b + n, b_row, c + m * c_row + n, c_row, add);
+  for (int64_t row = 0; row < s->rows; row += 2)
+    for (int64_t j = 0; j < s->count; j += LANES) {
+      int64_t at = row * PITCH + j, stacked = row / grain * PITCH + j;
+      vec x = vec_at(ds + at), y = vec_at(ds + at + PITCH);
+      put_stack(grain, vec_at(p + at), vec_at(p + at + PITCH), p_stack + stacked, PITCH);
+      put_stack(grain, x, y, ds_stack + stacked, PITCH);
+      put_row(grain, x, ds_rows + at / grain);
+      put_row(grain, y, ds_rows + (at + PITCH) / grain);
     }
-  }
-}
-
-/* [L, K] -> [K, P], zero from L on. */
-static void transpose(const float *from_LK, int64_t L, int K, int64_t P, float *to_KP) {
-  for (int64_t block = 0; block < P; block += LANES)
-    for (int k = 0; k < K; k++)
-      for (int64_t t = block; t < block + LANES; t++) to_KP[k * P + t] = t < L ? from_LK[t * K + k] : 0.0f;
-}
-
-/* Scores [low, high) become probabilities, the others up to `end` zero. Returns the log-sum. */
-static float softmax(float *scores, int64_t low, int64_t high, int64_t end, float scale) {
-  float highest = scores[low], sum = 0.0f;
-#pragma omp simd reduction(max : highest)
-  for (int64_t j = low; j < high; j++) highest = scores[j] > highest ? scores[j] : highest;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = low; j < high; j++) {
-    scores[j] = exp_of((scores[j] - highest) * scale);
-    sum += scores[j];
-  }
-  float share = 1.0f / sum;
-#pragma omp simd
-  for (int64_t j = low; j < high; j++) scores[j] *= share;
-  for (int64_t j = 0; j < low; j++) scores[j] = 0.0f;
-  for (int64_t j = high; j < end; j++) scores[j] = 0.0f;
-  return highest * scale + logf(sum);
-}
-
-/* Scores become probabilities p, and dp becomes the scores' gradient p * (dp - pull) * scale; both zero outside [low, high). */
-static void softmax_backward(float *scores, float *dp, int64_t low, int64_t high, int64_t end, float scale, float lse, float pull) {
-  for (int64_t j = 0; j < low; j++) scores[j] = dp[j] = 0.0f;
-#pragma omp simd
-  for (int64_t j = low; j < high; j++) {
-    scores[j] = exp_of(scores[j] * scale - lse);
-    dp[j] = scores[j] * (dp[j] - pull) * scale;
-  }
-  for (int64_t j = high; j < end; j++) scores[j] = dp[j] = 0.0f;
 }
 
 static int64_t scratch_bytes(int64_t longest, int width) {
-  int64_t P = whole(longest), scores = MAX_SCORES + TILE_ROWS * P;
-  return (int64_t)sizeof(float) * (6 * P * width + 3 * MAX_QUERIES * width + 2 * scores) + 16 * 64;
+  int64_t of_row = 5 * whole(longest) * width, of_block = QUERIES * (3 * width + 2 * PITCH);
+  int64_t of_strip = 3 * TILE_ROWS * PITCH + LANES * width;
+  return (int64_t)sizeof(float) * (of_row + of_block + of_strip) + 16 * 64;
 }
 
 typedef void (*row_kernel)(const struct attention *, int64_t, int64_t, int, char *);

@@ -2,7 +2,7 @@
 
 Linking leaves OpenMP's symbols open, so that they are found in the runtime torch has loaded: two runtimes in one process would
 each bring their own threads. Where they cannot be built, `build` says why and the kernels of `reference.py` serve.
-Next: `reference.py` (what each kernel computes, in torch), `pointwise.inc` and `attention.inc` (the same in C).
+Next: `reference.py` (what each kernel computes, in torch), `pointwise.inc`, `attention.inc` and `cells.h` (the same in C).
 """
 
 from __future__ import annotations
