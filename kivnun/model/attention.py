@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kivnun.errors import BaseModelError
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels
+from kivnun.model.kernels.native import rows_apart
 from kivnun.model.kernels.triton import TritonKernels
 from kivnun.model.varlen import Bounds, serving
 
@@ -267,7 +268,7 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_TO):  # type: ignore[override]
         qkv_TO, out_THK, lse_HT = ctx.saved_tensors
         widths, head_dim, lengths, scale, window, angles, kernels = ctx.given
-        dqkv_TO = torch.empty_like(qkv_TO)
+        dqkv_TO = rows_apart(qkv_TO, *qkv_TO.shape)
         q, k, v = _heads(qkv_TO, widths, head_dim)
         into = _heads(dqkv_TO, widths, head_dim)
         dout_THK = dout_TO.reshape(out_THK.shape)

@@ -8,7 +8,7 @@ Shapes: T tokens, I inputs, O outputs, R rank. Next: `adapters.py` (which module
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kivnun.model.kernels import Kernels
-from kivnun.model.products import LowRank, Matrix, PackedMatrix, can_pack, over_tokens, times, times_transposed
+from kivnun.model.products import LowRank, Matrix, PackedMatrix, can_pack, over_tokens, packed, times, times_transposed
 
 # Makes a layer's input again in the backward pass, from what another function keeps anyway; None: the input itself is kept.
 Again: TypeAlias = Callable[[], Tensor] | None
@@ -42,6 +42,23 @@ class DropoutDraw:
 
 
 @dataclass(slots=True)
+class _Factors:
+    """A and scaling * B in the dtype of computing, packed for their products; made anew when A or B has changed."""
+
+    made_of: tuple[object, ...] = ()
+    a_RI: Matrix | None = None
+    b_OR: Matrix | None = None
+
+    def of(self, a_RI: Tensor, b_OR: Tensor, scaling: float, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
+        made_of = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), scaling, dtype)
+        if self.a_RI is None or self.b_OR is None or self.made_of != made_of:
+            self.made_of = made_of
+            self.a_RI = packed(a_RI.detach().to(dtype), kernels)
+            self.b_OR = packed((b_OR.detach() * scaling).to(dtype), kernels)
+        return self.a_RI, self.b_OR
+
+
+@dataclass(slots=True)
 class LoraSite:
     """A low-rank delta for one linear layer: W + scaling * B A (Hu et al. 2021, section 4.1). A and B are float32 parameters."""
 
@@ -49,10 +66,14 @@ class LoraSite:
     b_OR: nn.Parameter
     scaling: float
     dropout: DropoutDraw
+    _factors: _Factors = field(default_factory=_Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        drop = self.dropout.now(linear.kernels)
-        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self.scaling, drop, linear, again)  # type: ignore[no-any-return]
+        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, linear, again)  # type: ignore[no-any-return]
+
+    def factors(self, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
+        """Return A and scaling * B as products take them."""
+        return self._factors.of(self.a_RI, self.b_OR, self.scaling, dtype, kernels)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return W + scaling * B A in float32."""
@@ -67,18 +88,19 @@ class _Lora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI, a_RI, b_OR, scaling, drop, linear, again):  # type: ignore[override]
-        xa_TR = times_transposed(drop(x_TI), a_RI.to(x_TI.dtype), linear.kernels)
-        low = LowRank(xa_TR, (b_OR * scaling).to(x_TI.dtype).t())
-        y_TO = times_transposed(x_TI, linear.operand(), linear.kernels, low)
+    def forward(ctx: Any, x_TI, a_RI, b_OR, site, linear, again):  # type: ignore[override]
+        kernels, drop = linear.kernels, site.dropout.now(linear.kernels)
+        a, scaled_b = site.factors(x_TI.dtype, kernels)
+        xa_TR = times_transposed(drop(x_TI), a, kernels)
+        y_TO = times_transposed(x_TI, linear.operand(), kernels, LowRank(xa_TR, scaled_b))
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR)
-        ctx.scaling, ctx.drop, ctx.linear, ctx.again = scaling, drop, linear, again
+        ctx.site, ctx.drop, ctx.linear, ctx.again = site, drop, linear, again
         return y_TO if linear.bias is None else y_TO.add_(linear.bias)
 
     @staticmethod
     def backward(ctx: Any, dy_TO):  # type: ignore[override]
-        x_TI, xa_TR, a_RI, b_OR = ctx.saved_tensors
-        return *_lora_gradients(ctx, dy_TO, _input(ctx, x_TI), xa_TR, a_RI, b_OR), None, None, None, None
+        x_TI, xa_TR, _, _ = ctx.saved_tensors
+        return *_lora_gradients(ctx, dy_TO, _input(ctx, x_TI), xa_TR), None, None, None
 
 
 def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
@@ -87,18 +109,18 @@ def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
     return again() if again else kept_TI
 
 
-def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, a_RI: Tensor, b_OR: Tensor):
+def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor):
     """Return (dx [T, I] or None where nobody asks for it, dA [R, I], dB [O, R]) of y = x W^T + s (x~ A^T) B^T."""
     kernels = ctx.linear.kernels
-    u_TR = times(dy_TO, (b_OR * ctx.scaling).to(dy_TO.dtype), kernels)
-    db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(b_OR.dtype) * ctx.scaling
-    da_RI = over_tokens(u_TR, ctx.drop(x_TI), kernels).to(a_RI.dtype)
+    a, scaled_b = ctx.site.factors(dy_TO.dtype, kernels)
+    u_TR = times(dy_TO, scaled_b, kernels)
+    db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(ctx.site.b_OR.dtype) * ctx.site.scaling
+    da_RI = over_tokens(u_TR, ctx.drop(x_TI), kernels).to(ctx.site.a_RI.dtype)
     if not ctx.needs_input_grad[0]:
         return None, da_RI, db_OR
-    a_RI = a_RI.to(dy_TO.dtype)
     if ctx.drop is undropped:
-        return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a_RI)), da_RI, db_OR
-    return times(dy_TO, ctx.linear.operand(), kernels).add_(ctx.drop(times(u_TR, a_RI, kernels))), da_RI, db_OR
+        return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a)), da_RI, db_OR
+    return times(dy_TO, ctx.linear.operand(), kernels).add_(ctx.drop(times(u_TR, a, kernels))), da_RI, db_OR
 
 
 @dataclass(slots=True)
@@ -116,6 +138,7 @@ class DoraSite:
     scaling: float
     dropout: DropoutDraw
     _squares_O: Tensor | None = None
+    _factors: _Factors = field(default_factory=_Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
         drop, tensors = self.dropout.now(linear.kernels), (self.a_RI, self.b_OR, self.magnitude_O)
@@ -124,6 +147,10 @@ class DoraSite:
         dropped_TI = _Dropped.apply(x_TI, drop)
         plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
         return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self, linear, None)
+
+    def factors(self, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
+        """Return A and scaling * B as products take them."""
+        return self._factors.of(self.a_RI, self.b_OR, self.scaling, dtype, kernels)
 
     def row_norm(self, weight_OI: Matrix, kernels: Kernels) -> Tensor:
         """Return the row norms of W + scaling * B A, float32 [O]. |W_o|^2 is taken once: a base never changes under an adapter."""
@@ -146,21 +173,21 @@ class _Dora(torch.autograd.Function):
     def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, bias_O, site, linear, again):  # type: ignore[override]
         weight_OI = linear.operand()
         length_O = site.row_norm(weight_OI, linear.kernels)
-        xa_TR = times_transposed(x_TI, a_RI.to(x_TI.dtype), linear.kernels)
-        low = LowRank(xa_TR, (b_OR * site.scaling).to(x_TI.dtype).t())
-        z_TO = times_transposed(x_TI, weight_OI, linear.kernels, low)
+        a, scaled_b = site.factors(x_TI.dtype, linear.kernels)
+        xa_TR = times_transposed(x_TI, a, linear.kernels)
+        z_TO = times_transposed(x_TI, weight_OI, linear.kernels, LowRank(xa_TR, scaled_b))
         y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO)
-        ctx.scaling, ctx.drop, ctx.linear, ctx.again = site.scaling, undropped, linear, again
+        ctx.site, ctx.drop, ctx.linear, ctx.again = site, undropped, linear, again
         return y_TO if bias_O is None else y_TO.add_(bias_O)
 
     @staticmethod
     def backward(ctx: Any, dy_TO):  # type: ignore[override]
-        x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO = ctx.saved_tensors
+        x_TI, xa_TR, _, _, magnitude_O, length_O, z_TO = ctx.saved_tensors
         kernels = ctx.linear.kernels
         dmagnitude_O = kernels.column_dots(dy_TO, z_TO) / length_O
         dz_TO = kernels.scale_columns(dy_TO, magnitude_O / length_O)
-        return *_lora_gradients(ctx, dz_TO, _input(ctx, x_TI), xa_TR, a_RI, b_OR), dmagnitude_O, None, None, None, None
+        return *_lora_gradients(ctx, dz_TO, _input(ctx, x_TI), xa_TR), dmagnitude_O, None, None, None, None
 
 
 class _Dropped(torch.autograd.Function):

@@ -21,20 +21,26 @@ from kivnun.model.kernels.native import NativeKernels, Panels
 
 
 class PackedMatrix:
-    """A frozen matrix [N, K] kept as the kernels in C read it, once for each product; the same values to the bit."""
+    """A matrix [N, K] kept as the kernels in C read it; the same values to the bit.
+
+    It is packed for x w^T at once and for x w when that is first asked for: a model that only answers never needs the second.
+    """
 
     def __init__(self, w_NK: Tensor, kernels: NativeKernels) -> None:
         self.shape, self.dtype, self._kernels = w_NK.shape, w_NK.dtype, kernels
-        self._transposed, self._straight = kernels.panels_transposed(w_NK), kernels.panels(w_NK)
+        self._transposed = kernels.panels_transposed(w_NK)
+        self._straight: Panels | None = None
 
     def dense(self) -> Tensor:
         """Return the matrix in its usual order, a copy."""
-        return self._kernels.unpacked(self._straight)
+        return self._kernels.unpacked(self._transposed).t().contiguous()
 
     def panels_transposed(self) -> Panels:
         return self._transposed
 
     def panels(self) -> Panels:
+        if self._straight is None:
+            self._straight = self._kernels.panels(self.dense())
         return self._straight
 
 
@@ -43,10 +49,10 @@ Matrix: TypeAlias = Tensor | PackedMatrix
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A second product, left [T, R] right [R, N], that is added to a first one in the same sums."""
+    """A second product that is added to a first one, in the same sums: left w^T beside x w^T, left w beside x w."""
 
     left_TR: Tensor
-    right_RN: Tensor
+    w: Matrix
 
 
 def can_pack(w_NK: Tensor, kernels: object) -> bool:
@@ -54,20 +60,27 @@ def can_pack(w_NK: Tensor, kernels: object) -> bool:
     return all(_by_native(w_NK, depth, kernels) for depth in w_NK.shape)
 
 
+def packed(w_NK: Tensor, kernels: object) -> Matrix:
+    """Return a matrix packed for repeated use, or as it is where nothing multiplies by packed ones."""
+    return PackedMatrix(w_NK, kernels) if can_pack(w_NK, kernels) else w_NK  # type: ignore[arg-type]
+
+
 def times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
     """Return x w^T, or x w^T + low [T, N]."""
     if _by_native(x_TK, x_TK.shape[1], kernels):
-        right = w_NK.panels_transposed() if isinstance(w_NK, PackedMatrix) else w_NK
-        return _native(x_TK, right, kernels, low, transposed=True)
-    return _added(_onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t(), low)  # type: ignore[arg-type, union-attr]
+        return _native(x_TK, w_NK, kernels, low, transposed=True)
+    assert isinstance(w_NK, Tensor)
+    y_TN = _onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t()
+    return y_TN if low is None else y_TN.addmm_(low.left_TR, low.w.t())  # type: ignore[union-attr]
 
 
 def times(x_TN: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
     """Return x w, or x w + low [T, K]."""
     if _by_native(x_TN, x_TN.shape[1], kernels):
-        right = w_NK.panels() if isinstance(w_NK, PackedMatrix) else w_NK
-        return _native(x_TN, right, kernels, low, transposed=False)
-    return _added(_onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK, low)  # type: ignore[arg-type, union-attr, operator]
+        return _native(x_TN, w_NK, kernels, low, transposed=False)
+    assert isinstance(w_NK, Tensor)
+    y_TK = _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
+    return y_TK if low is None else y_TK.addmm_(low.left_TR, low.w)  # type: ignore[arg-type]
 
 
 def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: object) -> Tensor:
@@ -97,16 +110,18 @@ def _by_native(x: Tensor, depth: int, kernels: object) -> bool:
     return isinstance(kernels, NativeKernels) and x.device.type == "cpu" and kernels.multiplies(x.dtype, depth)
 
 
-def _native(x_TK: Tensor, right: Panels | Tensor, kernels: Any, low: LowRank | None, *, transposed: bool) -> Tensor:
+def _native(x_TK: Tensor, w: Matrix, kernels: Any, low: LowRank | None, *, transposed: bool) -> Tensor:
+    right = _side(w, transposed) if isinstance(w, PackedMatrix) else w
     if low is None:
         return kernels.product(x_TK, right, transposed=transposed)
-    if not kernels.multiplies(x_TK.dtype, low.left_TR.shape[1]):  # an odd rank
-        return _added(kernels.product(x_TK, right, transposed=transposed), low)
-    return kernels.product(x_TK, right, low.left_TR, kernels.panels(low.right_RN), transposed=transposed)
+    if isinstance(low.w, PackedMatrix):
+        return kernels.product(x_TK, right, low.left_TR, _side(low.w, transposed), transposed=transposed)
+    w_RN = low.w.t() if transposed else low.w  # of an odd rank
+    return kernels.product(x_TK, right, transposed=transposed).addmm_(low.left_TR, w_RN)
 
 
-def _added(y_TN: Tensor, low: LowRank | None) -> Tensor:
-    return y_TN if low is None else y_TN.addmm_(low.left_TR, low.right_RN)
+def _side(w: PackedMatrix, transposed: bool) -> Panels:
+    return w.panels_transposed() if transposed else w.panels()
 
 
 def _by_onednn(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ WIDE = ("-mprefer-vector-width=512",)  # compilers for x86 take half of AVX-512'
 ENDING = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_TIMEOUT_S = 120
 STRAIGHT, TRANSPOSED = 1, 2  # how a right factor is given, where it is not packed
+ALIASED_BYTES = 4096  # as in products.c
 LANES = 16  # float32 numbers of a vector
 GROUP = {torch.float32: 1, torch.bfloat16: 2}  # numbers that products.c multiplies in one instruction
 
@@ -93,11 +95,11 @@ class NativeKernels:
     def gate(self, gu_T2F: Tensor) -> Tensor:
         tokens, width = gu_T2F.shape
         h_TF = gu_T2F.new_empty(tokens, width // 2)
-        self._call("gate", gu_T2F, gu_T2F, h_TF, *h_TF.shape)
+        self._call("gate", gu_T2F, _Rows(gu_T2F), h_TF, *h_TF.shape)
         return h_TF
 
     def gate_backward_(self, dh_TF: Tensor, gu_T2F: Tensor) -> None:
-        self._call("gate_backward", gu_T2F, dh_TF.contiguous(), gu_T2F, *dh_TF.shape)
+        self._call("gate_backward", gu_T2F, dh_TF.contiguous(), _Rows(gu_T2F), *dh_TF.shape)
 
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
         count = len(targets_C)
@@ -118,12 +120,12 @@ class NativeKernels:
 
     def scale_columns(self, x_TO: Tensor, factor_O: Tensor) -> Tensor:
         out_TO = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
-        self._call("scale_columns", x_TO, x_TO.contiguous(), factor_O.detach(), out_TO, *x_TO.shape)
+        self._call("scale_columns", x_TO, _Rows(x_TO), factor_O.detach(), out_TO, *x_TO.shape)
         return out_TO
 
     def column_dots(self, x_TO: Tensor, y_TO: Tensor) -> Tensor:
         out_O = torch.empty(x_TO.shape[1], dtype=torch.float32)
-        self._call("column_dots", x_TO, x_TO.contiguous(), y_TO.contiguous(), out_O, *x_TO.shape)
+        self._call("column_dots", x_TO, _Rows(x_TO), _Rows(y_TO), out_O, *x_TO.shape)
         return out_O
 
     def attention(
@@ -215,8 +217,8 @@ class NativeKernels:
             given.N, given.K = right.shape if transposed else right.shape[::-1]
             given.right, given.right_row = right.data_ptr(), right.stride(0)
         assert left_MK.shape[1] == given.K
-        out_MN = left_MK.new_empty(given.M, given.N)
-        given.out, given.out_row = out_MN.data_ptr(), given.N
+        out_MN = rows_apart(left_MK, given.M, given.N)
+        given.out, given.out_row = out_MN.data_ptr(), out_MN.stride(0)
         if low_MR is not None and low_right is not None:
             assert low_MR.stride(1) == 1
             given.low, given.low_right = low_MR.data_ptr(), low_right.data.data_ptr()
@@ -258,9 +260,33 @@ class NativeKernels:
         if kernel(ctypes.byref(given), counts, ctypes.c_int64(len(lengths)), torch.get_num_threads()):
             raise MemoryError(f"no memory for the scratch of attention over rows of up to {max(lengths)} tokens")
 
-    def _call(self, name: str, like: Tensor, *arguments: Tensor | int | ctypes.c_float) -> None:
-        passed = [_pointer(item) if isinstance(item, Tensor) else _number(item) for item in arguments]
+    def _call(self, name: str, like: Tensor, *arguments: Tensor | _Rows | int | ctypes.c_float) -> None:
+        passed: list[Any] = []
+        for item in arguments:
+            if isinstance(item, _Rows):
+                passed += [ctypes.c_void_p(item.x.data_ptr()), ctypes.c_int64(item.x.stride(0))]
+            else:
+                passed.append(_pointer(item) if isinstance(item, Tensor) else _number(item))
         getattr(self._library, f"{name}_{ENDING[like.dtype]}")(*passed, torch.get_num_threads())
+
+
+class _Rows:
+    """A matrix whose rows may lie apart: a pointer and the way from one row to the next."""
+
+    __slots__ = ("x",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x if x.stride(1) == 1 else x.contiguous()
+
+
+def rows_apart(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Return an empty matrix whose rows do not fall into the same lines of the first-level cache, as they do 4 KiB apart.
+
+    The rows of a product's tile are read together, and what is written here is most often what the next product reads.
+    """
+    if columns * like.element_size() % ALIASED_BYTES != 0:
+        return like.new_empty(rows, columns)
+    return like.new_empty(rows, columns + LANES)[:, :columns]
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
