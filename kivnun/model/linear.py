@@ -35,9 +35,12 @@ class DropoutDraw:
     site: int
     keys_T: Tensor | None = None
 
-    def now(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
-        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew."""
-        keys_T = self.keys_T
+    def now(self, kernels: Kernels, select_S: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew.
+
+        With `select_S` it is for these tokens of the pass, each with the mask it would have among all.
+        """
+        keys_T = self.keys_T if select_S is None or self.keys_T is None else self.keys_T[select_S]
         return undropped if keys_T is None else lambda x_TI: kernels.dropped(x_TI, keys_T, self.site, self.rate)
 
 
@@ -50,8 +53,8 @@ class LoraSite:
     scaling: float
     dropout: DropoutDraw
 
-    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        drop = self.dropout.now(linear.kernels)
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        drop = self.dropout.now(linear.kernels, select_S)
         return _Lora.apply(x_TI, self.a_RI, self.b_OR, self.scaling, drop, linear, again)  # type: ignore[no-any-return]
 
     def merged(self, weight_OI: Tensor) -> Tensor:
@@ -114,8 +117,8 @@ class DoraSite:
     dropout: DropoutDraw
     _squares_O: Tensor | None = None
 
-    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        drop, tensors = self.dropout.now(linear.kernels), (self.a_RI, self.b_OR, self.magnitude_O)
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        drop, tensors = self.dropout.now(linear.kernels, select_S), (self.a_RI, self.b_OR, self.magnitude_O)
         if drop is undropped:
             return _Dora.apply(x_TI, *tensors, linear.bias, self, linear, again)  # type: ignore[no-any-return]
         dropped_TI = _Dropped.apply(x_TI, drop)
@@ -215,9 +218,10 @@ class TunableLinear(nn.Module):
         """Return the weight [O, I] in the dtype of computing. Decoded weights are valid until the next decoding."""
         return self.weight if self.matrix is None else self.matrix.dense()  # type: ignore[operator, return-value]
 
-    def forward(self, x: Tensor, again: Again = None) -> Tensor:
+    def forward(self, x: Tensor, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias with the site's part. `select_S` says which tokens of the pass these are (None: all of them)."""
         flat_TI = x.reshape(-1, self.in_features)  # [1, T, I] in the trunk, [S, I] at the head
-        y_TO = self.plain(flat_TI) if self.site is None else self.site(flat_TI, self, again)
+        y_TO = self.plain(flat_TI) if self.site is None else self.site(flat_TI, self, again, select_S)
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def plain(self, x_TI: Tensor) -> Tensor:
