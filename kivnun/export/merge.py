@@ -168,6 +168,6 @@ def _likeness(run: OpenedRun, merged: Path) -> Likeness | None:
 def _log_probs(base: Base, sites: Mapping[str, AdapterSite], batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [S, V] of every token at each supervised position, float64."""
     with base.using(sites):
-        places = (torch.from_numpy(x) for x in (batch.ids_T, batch.positions_T))
-        h_SD = base.hidden(*places, Rows(list(batch.lengths)), torch.from_numpy(batch.select_S))
+        ids_T, positions_T, select_S = map(torch.from_numpy, (batch.ids_T, batch.positions_T, batch.select_S))
+        h_SD = base.hidden(ids_T, positions_T, Rows(list(batch.lengths)), select_S)
         return torch.log_softmax(base.head(h_SD).double(), dim=1)

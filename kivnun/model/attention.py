@@ -126,8 +126,8 @@ def rows_attention(
     if rows.cache is None and softcap is None and (whole := serving(query, sliding_window)) is not None:
         q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(query.device), scale, sliding_window)[None], None
-    turned = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _row_by_row(*turned, rows, layer, scale, sliding_window, softcap)[None], None
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _row_by_row(q_THK, k_TGK, v_TGK, rows, layer, scale, sliding_window, softcap)[None], None
 
 
 def _row_by_row(

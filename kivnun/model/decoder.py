@@ -72,7 +72,8 @@ def _windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 
 class BlankLinear(nn.Linear):
-    """A linear layer whose weights are still to come. torch would start them at random, and import its compiler to do so nowhere."""
+    """A linear layer whose weights are still to come. torch would start them at random, and on the meta device that imports its
+    compiler."""
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""

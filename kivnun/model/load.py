@@ -295,7 +295,7 @@ def _install_tunables(
     linears: dict[str, TunableLinear] = {}
     head_name = ""
     for at, module in list(model.named_modules()):
-        if type(module) in (nn.Linear, BlankLinear):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, BlankLinear):
             linears[at] = TunableLinear(module, kernels, matrices.get(at))
             replace(model, at, linears[at])
             head_name = at if module is head else head_name

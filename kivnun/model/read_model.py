@@ -2,7 +2,7 @@
 
 transformers builds the model, renames and puts together tensors of other files than its own, ties weights and makes what no file
 holds. What it would take as it is, it is given zeros for that take no memory; they are replaced afterwards, one by one.
-For families that our own decoder computes (`read_decoder.py`) this is asked only when their files hold other names than they should.
+For families that our own decoder computes (`read_decoder.py`) this is asked only when their files do not hold just its tensors.
 Next: `stored.py` (how a tensor is read), `quantised.py` (what becomes of it), `load.py`.
 """
 
