@@ -157,10 +157,14 @@ class _Attention(nn.Module):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads, keys = config.num_attention_heads, config.num_key_value_heads
         self.shape = HeadShape(heads, keys, width, width**-0.5, design.windows[number], number)
-        self.parts = ("qkv_proj",) if design.fused else ("q_proj", "k_proj", "v_proj")
-        for name, out in zip(self.parts, [sum(self.shape.widths)] if design.fused else self.shape.widths, strict=True):
-            self.add_module(name, _linear(config.hidden_size, out, design.qkv_bias, dtype))
-        self.o_proj = _linear(heads * width, config.hidden_size, design.out_bias, dtype)
+        inputs, widths = config.hidden_size, self.shape.widths
+        out = _linear(widths[0], inputs, design.out_bias, dtype)
+        if design.fused:  # in transformers' order, in which adapters list their layers too
+            self.o_proj, self.qkv_proj = out, _linear(inputs, sum(widths), design.qkv_bias, dtype)
+            self.parts = ("qkv_proj",)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (_linear(inputs, width, design.qkv_bias, dtype) for width in widths)
+            self.o_proj, self.parts = out, ("q_proj", "k_proj", "v_proj")
         self.q_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
         self.k_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
 
