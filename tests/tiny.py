@@ -60,6 +60,16 @@ def _qwen2_windowed() -> transformers.PretrainedConfig:
     return transformers.Qwen2Config(**{**SIZES, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1})
 
 
+def _llama(**changes: object) -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(**{**SIZES, "head_dim": 10, **changes})
+
+
+def _stretched(kind: str, **more: object) -> dict[str, object]:
+    """Return frequencies stretched for longer rows than the original length, which the test's rows exceed."""
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0, **more}
+    return {"rope_parameters": rope | ({} if kind == "linear" else {"original_max_position_embeddings": ORIGINAL_LENGTH})}
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "phi3": _phi3,
     "phi3_window": lambda: _phi3(sliding_window=WINDOW),
@@ -70,15 +80,46 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         original_max_position_embeddings=ORIGINAL_LENGTH,
         partial_rotary_factor=0.75,
     ),
+    "phi3_partial": lambda: _phi3(partial_rotary_factor=0.5),
     "phi": lambda: transformers.PhiConfig(**{**SIZES, "partial_rotary_factor": 0.5}),
-    "llama": lambda: transformers.LlamaConfig(**{**SIZES, "head_dim": 10}),
+    "llama": _llama,
+    "llama_biased": lambda: _llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama_gelu": lambda: _llama(hidden_act="gelu"),
+    "llama_linear": lambda: _llama(**_stretched("linear")),
+    "llama_llama3": lambda: _llama(**_stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    "llama_yarn": lambda: _llama(**_stretched("yarn")),
     "mistral": lambda: transformers.MistralConfig(**{**SIZES, "head_dim": 10, "sliding_window": WINDOW}),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen2_window": _qwen2_windowed,
     "qwen3": lambda: transformers.Qwen3Config(**{**SIZES, "head_dim": 10}),
+    "qwen3_window": lambda: transformers.Qwen3Config(
+        **{**SIZES, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "attention_bias": True}
+    ),
+    "olmo2_longrope": lambda: transformers.Olmo2Config(
+        **{
+            **SIZES,
+            "rope_parameters": {
+                **LONGROPE,
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+                "short_factor": [*SHORT, 2.0],
+                "long_factor": [*LONG, 12.0],
+                "original_max_position_embeddings": ORIGINAL_LENGTH,
+                "factor": 4.0,
+            },
+        }
+    ),
     "gemma": lambda: transformers.GemmaConfig(**{**SIZES, "head_dim": 10}),
     "gemma2": _gemma2,
 }
+
+
+# Families whose forward is our own decoder's.
+OWN = [
+    name
+    for name in CONFIGS
+    if name.split("_")[0] in ("phi3", "phi4", "llama", "mistral", "qwen2", "qwen3") and name != "llama_gelu"
+]
 
 
 def write_base(folder: Path, config: transformers.PretrainedConfig, seed: int = 0) -> Path:

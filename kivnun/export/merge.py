@@ -126,7 +126,7 @@ def _write_merged(base: Base, adapter_folder: Path, place: Path, precision: str)
     """Fold the adapter into the base, which is not the pretrained one any more, and save it."""
     fold_in(base, load_peft(base, adapter_folder).sites)
     base.model.to(DTYPES[precision])
-    base.model.save_pretrained(place)  # type: ignore[operator]
+    base.save(place)
 
 
 @torch.no_grad()
@@ -168,5 +168,6 @@ def _likeness(run: OpenedRun, merged: Path) -> Likeness | None:
 def _log_probs(base: Base, sites: Mapping[str, AdapterSite], batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [S, V] of every token at each supervised position, float64."""
     with base.using(sites):
-        h_TD = base.hidden(torch.from_numpy(batch.ids_T), torch.from_numpy(batch.positions_T), Rows(list(batch.lengths)))
-        return torch.log_softmax(base.head(h_TD[torch.from_numpy(batch.select_S)]).double(), dim=1)
+        ids_T, positions_T, select_S = map(torch.from_numpy, (batch.ids_T, batch.positions_T, batch.select_S))
+        h_SD = base.hidden(ids_T, positions_T, Rows(list(batch.lengths)), select_S)
+        return torch.log_softmax(base.head(h_SD).double(), dim=1)

@@ -1,7 +1,7 @@
 """Activations whose value for one element does not depend on where in the pack the element stands.
 
 On CPU torch runs SiLU, sigmoid and GELU in vectors and the last few elements of each thread's share one by one, with other last
-bits. Here every share is whole vectors. Shapes: T tokens, F features. Next: `load.py` (who installs this).
+bits. Here every share is whole vectors. Shapes: T tokens, F features. Next: `foreign.py` (who installs this).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def resolve_targets(base: Base, target_modules: Literal["all-linear"] | Sequence
         names = tuple(name for name in base.linears if name != base.head_name)
         if not names:
             raise BaseModelError(
-                f"{type(base.model).__name__} has no linear layer besides its head that an adapter could cover",
+                f"{base.name} has no linear layer besides its head that an adapter could cover",
                 hint="use a base whose projections are linear layers, or adapter.kind full",
             )
         return names
@@ -106,7 +106,7 @@ def _matches(base: Base, target: str) -> list[str]:
     found = [name for name in base.linears if name == target or name.endswith("." + target)]
     if not found:
         raise BaseModelError(
-            f"adapter.target_modules names {target!r}, which matches no linear layer of {type(base.model).__name__}",
+            f"adapter.target_modules names {target!r}, which matches no linear layer of {base.name}",
             hint=f"the base has: {', '.join(_endings(base))}; or use all-linear",
         )
     return found

@@ -1,10 +1,11 @@
 """Attention over packed rows: each row attends to itself alone, by itself, whatever else is in the pack.
 
-Registered in transformers' attention interface under one name; the row lengths travel with the call. Since every row is
-computed with its own shapes, its result does not depend on its neighbours, to the bit. Training on CUDA in 16 bits goes through
+Our own decoder calls it by itself; for other families it is registered in transformers' attention interface under one name, and the
+row lengths travel with the call. Since every row is computed with its own shapes, its result does not depend on its neighbours, to
+the bit. Training on CUDA in 16 bits goes through
 one call for the whole pack (`varlen.py`); generation, soft-capped scores and float32 go row by row there too.
 Shapes: H query heads, G key/value heads, T tokens of the pack, L tokens of one row, C cached and new tokens of one row, K width
-of a head. Next: `load.py` (who installs this), `generate.py` (who uses the cache).
+of a head. Next: `decoder.py` (who calls this), `foreign.py` (who has it called), `generate.py` (who uses the cache).
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kivnun.errors import BaseModelError
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels
@@ -81,7 +80,6 @@ class Rows:
     cache: KVCache | None = None
     slots: list[int | None] = field(default_factory=list)
     kernels: Kernels = field(default_factory=TorchKernels)
-    _angles: Angles | None = None
     _bounds: Bounds | None = None
 
     def bounds_on(self, device: torch.device) -> Bounds:
@@ -89,14 +87,6 @@ class Rows:
         if self._bounds is None:
             self._bounds = Bounds.of(self.lengths, device)
         return self._bounds
-
-    def angles_of(self, position_embeddings: tuple[Tensor, Tensor]) -> Angles:
-        """Return the pass's rotation from transformers' cosines and sines [1, T, 2R], converted once for all layers."""
-        if self._angles is None:
-            half = position_embeddings[0].shape[-1] // 2
-            cos_TR, sin_TR = (x[0, :, :half].float().contiguous() for x in position_embeddings)
-            self._angles = Angles(cos_TR, sin_TR)
-        return self._angles
 
 
 def rows_attention(
@@ -139,17 +129,25 @@ def rows_attention(
     if rows.cache is None and softcap is None and (whole := serving(query, sliding_window)) is not None:
         q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(query.device), scale, sliding_window)[None], None
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _row_by_row(q_THK, k_TGK, v_TGK, rows, layer, scale, sliding_window, softcap)[None], None
+
+
+def _row_by_row(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rows: Rows, layer: int, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Return attention [T, H, K] of each row over itself, and over what the cache holds of it."""
     outs: list[Tensor] = []
     # split, not slices: its backward is one concatenation, where a slice's backward writes a full-size tensor of zeros.
-    parts = zip(*(x[0].split(rows.lengths, dim=1) for x in (query, key, value)), strict=True)
+    parts = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True)
     for index, (q_HLK, k_GLK, v_GLK) in enumerate(parts):
         slot = rows.slots[index] if rows.cache is not None else None
         if rows.cache is not None and slot is not None:
             k_GCK, v_GCK = rows.cache.append(layer, slot, k_GLK, v_GLK)
         else:
             k_GCK, v_GCK = k_GLK, v_GLK
-        outs.append(_one_row(q_HLK, k_GCK, v_GCK, scale, sliding_window, softcap))
-    return torch.cat(outs, dim=1).transpose(0, 1)[None], None
+        outs.append(_one_row(q_HLK, k_GCK, v_GCK, scale, window, softcap))
+    return torch.cat(outs, dim=1).transpose(0, 1)
 
 
 def _one_row(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -199,27 +197,32 @@ def _softcapped(q_HLK: Tensor, k_GCK: Tensor, v_GCK: Tensor, scale: float, visib
     return torch.softmax(scores_HLC.float(), dim=-1).to(q_HLK.dtype) @ v_HCK
 
 
-def fused_attention(
-    qkv_TO: Tensor,
-    query_width: int,
-    key_width: int,
-    head_dim: int,
-    rows: Rows,
-    scale: float,
-    window: int | None,
-    angles: Angles,
-    kernels: Kernels,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How a layer's projections fall into heads, and what its attention computes with them."""
+
+    num_queries: int
+    num_keys: int
+    width: int
+    scale: float
+    window: int | None
+    layer: int
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Return the widths of queries, keys and values in a projection."""
+        return self.num_queries * self.width, self.num_keys * self.width, self.num_keys * self.width
+
+
+def fused_attention(qkv_TO: Tensor, shape: HeadShape, rows: Rows, angles: Angles) -> Tensor:
     """Return causal attention [T, H * K] of each row over itself, from projections side by side, [T, (H + 2 G) * K]."""
-    widths = (query_width, key_width, key_width)
-    if isinstance(kernels, NativeKernels):
-        return _FusedAttention.apply(qkv_TO, widths, head_dim, rows.lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
-    q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, widths, head_dim, angles, kernels)
-    if (whole := serving(q_THK, window)) is not None:
+    widths, scale, window, kernels = shape.widths, shape.scale, shape.window, rows.kernels
+    if rows.cache is None and isinstance(kernels, NativeKernels):
+        return _FusedAttention.apply(qkv_TO, widths, shape.width, rows.lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
+    q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, widths, shape.width, angles, kernels)
+    if rows.cache is None and (whole := serving(q_THK, window)) is not None:
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(qkv_TO.device), scale, window).flatten(1)
-    parts = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True)
-    outs = [_one_row(q_HLK, k_GLK, v_GLK, scale, window, None) for q_HLK, k_GLK, v_GLK in parts]
-    return torch.cat(outs, dim=1).transpose(0, 1).flatten(1)
+    return _row_by_row(q_THK, k_TGK, v_TGK, rows, shape.layer, scale, window, None).flatten(1)
 
 
 def _turned_heads(
@@ -331,7 +334,13 @@ class MatmulAttention(torch.autograd.Function):
 
 
 def register() -> None:
-    """Make transformers know this attention by its name. Registering twice is harmless."""
+    """Make transformers know this attention by its name. Registering twice is harmless.
+
+    Imports transformers' modelling code, which takes 100 MB and a second, so it is asked for where that code runs anyway.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register(NAME, rows_attention)
     # Rows travel with the call, so no mask is ever built.
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)

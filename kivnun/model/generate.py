@@ -125,8 +125,8 @@ def _pass(base: Base, cache: KVCache, rows: Sequence[_Row], new: Sequence[list[i
     positions_T = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]).to(
         base.device
     )
-    h_TD = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]))
-    last_ND = h_TD[torch.tensor(np.cumsum(lengths) - 1, device=base.device)]
+    last_N = torch.tensor(np.cumsum(lengths) - 1, device=base.device)
+    last_ND = base.hidden(ids_T, positions_T, Rows(lengths, cache, [row.slot for row in rows]), last_N)
     return base.head(padded(last_ND, base.kernels))[: len(rows)].float()
 
 

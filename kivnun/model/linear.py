@@ -35,9 +35,12 @@ class DropoutDraw:
     site: int
     keys_T: Tensor | None = None
 
-    def now(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
-        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew."""
-        keys_T = self.keys_T
+    def now(self, kernels: Kernels, select_S: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew.
+
+        With `select_S` it is for these tokens of the pass, each with the mask it would have among all.
+        """
+        keys_T = self.keys_T if select_S is None or self.keys_T is None else self.keys_T[select_S]
         return undropped if keys_T is None else lambda x_TI: kernels.dropped(x_TI, keys_T, self.site, self.rate)
 
 
@@ -68,8 +71,9 @@ class LoraSite:
     dropout: DropoutDraw
     _factors: _Factors = field(default_factory=_Factors)
 
-    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, linear, again)  # type: ignore[no-any-return]
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        drop = self.dropout.now(linear.kernels, select_S)
+        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, drop, linear, again)  # type: ignore[no-any-return]
 
     def factors(self, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
         """Return A and scaling * B as products take them."""
@@ -88,8 +92,8 @@ class _Lora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI, a_RI, b_OR, site, linear, again):  # type: ignore[override]
-        kernels, drop = linear.kernels, site.dropout.now(linear.kernels)
+    def forward(ctx: Any, x_TI, a_RI, b_OR, site, drop, linear, again):  # type: ignore[override]
+        kernels = linear.kernels
         a, scaled_b = site.factors(x_TI.dtype, kernels)
         xa_TR = times_transposed(drop(x_TI), a, kernels)
         y_TO = times_transposed(x_TI, linear.operand(), kernels, LowRank(xa_TR, scaled_b))
@@ -100,7 +104,7 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TO):  # type: ignore[override]
         x_TI, xa_TR, _, _ = ctx.saved_tensors
-        return *_lora_gradients(ctx, dy_TO, _input(ctx, x_TI), xa_TR), None, None, None
+        return *_lora_gradients(ctx, dy_TO, _input(ctx, x_TI), xa_TR), None, None, None, None
 
 
 def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
@@ -140,8 +144,8 @@ class DoraSite:
     _squares_O: Tensor | None = None
     _factors: _Factors = field(default_factory=_Factors)
 
-    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None) -> Tensor:
-        drop, tensors = self.dropout.now(linear.kernels), (self.a_RI, self.b_OR, self.magnitude_O)
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        drop, tensors = self.dropout.now(linear.kernels, select_S), (self.a_RI, self.b_OR, self.magnitude_O)
         if drop is undropped:
             return _Dora.apply(x_TI, *tensors, linear.bias, self, linear, again)  # type: ignore[no-any-return]
         dropped_TI = _Dropped.apply(x_TI, drop)
@@ -255,9 +259,10 @@ class TunableLinear(nn.Module):
         """Return the weight as products take it: packed if it is, else dense."""
         return self.matrix if isinstance(self.matrix, PackedMatrix) else self.dense()
 
-    def forward(self, x: Tensor, again: Again = None) -> Tensor:
+    def forward(self, x: Tensor, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias with the site's part. `select_S` says which tokens of the pass these are (None: all of them)."""
         flat_TI = x.reshape(-1, self.in_features)  # [1, T, I] in the trunk, [S, I] at the head
-        y_TO = self.plain(flat_TI) if self.site is None else self.site(flat_TI, self, again)
+        y_TO = self.plain(flat_TI) if self.site is None else self.site(flat_TI, self, again, select_S)
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def plain(self, x_TI: Tensor) -> Tensor:

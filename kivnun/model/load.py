@@ -1,15 +1,14 @@
 """A base: a pretrained model, pinned by hash, that knows no adapter, with one way into its trunk and its head.
 
-Loading replaces modules on the instance: linear layers and the embedding by tunable ones, a LongRoPE by one that chooses its
-factors per row, activations by ones that work in whole vectors, and lays the fast path over its layers (`blocks.py`). No class is
-patched.
-Shapes: T tokens of a pack, D model width, V vocabulary.
-Next: `attention.py` (what a row sees), `adapters.py` (what is lent to a base), `loss.py` (what is done with the head).
+Some families are computed by a decoder of our own, without transformers' modelling code; any other causal language model is
+transformers', run row by row. In both, loading replaces linear layers and the embedding by tunable ones.
+Shapes: T tokens of a pack, S selected ones of them, D model width, V vocabulary.
+Next: `decoder.py`, `foreign.py` (the two), `adapters.py` (what is lent to a base), `loss.py` (what is done with the head).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
 
 from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
-from kivnun.model import attention, blocks
-from kivnun.model.activation import WholeVectors
+from kivnun.model import attention
 from kivnun.model.attention import Rows
+from kivnun.model.decoder import BlankLinear, Decoder, design_of
 from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision
+from kivnun.model.foreign import ForeignTrunk, replace
 from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
 from kivnun.model.loss import FrozenHead, GraphHead
 from kivnun.model.probe import refuse_unlike_transformers
 from kivnun.model.products import whole
 from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix, pieces_of
-from kivnun.model.read_model import ReadModel, decoded, read_model
+from kivnun.model.read_decoder import as_transformers, read_decoder, taken_over
+from kivnun.model.read_model import ReadModel, decoded, open_config, read_model
 from kivnun.model.rope import RowRotary
 
 # What a base computes in. Quantised ones do so in bfloat16, as QLoRA does: half the memory of a decoded matrix and of activations,
 # and digits enough beside those the codes leave out.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "int8": torch.bfloat16}
 
+
+# Token ids, positions, rows and selected tokens (None: all) -> final hidden states.
+Trunk = Callable[[Tensor, Tensor, Rows, Tensor | None], Tensor]
 
 PIECE_ROWS = 4096  # rows of a matrix that are quantised at once: a multiple of a block
 
@@ -47,7 +50,9 @@ PIECE_ROWS = 4096  # rows of a matrix that are quantised at once: a multiple of 
 class Base:
     """A loaded base. `linears` holds every tunable linear layer by its name in the model; `head_name` is the language head's."""
 
+    name: str  # of transformers' class
     model: nn.Module
+    trunk: Trunk
     config: Any
     folder: Path
     content_hash: str
@@ -81,10 +86,11 @@ class Base:
             for name in sites:
                 self.linears[name].site = None
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, rows: Rows) -> Tensor:
-        """Return the final hidden state [T, D] of packed rows.
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, rows: Rows, select_S: Tensor | None = None) -> Tensor:
+        """Return the final hidden states [T, D] of packed rows, or those of the selected tokens alone, [S, D].
 
-        `positions_T` are positions within rows. Packs are padded to whole numbers of rows by a row of their own (`products.whole`).
+        `positions_T` are positions within rows. Packs are padded to whole numbers of rows by a row of their own
+        (`products.whole`), selections by tokens whose states nobody sees.
         """
         num_tokens = len(ids_T)
         short = whole(num_tokens, self.kernels, self.dtype) - num_tokens
@@ -92,13 +98,18 @@ class Base:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
             rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None])
-        # Of this pass alone: what its layers share (angles, bounds) must not outlive it.
+        # Of this pass alone: what its layers share (bounds) must not outlive it.
         rows = Rows(rows.lengths, rows.cache, rows.slots, self.kernels)
-        if self.rotary is not None:
-            self.rotary.lengths = rows.lengths
-        trunk: nn.Module = self.model.base_model  # type: ignore[assignment]
-        out = trunk(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, rows=rows)
-        return out.last_hidden_state[0, :num_tokens]
+        if select_S is None:
+            return self.trunk(ids_T, positions_T, rows, None)[:num_tokens]
+        num_selected = len(select_S)
+        filled_S = torch.cat([select_S, select_S.new_zeros(whole(num_selected, self.kernels, self.dtype) - num_selected)])
+        return self.trunk(ids_T, positions_T, rows, filled_S)[:num_selected]
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as they are now, as a folder that transformers loads."""
+        model: Any = as_transformers(self.model, self.linears) if isinstance(self.model, Decoder) else self.model
+        model.save_pretrained(folder)
 
     def padded(self, values_T: np.ndarray) -> np.ndarray:
         """Return per-token values with zeros for the tokens that `hidden` adds to a pack."""
@@ -137,7 +148,7 @@ def load_base(
     precision for good.
     """
     chosen = choose(kernels, device)
-    read = _read(folder, precision, chosen if device == "cpu" else choose("auto", "cpu"))
+    read = _read(folder, precision, rope_factors, chosen if device == "cpu" else choose("auto", "cpu"))
     for matrix in read.matrices.values():  # quantised on the CPU, decoded where the base computes
         matrix.buffer.kernels = chosen
     base = _prepared(folder, read, DTYPES[precision], device, rope_factors, chosen, recompute)
@@ -166,7 +177,7 @@ def base_from_model(
             module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    read = ReadModel(model, matrices)
+    read = taken_over(ReadModel(model, matrices), "per_row")
     return _prepared(Path(type(model).__name__), read, dtype, device, "per_row", chosen, recompute, content_hash="in memory")
 
 
@@ -182,20 +193,27 @@ def load_decoded(folder: Path, precision: str, rope_factors: str = "per_row") ->
     The weights are the values that the quantised base computes with: rounded to bfloat16, then widened.
     """
     kernels = choose("auto", "cpu")
-    read = _read(folder, precision, kernels)
+    read = _read(folder, precision, rope_factors, kernels)
     return _prepared(folder, ReadModel(decoded(read).float(), {}), torch.float32, "cpu", rope_factors, kernels, False)
 
 
 def read_decoded(folder: Path, precision: str) -> nn.Module:
     """Return transformers' own model with the weights that a base quantised in `precision` computes with."""
-    return decoded(_read(folder, precision, choose("auto", "cpu")))
-
-
-def _read(folder: Path, precision: str, kernels: Kernels) -> ReadModel:
     _refuse_unsupported(folder)
     refuse_other_precision(folder, precision)
     dtype = DTYPES[precision]
-    return read_model(folder, dtype, precision if precision in FORMS else None, DecodeBuffer(dtype, kernels))
+    return decoded(read_model(folder, dtype, precision if precision in FORMS else None, DecodeBuffer(dtype, choose("auto", "cpu"))))
+
+
+def _read(folder: Path, precision: str, rope_factors: str, kernels: Kernels) -> ReadModel:
+    _refuse_unsupported(folder)
+    refuse_other_precision(folder, precision)
+    dtype, form = DTYPES[precision], precision if precision in FORMS else None
+    buffer, config = DecodeBuffer(dtype, kernels), open_config(folder)
+    design = design_of(config)
+    if design is None:
+        return read_model(folder, dtype, form, buffer)
+    return read_decoder(folder, config, design, rope_factors, dtype, form, buffer)
 
 
 def _prepared(
@@ -209,12 +227,21 @@ def _prepared(
     content_hash: str | None = None,
 ) -> Base:
     model = read.model
-    linears, head_name = _install_tunables(model, read.matrices, kernels)
+    name = model.name if isinstance(model, Decoder) else type(model).__name__
+    linears, head_name = _install_tunables(model, name, read.matrices, kernels)
     model.to(device)
     model.eval()
     model.requires_grad_(False)
+    if isinstance(model, Decoder):
+        model.recompute = recompute
+        trunk, rotary = model, model.rotary
+    else:
+        trunk = ForeignTrunk(model, rope_factors, recompute)
+        rotary = trunk.packed and trunk.packed.by_row
     base = Base(
+        name=name,
         model=model,
+        trunk=trunk,
         config=model.config,
         folder=folder,
         content_hash=content_hash or hash_folder(folder),
@@ -223,11 +250,12 @@ def _prepared(
         linears=linears,
         head_name=head_name,
         tied=linears[head_name].weight is model.get_input_embeddings().weight,  # type: ignore[operator, union-attr]
-        rotary=_install_rotary(model, rope_factors),
+        rotary=rotary if isinstance(rotary, RowRotary) else None,
         kernels=kernels,
-        slow=blocks.install(model, kernels, recompute),
+        slow=trunk.slow if isinstance(trunk, ForeignTrunk) else [],
     )
-    refuse_unlike_transformers(base)
+    if isinstance(trunk, ForeignTrunk):
+        refuse_unlike_transformers(base, trunk)
     return base
 
 
@@ -267,51 +295,19 @@ def _known_types() -> set[str]:
 
 
 def _install_tunables(
-    model: nn.Module, matrices: Mapping[str, QuantisedMatrix], kernels: Kernels
+    model: nn.Module, name: str, matrices: Mapping[str, QuantisedMatrix], kernels: Kernels
 ) -> tuple[dict[str, TunableLinear], str]:
+    """Put tunable layers in the place of plain ones; return the linear ones by name, and the language head's name."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears: dict[str, TunableLinear] = {}
-    activations = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     head_name = ""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            linears[name] = TunableLinear(module, kernels, matrices.get(name))
-            _replace(model, name, linears[name])
-            head_name = name if module is head else head_name
+    for at, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, BlankLinear):
+            linears[at] = TunableLinear(module, kernels, matrices.get(at))
+            replace(model, at, linears[at])
+            head_name = at if module is head else head_name
         elif type(module) is nn.Embedding:
-            _replace(model, name, TunableEmbedding(module))
-        elif type(module) in activations and not any(True for _ in module.parameters()):
-            _replace(model, name, WholeVectors(module))
+            replace(model, at, TunableEmbedding(module))
     if not head_name:
-        raise BaseModelError(f"{type(model).__name__} has no linear language head", hint="use a causal language model")
+        raise BaseModelError(f"{name} has no linear language head", hint="use a causal language model")
     return linears, head_name
-
-
-def _install_rotary(model: nn.Module, rope_factors: str) -> RowRotary | None:
-    """Put a rotary embedding that chooses LongRoPE's factors row by row in place of one that chooses by the whole pack."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        kind = getattr(module, "rope_type", "default")
-        if kind == "longrope":
-            found.append((name, module))
-        elif kind == "dynamic" or (isinstance(kind, dict) and {"dynamic", "longrope"}.intersection(kind.values())):
-            raise BaseModelError(
-                f"{type(model).__name__} rotates positions by the longest row of a batch (rope_type {kind!r}), not row by row",
-                hint="use a base with fixed frequencies, or with one LongRoPE",
-            )
-    if not found and rope_factors != "per_row":
-        raise BaseModelError(
-            f"base.rope_factors is {rope_factors}, but {type(model).__name__} has no LongRoPE: it would change nothing",
-            hint="leave base.rope_factors out",
-        )
-    if not found:
-        return None
-    ((name, module),) = found
-    rotary = RowRotary.from_transformers(module, rope_factors)
-    _replace(model, name, rotary)
-    return rotary
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

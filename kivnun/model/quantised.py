@@ -20,6 +20,7 @@ from kivnun.model.kernels.reference import GROUP
 
 BLOCK = 64
 GROUPS_AT_ONCE = 128  # as many scales as torch leaves to one thread: more threads would wait for each other more than they work
+ROWS_AT_ONCE = 64  # rows that int8 encodes at once: what is made on the way stays small
 # Codes are kept as bit patterns of this type. Tools that shard a model (FSDP, ZeRO) split floating parameters only, and copy bits;
 # it is the type a quantised base computes in, so that a cast of the whole model to that type leaves codes alone.
 CARRIER = torch.bfloat16
@@ -173,11 +174,12 @@ class Int8Matrix(FrozenMatrix):
         """
         codes_OI, absmax_O, row = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]), 0
         for piece in pieces:
-            values_RI = piece.view(-1, shape[1]).float()
-            rows = slice(row, row := row + len(values_RI))
-            absmax_O[rows] = values_RI.abs().amax(1)
-            scale_R = torch.where(absmax_O[rows] > 0, 127.0 / absmax_O[rows], 0.0)
-            codes_OI[rows] = torch.round(values_RI * scale_R[:, None]).to(torch.int8)
+            for part_RI in piece.view(-1, shape[1]).split(ROWS_AT_ONCE):
+                values_RI = part_RI.float()
+                rows = slice(row, row := row + len(values_RI))
+                absmax_O[rows] = values_RI.abs().amax(1)
+                scale_R = torch.where(absmax_O[rows] > 0, 127.0 / absmax_O[rows], 0.0)
+                codes_OI[rows] = torch.round(values_RI * scale_R[:, None]).to(torch.int8)
         return cls(shape, codes_OI, absmax_O, buffer)
 
     def dense(self) -> Tensor:

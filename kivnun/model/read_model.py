@@ -2,6 +2,7 @@
 
 transformers builds the model, renames and puts together tensors of other files than its own, ties weights and makes what no file
 holds. What it would take as it is, it is given zeros for that take no memory; they are replaced afterwards, one by one.
+For families that our own decoder computes (`read_decoder.py`) this is asked only when their files do not hold just its tensors.
 Next: `stored.py` (how a tensor is read), `quantised.py` (what becomes of it), `load.py`.
 """
 
@@ -127,27 +128,45 @@ class _Absent:
         return torch.zeros((), dtype=dtype).expand(self.shape)
 
 
+def open_config(folder: Path) -> Any:
+    """Return transformers' configuration of a folder. Raises BaseModelError when it knows no such model."""
+    from transformers import AutoConfig
+
+    with _told_simply(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    vars(config).pop("quantization_config", None)  # codes are read by `stored.py`; transformers would call bitsandbytes
+    return config
+
+
+def generation_config(folder: Path) -> Any:
+    """Return what the folder says of generating, to go out with a result as it came in; None where it says nothing."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with _told_simply(folder):
+        return GenerationConfig.from_pretrained(folder)
+
+
 def _outline(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Return the folder's model without any weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     attention.register()
+    config = open_config(folder)
     with _told_simply(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        vars(config).pop("quantization_config", None)  # codes are read by `stored.py`; transformers would call bitsandbytes
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
 
 
 def _filled(folder: Path, outline: nn.Module, dtype: torch.dtype, tensors: Mapping[str, object]) -> nn.Module:
-    from transformers import GenerationConfig
     from transformers.utils import logging
 
+    generation = generation_config(folder)
     logging.disable_progress_bar()  # what a person sees of a run is told by events; bars within it only tear the screen
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is refused below, in fewer words
     try:
         with _told_simply(folder):
-            generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
             model, info = type(outline).from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=outline.config,

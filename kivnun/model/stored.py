@@ -25,7 +25,22 @@ TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE = 1 << 22  # elements read at once: small beside a base, large beside what a call costs
+PIECE = 1 << 20  # elements read at once: small beside a base, large beside what a call costs
+
+
+class Scratch:
+    """Memory for a piece, kept from one to the next: what is taken and given back between tensors that stay leaves holes that a
+    process may never fill again."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for `count` elements, the same as was returned before."""
+        needed = count * dtype.itemsize
+        if len(self._bytes) < needed:
+            self._bytes = torch.empty(max(needed, PIECE * 4), dtype=torch.uint8)
+        return self._bytes[:needed].view(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: torch.Size
     start: int
+    scratch: Scratch
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the tensor, converted piece by piece where another dtype is asked for."""
@@ -52,10 +68,11 @@ class StoredTensor:
         return out
 
     def pieces(self, multiple: int = 1) -> Iterator[Tensor]:
-        """Yield the flattened tensor in pieces, each but the last a multiple of `multiple` long and valid until the next."""
+        """Yield the flattened tensor in pieces, each but the last a multiple of `multiple` long, and valid until the next piece of
+        any tensor of the folder."""
         count = self.shape.numel()
         step = max(multiple, PIECE // multiple * multiple)
-        memory = torch.empty(min(step, count), dtype=self.dtype)
+        memory = self.scratch.room(min(step, count), self.dtype)
         for at in range(0, count, step):
             piece = memory[: min(step, count - at)]
             self._fill(piece, at)
@@ -79,10 +96,11 @@ class StoredTensor:
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return all tensors of a folder's safetensors files by name. Raises BaseModelError when a file is not one."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in _tensors_of(file)}
+    scratch = Scratch()
+    return {name: tensor for file in weight_files(folder) for name, tensor in _tensors_of(file, scratch)}
 
 
-def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _tensors_of(file: Path, scratch: Scratch) -> Iterator[tuple[str, StoredTensor]]:
     with file.open("rb") as stream:
         after_header = 8 + int.from_bytes(stream.read(8), "little")
     for name, entry in read_header(file).items():
@@ -92,7 +110,7 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 f"{file}: {name} is stored as {entry['dtype']} {entry['shape']}, which cannot be read",
                 hint="use a model stored in fp32, bf16 or fp16, or by bitsandbytes",
             )
-        yield name, StoredTensor(file, name, dtype, shape, after_header + start)
+        yield name, StoredTensor(file, name, dtype, shape, after_header + start, scratch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,11 +93,11 @@ class Trainee:
         whatever the split. Raises NonFiniteLossError, naming the rows, before anything is updated.
         """
         self._rows_of_step.extend(batch.where)
-        select_S, targets_S = _on(self._base, batch.select_S), _on(self._base, batch.targets_S)
+        targets_S = _on(self._base, batch.targets_S)
         with self._base.using(self.weights.sites()):
             self.weights.draw_dropout(self.steps + 1, *_token_places(self._base, batch))
             try:
-                h_SD = _hidden(self._base, batch).index_select(0, select_S)
+                h_SD = _hidden(self._base, batch)
                 head = self._base.language_head(self.weights.head_parameters())
                 weights_S, loss = self.objective.token_weights(
                     batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S)
@@ -196,13 +196,14 @@ class TorchEngine:
 
 
 def _hidden(base: Base, batch: PackedBatch) -> Tensor:
-    return base.hidden(_on(base, batch.ids_T), _on(base, batch.positions_T), Rows(list(batch.lengths)))
+    """Return the final hidden states [S, D] at the supervised positions."""
+    ids_T, positions_T, select_S = (_on(base, array) for array in (batch.ids_T, batch.positions_T, batch.select_S))
+    return base.hidden(ids_T, positions_T, Rows(list(batch.lengths)), select_S)
 
 
 @torch.no_grad()
 def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
-    h_SD = _hidden(base, batch).index_select(0, _on(base, batch.select_S))
-    return token_log_probs(base.language_head(()), h_SD, _on(base, batch.targets_S)).cpu().numpy()
+    return token_log_probs(base.language_head(()), _hidden(base, batch), _on(base, batch.targets_S)).cpu().numpy()
 
 
 def _on(base: Base, array: np.ndarray) -> Tensor:

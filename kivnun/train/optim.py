@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
 class Optimizer(Protocol):
@@ -56,65 +57,110 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimizer for these float32 parameters. `not_matrices` names those Muon must leave to AdamW although 2-D."""
     if isinstance(settings, AdamWSettings):
-        return _Named([_Group(dict(parameters), _adamw(parameters, settings), 1.0)])
+        return _Rules([_AdamW(parameters, settings, 1.0)])
     matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and name not in not_matrices}
     others = {name: p for name, p in parameters.items() if name not in matrices}
-    groups = []
-    if matrices:
-        groups.append(_Group(matrices, _muon(list(matrices.values()), settings), 1.0))
-    if others:
-        groups.append(_Group(others, _adamw(others, settings.adamw), settings.adamw_share))
-    return _Named(groups)
+    rules: list[Optimizer] = [_Muon(matrices, settings)] if matrices else []
+    rules += [_AdamW(others, settings.adamw, settings.adamw_share)] if others else []
+    return _Rules(rules)
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    parameters: dict[str, nn.Parameter]
-    rule: torch.optim.Optimizer
-    learning_rate_share: float
+class _Rules:
+    """Rules for tensors of different kinds, as one."""
 
-
-class _Named:
-    def __init__(self, groups: Sequence[_Group]) -> None:
-        self._groups = groups
+    def __init__(self, rules: Sequence[Optimizer]) -> None:
+        self._rules = rules
 
     def step(self, learning_rate: float) -> None:
-        for group in self._groups:
-            for settings in group.rule.param_groups:
-                settings["lr"] = learning_rate * group.learning_rate_share
-            group.rule.step()
+        for rule in self._rules:
+            rule.step(learning_rate)
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            f"{moment}/{name}": value
-            for group in self._groups
-            for name, parameter in group.parameters.items()
-            for moment, value in group.rule.state[parameter].items()
-        }
+        return {key: value for rule in self._rules for key, value in rule.state().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for group in self._groups:
-            for name, parameter in group.parameters.items():
-                moments = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
-                # Step counters stay where torch keeps them (CPU, float32); moments live beside their parameter.
-                group.rule.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                    for moment, value in moments.items()
-                }
+        for rule in self._rules:
+            rule.load(state)
 
 
-def _adamw(parameters: Mapping[str, nn.Parameter], settings: AdamWSettings) -> torch.optim.Optimizer:
-    """AdamW that decays matrices alone: norms, biases and magnitudes have nothing to shrink to."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps
-    )
+class _AdamW:
+    """AdamW that decays matrices alone: norms, biases and magnitudes have nothing to shrink to.
+
+    The update is torch's function; torch's class of the same name would import its compiler, a second and 80 MB of it.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: AdamWSettings, share: float) -> None:
+        self._parameters, self._settings, self._share = dict(parameters), settings, share
+        self._moments: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        trained = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        for name, p in trained.items():
+            if not self._moments.get(name):  # its first gradient
+                # The step counter stays where torch keeps it (CPU, float32); moments live beside their parameter.
+                self._moments[name] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for decayed in (True, False):
+            names = [name for name, p in trained.items() if (p.ndim >= 2) == decayed]
+            if names:
+                self._update(names, learning_rate * self._share, self._settings.weight_decay if decayed else 0.0)
+
+    def _update(self, names: Sequence[str], learning_rate: float, weight_decay: float) -> None:
+        moments = [self._moments[name] for name in names]
+        adamw(
+            [self._parameters[name] for name in names],
+            [self._parameters[name].grad for name in names],  # type: ignore[misc]
+            [its["exp_avg"] for its in moments],
+            [its["exp_avg_sq"] for its in moments],
+            [],
+            [its["step"] for its in moments],
+            amsgrad=False,
+            beta1=self._settings.beta1,
+            beta2=self._settings.beta2,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self._settings.eps,
+            maximize=False,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return _flat(self._moments)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self._moments = {name: _moments_of(name, p, state) for name, p in self._parameters.items()}
 
 
-def _muon(parameters: list[nn.Parameter], settings: MuonSettings) -> torch.optim.Optimizer:
-    return torch.optim.Muon(
-        parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+class _Muon:
+    """Muon by torch's class."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: MuonSettings) -> None:
+        self._parameters = dict(parameters)
+        self._rule = torch.optim.Muon(
+            list(self._parameters.values()),
+            lr=0.0,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    def step(self, learning_rate: float) -> None:
+        for settings in self._rule.param_groups:
+            settings["lr"] = learning_rate
+        self._rule.step()
+
+    def state(self) -> dict[str, Tensor]:
+        return _flat({name: self._rule.state[p] for name, p in self._parameters.items()})
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, p in self._parameters.items():
+            self._rule.state[p] = _moments_of(name, p, state)
+
+
+def _flat(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{moment}/{name}": value for name, its in moments.items() for moment, value in its.items()}
+
+
+def _moments_of(name: str, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a parameter's own moments out of a saved state, each where it belongs."""
+    its = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
+    return {moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True) for moment, value in its.items()}

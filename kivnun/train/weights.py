@@ -124,7 +124,7 @@ class FullWeights:
                 live.copy_(self._masters[name])
 
     def export(self, folder: Path, base_name: str) -> None:
-        self._base.model.save_pretrained(folder)  # type: ignore[operator]
+        self._base.save(folder)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -43,7 +43,19 @@ def _packs() -> list[list[list[int]]]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("name", "num_threads"),
-    [("wide", 1), ("wide", 2), ("phi3", 1), ("phi3", 2), ("phi4_mini", 1), ("gemma2", 1), ("qwen3", 1), ("phi", 1)],
+    [
+        ("wide", 1),
+        ("wide", 2),
+        ("phi3", 1),
+        ("phi3", 2),
+        ("phi4_mini", 1),
+        ("gemma2", 1),
+        ("qwen3", 1),
+        ("phi", 1),
+        ("llama", 1),
+        ("mistral", 1),
+        ("qwen2_window", 2),
+    ],
 )
 def test_a_row_in_a_pack_equals_the_row_alone_to_the_bit(
     name: str, precision: str, num_threads: int, wide_base: Path, tiny_base: Callable[[str], Path], threads: Threads

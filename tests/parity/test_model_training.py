@@ -177,7 +177,7 @@ def test_a_tuned_model_opens_in_transformers_with_its_logits(name: str, tiny_bas
     assert tiny.relative_difference(tiny.packed_logits(base, [ids])[0], expected) < 1e-6
     assert tiny.relative_difference(tiny.reference_logits(tiny.reference(tiny_base(name)), ids), expected) > 1e-2
     assert "kivnun" not in (tmp_path / "config.json").read_text(encoding="utf-8")
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(base.model)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == base.name
 
 
 def test_training_an_adapter_leaves_the_base_as_it_was(tiny_base: TinyBase):
