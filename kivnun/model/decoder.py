@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         angles = self.rotary(positions_T, rows.lengths, h_TD.dtype)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
-            given = (h_TD, angles, rows, select_S if number == last else None)
+            given = (h_TD, angles, rows, select_S if number == last else None, not self.recompute)
             h_TD = recomputed(layer, *given) if self.recompute else layer(*given)
         return self.model.norm(h_TD, rows.kernels)
 
@@ -141,14 +141,18 @@ class _Layer(nn.Module):
         self.input_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(self, h_TD: Tensor, angles: Angles, rows: Rows, select_S: Tensor | None) -> Tensor:
+    def forward(self, h_TD: Tensor, angles: Angles, rows: Rows, select_S: Tensor | None, remake: bool) -> Tensor:
         """Return the residual stream after this layer [T, D], or of the selected tokens alone [S, D]: nothing but attention mixes
-        tokens, so the rest of the layer does without the others."""
-        out_TO = self.self_attn(h_TD, self.input_layernorm, angles, rows)
+        tokens, so the rest of the layer does without the others.
+
+        `remake`: projections make their inputs again in the backward pass, out of what is kept anyway. Where the whole layer is
+        made again nothing is kept, and this would hold on to it.
+        """
+        out_TO = self.self_attn(h_TD, self.input_layernorm, angles, rows, remake)
         if select_S is not None:
             out_TO, h_TD = out_TO.index_select(0, select_S), h_TD.index_select(0, select_S)
         h_TD = h_TD + self.self_attn.o_proj(out_TO, None, select_S)
-        return h_TD + self.mlp(h_TD, self.post_attention_layernorm, rows.kernels, select_S)
+        return h_TD + self.mlp(h_TD, self.post_attention_layernorm, rows.kernels, select_S, remake)
 
 
 class _Attention(nn.Module):
@@ -168,9 +172,9 @@ class _Attention(nn.Module):
         self.q_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
         self.k_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
 
-    def forward(self, h_TD: Tensor, norm: _Norm, angles: Angles, rows: Rows) -> Tensor:
+    def forward(self, h_TD: Tensor, norm: _Norm, angles: Angles, rows: Rows, remake: bool) -> Tensor:
         """Return what the heads say [T, H * K], not yet projected back."""
-        x_TD, again = norm(h_TD, rows.kernels), norm.again(h_TD, rows.kernels)
+        x_TD, again = norm(h_TD, rows.kernels), norm.again(h_TD, rows.kernels) if remake else None
         parts: list[Tensor] = [self.get_submodule(name)(x_TD, again) for name in self.parts]
         if self.q_norm is not None and self.k_norm is not None:
             parts[:2] = self.q_norm.of_heads(parts[0], rows.kernels), self.k_norm.of_heads(parts[1], rows.kernels)
@@ -186,11 +190,11 @@ class _Mlp(nn.Module):
             self.add_module(name, _linear(width, 2 * inner // len(self.parts), design.mlp_bias, dtype))
         self.down_proj = _linear(inner, width, design.mlp_bias, dtype)
 
-    def forward(self, h_TD: Tensor, norm: _Norm, kernels: Kernels, select_S: Tensor | None) -> Tensor:
-        x_TD, again = norm(h_TD, kernels), norm.again(h_TD, kernels)
+    def forward(self, h_TD: Tensor, norm: _Norm, kernels: Kernels, select_S: Tensor | None, remake: bool) -> Tensor:
+        x_TD, again = norm(h_TD, kernels), norm.again(h_TD, kernels) if remake else None
         gu_T2F = _side_by_side([self.get_submodule(name)(x_TD, again, select_S) for name in self.parts])
         kept_T2F, gate = gu_T2F.detach(), kernels.gate
-        return self.down_proj(gated(gu_T2F, kernels), lambda: gate(kept_T2F), select_S)
+        return self.down_proj(gated(gu_T2F, kernels), (lambda: gate(kept_T2F)) if remake else None, select_S)
 
 
 class _Norm(nn.Module):

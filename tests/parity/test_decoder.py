@@ -53,6 +53,24 @@ def test_gradients_of_all_weights_are_transformers(name: str, recompute: bool, t
             assert tiny.relative_difference(gradient, expected[key].grad) < 2e-5, key
 
 
+@pytest.mark.parametrize("name", ["phi3", "qwen3"])
+def test_checkpointing_holds_on_to_nothing_that_a_layer_would_be_made_again_from(name: str, tiny_base: TinyBase):
+    """What a projection's way to its input holds is memory that autograd does not know of, and could not let go."""
+    ways = []
+    for recompute in (False, True):
+        base = load_base(tiny_base(name), "fp32", recompute=recompute)
+        with base.using(tiny.new_weights(base).sites()):
+            waiting, seen = [base.hidden(torch.arange(20), torch.arange(20), Rows([20])).grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        ways.append(sum(getattr(node, "again", None) is not None for node in seen))
+    assert ways[0] > 0
+    assert ways[1] == 0
+
+
 # --- the last layer, trimmed -------------------------------------------------------------------------------------------------
 
 
