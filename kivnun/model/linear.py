@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kivnun.model.kernels import Kernels
-from kivnun.model.products import LowRank, Matrix, PackedMatrix, can_pack, over_tokens, packed, times, times_transposed
+from kivnun.model.products import LowRank, Matrix, PackedMatrix, over_tokens, packed, times, times_transposed
 
 # Makes a layer's input again in the backward pass, from what another function keeps anyway; None: the input itself is kept.
 Again: TypeAlias = Callable[[], Tensor] | None
@@ -248,8 +248,9 @@ class TunableLinear(nn.Module):
 
     def pack(self) -> None:
         """Keep the weight packed for its products, where it can be: it can never be trained then."""
-        if self.weight is not None and can_pack(self.weight, self.kernels):
-            self.matrix, self.weight = PackedMatrix(self.weight, self.kernels), None
+        matrix = None if self.weight is None else packed(self.weight, self.kernels)
+        if isinstance(matrix, PackedMatrix):
+            self.matrix, self.weight = matrix, None
 
     def dense(self) -> Tensor:
         """Return the weight [O, I] in the dtype of computing. Decoded weights are valid until the next decoding."""
