@@ -91,7 +91,8 @@ class OpenedRun:
     def _load(self, place: Path) -> Base:
         torch.set_num_threads(cast(int, self.spec.compute.threads))
         spec = self.spec.base
-        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors, kernels=self.kernels)
+        packed = bool(self.spec.compute.packed_weights)
+        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors, kernels=self.kernels, packed=packed)
 
     def _existing(self, place: Path) -> Path:
         if not place.is_dir():

@@ -177,6 +177,7 @@ class _Run:
             spec.base.rope_factors,
             kernels=spec.compute.kernels,
             recompute=spec.compute.activation_checkpointing,
+            packed=bool(spec.compute.packed_weights),
         )
         for line in base.slow:
             self.emit(Warned(message=line))
@@ -367,6 +368,7 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         base_parameters=count_parameters(base_folder),
         device="cuda" if torch.cuda.is_available() else "cpu",
         threads=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         data_format=dataset.format,  # type: ignore[arg-type]
         stored_precision=stored_precision(base_folder),
         no_native_reason=_reason(native_or_reason()),

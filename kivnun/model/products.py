@@ -71,7 +71,7 @@ def times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: object, low: LowRank |
         return _native(x_TK, w_NK, kernels, low, transposed=True)
     assert isinstance(w_NK, Tensor)
     y_TN = _onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t()
-    return y_TN if low is None else y_TN.addmm_(low.left_TR, low.w.t())  # type: ignore[union-attr]
+    return _added(y_TN, low, transposed=True)
 
 
 def times(x_TN: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def times(x_TN: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = Non
         return _native(x_TN, w_NK, kernels, low, transposed=False)
     assert isinstance(w_NK, Tensor)
     y_TK = _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
-    return y_TK if low is None else y_TK.addmm_(low.left_TR, low.w)  # type: ignore[arg-type]
+    return _added(y_TK, low, transposed=False)
 
 
 def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: object) -> Tensor:
@@ -112,12 +112,17 @@ def _by_native(x: Tensor, depth: int, kernels: object) -> bool:
 
 def _native(x_TK: Tensor, w: Matrix, kernels: Any, low: LowRank | None, *, transposed: bool) -> Tensor:
     right = _side(w, transposed) if isinstance(w, PackedMatrix) else w
-    if low is None:
-        return kernels.product(x_TK, right, transposed=transposed)
-    if isinstance(low.w, PackedMatrix):
+    if low is not None and isinstance(low.w, PackedMatrix):
         return kernels.product(x_TK, right, low.left_TR, _side(low.w, transposed), transposed=transposed)
-    w_RN = low.w.t() if transposed else low.w  # of an odd rank
-    return kernels.product(x_TK, right, transposed=transposed).addmm_(low.left_TR, w_RN)
+    return _added(kernels.product(x_TK, right, transposed=transposed), low, transposed)
+
+
+def _added(y_TN: Tensor, low: LowRank | None, transposed: bool) -> Tensor:
+    """Return y with the second product added by torch, where the kernels did not take it: an odd rank."""
+    if low is None:
+        return y_TN
+    w = low.w if isinstance(low.w, Tensor) else low.w.dense()
+    return y_TN.addmm_(low.left_TR, w.t() if transposed else w)
 
 
 def _side(w: PackedMatrix, transposed: bool) -> Panels:

@@ -29,6 +29,11 @@ TINY_BASE = 100_000_000
 RSLORA_ALPHA = 8.0
 KERNELS_OF = {"cpu": "native", "cuda": "triton"}
 MIN_MICRO_BATCH = 4096
+# Tokens of a pass on a CPU: products over more are no faster (docs/LOG.md, 2026-11-25). A pass of a small base is all overhead.
+CPU_MICRO_BATCH = {"fp32": 512, "bf16": 768, "nf4": 4096, "int8": 4096}  # codes are decoded anew for each pass
+CPU_MICRO_BATCH_FROM = 50_000_000  # parameters
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+MEMORY_SHARE = 8  # packed weights may take this part of the machine's memory
 WHOLE_MODEL_RATE: dict[ObjectiveKind, float] = {"supervised": 2e-5, "pretraining": 2e-5, "dpo": 1e-6}
 
 
@@ -40,7 +45,7 @@ class ResolveFacts:
     trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
     `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
     (None: plain weights), `no_native_reason` and `no_triton_reason` why the kernels in C or in
-    Triton cannot be used here (None: they can).
+    Triton cannot be used here (None: they can), `memory_bytes` the machine's memory (0: not known).
     """
 
     objective_kind: ObjectiveKind
@@ -53,6 +58,7 @@ class ResolveFacts:
     stored_precision: Literal["int8", "nf4"] | None = None
     no_native_reason: str | None = None
     no_triton_reason: str | None = None
+    memory_bytes: int = 0
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -108,6 +114,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
             "compute.micro_batch_tokens", text, "raise it, or lower data.max_seq_len and say in data.over_long what happens"
         )
     yield from _kernel_mismatches(spec.compute, facts)
+    yield from _packing_mismatches(spec, facts)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
@@ -129,9 +136,19 @@ def _kernel_mismatches(compute: LocalSpec, facts: ResolveFacts) -> Iterator[Prob
         yield Problem("compute.kernels", text, f"leave it out: {KERNELS_OF[device]} or torch is chosen for {device}")
 
 
+def _packing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
+    if not spec.compute.packed_weights:
+        return
+    device = facts.device if spec.compute.device == "auto" else spec.compute.device
+    precision = cast(str, _precision(device, facts).value) if spec.base.precision == "auto" else spec.base.precision
+    if (reason := _never_packed(spec, device, precision, facts)) is not None:
+        yield Problem("compute.packed_weights", f"compute.packed_weights is true, but {reason}", "leave it out")
+
+
 def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     """Yield a value and a reason for each option that was left open."""
     device = facts.device if spec.compute.device == "auto" else spec.compute.device
+    precision = cast(str, _precision(device, facts).value) if spec.base.precision == "auto" else spec.base.precision
     if spec.base.revision is None and is_hub_id(spec.base.model):
         yield _Choice("base.revision", "main", "the hub's default branch; the manifest records the hash of the weights themselves")
     if spec.base.precision == "auto":
@@ -154,12 +171,46 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.compute.threads is None:
         yield _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
     if spec.compute.micro_batch_tokens is None:
-        tokens = max(MIN_MICRO_BATCH, facts.longest_row)
-        yield _Choice(
-            "compute.micro_batch_tokens",
-            tokens,
-            f"the larger of {MIN_MICRO_BATCH} and the longest row ({facts.longest_row} tokens)",
+        yield _micro_batch(device, precision, facts)
+    if spec.compute.packed_weights is None:
+        yield _packed_weights(spec, device, precision, facts)
+
+
+def _micro_batch(device: str, precision: str, facts: ResolveFacts) -> _Choice:
+    least, why = MIN_MICRO_BATCH, ""
+    if device == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM:
+        least, why = (
+            CPU_MICRO_BATCH[precision],
+            "; more are no faster on a CPU" if CPU_MICRO_BATCH[precision] < MIN_MICRO_BATCH else "",
         )
+    tokens = max(least, facts.longest_row)
+    return _Choice(
+        "compute.micro_batch_tokens", tokens, f"the larger of {least} and the longest row ({facts.longest_row} tokens){why}"
+    )
+
+
+def _packed_weights(spec: TuneSpec, device: str, precision: str, facts: ResolveFacts) -> _Choice:
+    def choice(value: bool, reason: str) -> _Choice:
+        return _Choice("compute.packed_weights", value, reason)
+
+    if (reason := _never_packed(spec, device, precision, facts)) is not None:
+        return choice(False, reason)
+    size = 2 * WEIGHT_BYTES[precision] * facts.base_parameters
+    sizes = f"{size / 2**30:.1f} of {facts.memory_bytes / 2**30:.0f} GiB of memory"
+    if size * MEMORY_SHARE > facts.memory_bytes:
+        return choice(False, f"they would take {sizes}, more than an eighth")
+    return choice(True, f"they take {sizes}")
+
+
+def _never_packed(spec: TuneSpec, device: str, precision: str, facts: ResolveFacts) -> str | None:
+    """Return why weights cannot be packed in this run; None: they can."""
+    if isinstance(spec.adapter, FullSpec):
+        return "weights that are trained are not packed"
+    if precision not in WEIGHT_BYTES:
+        return f"weights in {precision} are decoded before every product"
+    if device != "cpu" or spec.compute.kernels == "torch" or facts.no_native_reason is not None:
+        return "only kernels in C read packed weights"
+    return None
 
 
 def _precision(device: str, facts: ResolveFacts) -> _Choice:

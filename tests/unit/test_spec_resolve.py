@@ -263,6 +263,7 @@ CHANGES: dict[str, list[str]] = {
     "compute.threads": ["compute.threads=1"],
     "compute.micro_batch_tokens": ["compute.micro_batch_tokens=512"],
     "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
+    "compute.packed_weights": ["compute.packed_weights=true"],
     "compute.kernels": ["compute.kernels=torch"],
 }
 ELSEWHERE = {
@@ -280,6 +281,31 @@ def test_every_accepted_option_changes_the_resolved_spec(changes: list[str]) -> 
     before = resolved(*changes[:-1])[0] if changes[0].startswith("base=") else resolved()[0]
     after = resolved(*changes)[0]
     assert after.content_hash() != before.content_hash()
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "tokens"),
+    [("fp32", 71_000_000, 512), ("bf16", 71_000_000, 768), ("nf4", 71_000_000, 4096), ("bf16", 3_800_000, 4096)],
+)
+def test_a_pass_on_a_cpu_is_as_small_as_is_fast(precision: str, parameters: int, tokens: int) -> None:
+    facts = replace(FACTS, base_parameters=parameters)
+    assert resolved(f"base.precision={precision}", facts=facts)[0].compute.micro_batch_tokens == tokens
+    assert resolved(f"base.precision={precision}", facts=replace(facts, device="cuda"))[0].compute.micro_batch_tokens == 4096
+    longer = replace(facts, longest_row=6000)
+    assert resolved(f"base.precision={precision}", facts=longer)[0].compute.micro_batch_tokens == 6000
+
+
+def test_weights_are_packed_where_that_serves_and_there_is_room() -> None:
+    roomy = replace(FACTS, memory_bytes=24 << 30)
+    spec, reasons = resolved(facts=roomy)
+    assert spec.compute.packed_weights
+    assert reasons["compute.packed_weights"] == "they take 0.0 of 24 GiB of memory"
+    large = replace(roomy, base_parameters=3_800_000_000)
+    assert resolved(facts=large)[1]["compute.packed_weights"] == "they would take 14.2 of 24 GiB of memory, more than an eighth"
+    for change in ("adapter.kind=full", "base.precision=nf4", "compute.kernels=torch"):
+        assert resolved(change, facts=roomy)[0].compute.packed_weights is False
+        with pytest.raises(SpecError, match=r"compute.packed_weights is true, but"):
+            resolved(change, "compute.packed_weights=true", facts=roomy)
 
 
 def test_options_bound_to_other_facts_change_the_resolved_spec_too() -> None:
