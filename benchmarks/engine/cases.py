@@ -44,7 +44,7 @@ class Case:
     threads: int = 1
     variant: str = "lora"
     objective: Literal["likelihood", "dpo"] = "likelihood"
-    micro_batch_tokens: int = 4096  # the default of `kivnun tune`
+    micro_batch_tokens: int = 768  # as `kivnun tune` chooses for bf16
     device_batch: int = TRL_DEFAULT
     padding_free: bool = True
     out_of_the_box: bool = False
