@@ -29,7 +29,7 @@ GROUPS = ("main", "two_threads", "wide", "accuracy", "accuracy_71m", "extras", "
 class Case:
     """One configuration of one side, and the group of the table it belongs to.
 
-    `rows` make one step; the first of `steps` is not measured. `micro_batch_tokens` is ours; `device_batch` rows per pass (and
+    `rows` make one step; the first of `steps` is not measured. `device_batch` rows per pass (and
     `rows / device_batch` accumulated passes), `padding_free` and `out_of_the_box` are TRL's.
     """
 
@@ -44,7 +44,6 @@ class Case:
     threads: int = 1
     variant: str = "lora"
     objective: Literal["likelihood", "dpo"] = "likelihood"
-    micro_batch_tokens: int = 768  # as `kivnun tune` chooses for bf16
     device_batch: int = TRL_DEFAULT
     padding_free: bool = True
     out_of_the_box: bool = False

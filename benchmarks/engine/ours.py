@@ -54,13 +54,14 @@ def _opened(case: Case, work: Path, bases: dict[str, Any]) -> Opened | str:
     """Return the case made ready, or why it cannot run. Bases are shared by their precision."""
     from kivnun.model.adapters import load_peft
     from kivnun.model.load import load_base
+    from kivnun.spec.resolve import WEIGHT_BYTES
     from kivnun.train.engine import TorchEngine
     from kivnun.train.optim import AdamWSettings
     from kivnun.train.weights import AdapterWeights
 
     try:
         if case.precision not in bases:
-            bases[case.precision] = load_base(model_folder(work, case.model), case.precision)
+            bases[case.precision] = load_base(model_folder(work, case.model), case.precision, packed=case.precision in WEIGHT_BYTES)
         base = bases[case.precision]
         weights = AdapterWeights(base, load_peft(base, adapter_folder(work, case.model, case.variant)))
         steps = [_items(case, number) for number in range(case.steps)]
@@ -79,10 +80,19 @@ def _step(side: Opened, number: int) -> None:
     side.meter.begin_step()
     total = sum(objective.weight_of(item) for item in items)
     loss = 0.0
-    for part in micro_batches(items, case.micro_batch_tokens):
+    for part in micro_batches(items, _pass_tokens(side)):
         loss += trainee.forward_backward(objective.pack(part), total)
     result = trainee.optim_step(case.learning_rate)
     side.meter.end_step(sum(item.length for item in items), loss, result.grad_norm)
+
+
+def _pass_tokens(side: Opened) -> int:
+    """Return the tokens of a pass that `kivnun tune` would choose: by the base's size and by the longest row of the data."""
+    from kivnun.spec.resolve import CPU_MICRO_BATCH, CPU_MICRO_BATCH_FROM, MIN_MICRO_BATCH
+
+    large = side.base.num_parameters >= CPU_MICRO_BATCH_FROM
+    longest = max(item.length for items in side.steps for item in items)
+    return max(CPU_MICRO_BATCH[side.case.precision] if large else MIN_MICRO_BATCH, longest)
 
 
 def _items(case: Case, step: int) -> list[Any]:
@@ -116,9 +126,13 @@ def _objective(case: Case, items: Sequence[Any]) -> Any:
 
 
 def _linear_bytes(base: Any) -> int:
-    """Return the bytes that the linear layers hold, without head and embedding."""
+    """Return the bytes that the linear layers hold, without head and embedding; packed ones count once, as they were stored."""
+    from kivnun.model.products import PackedMatrix
+
     layers = [module for name, module in base.linears.items() if name != base.head_name]
-    return sum(t.numel() * t.element_size() for layer in layers for t in (*layer.parameters(), *layer.buffers()))
+    packed = [layer.matrix for layer in layers if isinstance(layer.matrix, PackedMatrix)]
+    held = sum(t.numel() * t.element_size() for layer in layers for t in (*layer.parameters(), *layer.buffers()))
+    return held + sum(matrix.shape.numel() * matrix.dtype.itemsize for matrix in packed)
 
 
 if __name__ == "__main__":

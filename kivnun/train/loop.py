@@ -1,23 +1,27 @@
 """The training loop: rows in, updates out, over the verbs of a trainee.
 
 It knows nothing of adapters, precision, files or processes. A step's rows and their total weight are known before its first
-micro-step, so every share of loss and gradient is divided by the same number. Next: `engine.py`.
+micro-step, so every share of loss and gradient is divided by the same number. A step's packs are made while the step before it
+computes. Next: `engine.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import micro_batches
+from kivnun.data.packing import PackedBatch, micro_batches
 from kivnun.data.rows import PreferencePair, Trainable
 from kivnun.errors import InterruptedRun
 from kivnun.events import Event, RunInterrupted, StepDone
 from kivnun.train.engine import Trainee
+from kivnun.train.objectives import Objective
 from kivnun.train.schedule import Schedule
 
 
@@ -48,13 +52,11 @@ def fit(
     final ones, but is always saved. Raises InterruptedRun after saving, when a stop was requested; NonFiniteLossError before the
     update it would have spoilt.
     """
-    for step in range(trainee.steps + 1, schedule.steps + 1):
-        began = time.monotonic()
-        items = [rows[row] for row in order.rows_of(step)]
-        total_weight = sum(trainee.objective.weight_of(item) for item in items)
-        loss = 0.0
-        for part in micro_batches(items, micro_batch_tokens):
-            loss += trainee.forward_backward(trainee.objective.pack(part), total_weight)
+    objective, began = trainee.objective, time.monotonic()
+    steps = range(trainee.steps + 1, schedule.steps + 1)
+    for step, work in one_ahead(steps, lambda step: prepared(objective, rows, order.rows_of(step), micro_batch_tokens)):
+        items = work.items
+        loss = sum(trainee.forward_backward(batch, work.total_weight) for batch in work.packs)
         learning_rate = schedule.learning_rate(step)
         update = trainee.optim_step(learning_rate)
         emit(
@@ -83,6 +85,34 @@ def fit(
             raise InterruptedRun(f"stopped after step {step} of {schedule.steps}, which is saved", hint="go on with --resume")
         else:
             saver.after_step(step, epoch_ended)
+        began = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step computes with: its items, packed, and the weight of all of them."""
+
+    items: list[Trainable]
+    packs: list[PackedBatch]
+    total_weight: float
+
+
+def prepared(objective: Objective, rows: Sequence[Trainable], numbers: Sequence[int], micro_batch_tokens: int) -> StepWork:
+    """Return the work of a step that takes the rows of these numbers."""
+    items = [rows[number] for number in numbers]
+    packs = [objective.pack(part) for part in micro_batches(items, micro_batch_tokens)]
+    return StepWork(items, packs, sum(objective.weight_of(item) for item in items))
+
+
+def one_ahead(steps: range, prepare: Callable[[int], StepWork]) -> Iterator[tuple[int, StepWork]]:
+    """Yield each step with its work, which a thread of its own has prepared while the step before was computed."""
+    with ThreadPoolExecutor(1, "kivnun-prepare") as thread:
+        coming = [thread.submit(prepare, step) for step in steps[:1]]
+        for step in steps:
+            work = coming.pop().result()
+            if step + 1 in steps:
+                coming.append(thread.submit(prepare, step + 1))
+            yield step, work
 
 
 def trained_tokens(item: Trainable) -> int:
