@@ -1,5 +1,6 @@
 """`python -m benchmarks`: all benchmarks. First a LoRA step of Kivnun beside the same step of PEFT with a plain padded loop, on the
-built-in base; then the engine beside TRL (`engine/`), which is given the arguments, for example `--quick`.
+built-in base; then from the command to its first step (`startup.py`); then the engine beside TRL (`engine/`), which is given the
+arguments, for example `--quick`.
 
 Same weights, same rows, same mathematics (float32, one thread); the two take turns, so that a noisy machine disturbs both. The
 figure is the ratio of tokens per CPU second, the median over rounds. Also: what `kivnun --help` costs to start.
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import startup
 from kivnun.data.packing import micro_batches
 from kivnun.data.rows import TokenRow, Where
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
@@ -36,6 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     _tiny_phi()
+    startup.main()
     return subprocess.run([sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]]).returncode
 
 
@@ -118,7 +121,7 @@ def _cpu_seconds(step: Callable[[], None]) -> float:
 
 def _help_seconds() -> float:
     code = "import resource, subprocess, sys; "
-    code += "subprocess.run([sys.executable, '-m', 'kivnun.cli.main', '--help'], capture_output=True); "
+    code += "subprocess.run([sys.executable, '-c', 'from kivnun.cli.main import main; main()', '--help'], capture_output=True); "
     code += "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(5)]
     return statistics.median(float(run) for run in runs)

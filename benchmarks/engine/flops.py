@@ -9,6 +9,7 @@ positions, N weights in the linear layers, D model width, V vocabulary, R rank, 
     LoRA            6 R (I + O) T           x A', (x A') B', and four products of the backward pass, summed over sites
     attention       6 L (L + 1) heads dim   Q K' and P V, then four products backward, causal half; per row and layer
     first layer     - 2 I (O + R) T         the embedding needs no gradient, so the first projection gives none
+    last layer      S in place of T         after its attention, since only supervised positions go on to the head
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ def step_flops(model: Model, rows: Sequence[Row], variant: str = "lora", objecti
     first_inputs, first_outputs = model.linears["self_attn.qkv_proj"]
     widths = model.layers * sum(inputs + outputs for inputs, outputs in model.linears.values())
     adapter = 6 * RANK * widths * tokens - 2 * first_inputs * RANK * tokens
+    after_attention = [shape for name, shape in model.linears.items() if name != "self_attn.qkv_proj"]
+    adapter -= 6 * RANK * sum(map(sum, after_attention)) * (tokens - supervised)
+    spared = 4 * sum(inputs * outputs for inputs, outputs in after_attention) * (tokens - supervised)
     if variant == "dora":
         adapter += 2 * model.linear_parameters * RANK
     if variant == "head":
         adapter += 6 * RANK * (model.hidden + model.vocab) * supervised
     return StepFlops(
-        linear=4 * model.linear_parameters * tokens - 2 * first_inputs * first_outputs * tokens,
+        linear=4 * model.linear_parameters * tokens - 2 * first_inputs * first_outputs * tokens - spared,
         head=(6 if objective == "dpo" else 4) * model.hidden * model.vocab * supervised,
         adapter=adapter,
         attention=6 * model.layers * model.heads * model.head_dim * sum(len(r.ids) * (len(r.ids) + 1) for r in rows),

@@ -97,7 +97,7 @@ class StepWork:
     total_weight: float
 
 
-def prepared(objective: Objective, rows: Sequence[Trainable], numbers: Sequence[int], micro_batch_tokens: int) -> StepWork:
+def prepared(objective: Objective, rows: Sequence[Trainable], numbers: np.ndarray, micro_batch_tokens: int) -> StepWork:
     """Return the work of a step that takes the rows of these numbers."""
     items = [rows[number] for number in numbers]
     packs = [objective.pack(part) for part in micro_batches(items, micro_batch_tokens)]
