@@ -1,4 +1,5 @@
-"""The operations of a decoder layer that bring their own gradient: norm, and the gated product of the MLP.
+"""The operations of a decoder layer that bring their own gradient: norm, the residual stream's sum with its norm, and the gated
+product of the MLP.
 
 Each is one kernel forward and one backward. Shapes: T tokens, D model width, F inner width.
 Next: `kernels/reference.py` (what each computes), `decoder.py` (who puts them together).
@@ -19,6 +20,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, kernels: Kernels) -> Te
     return _RmsNorm.apply(x_TD, weight_D, eps, kernels)  # type: ignore[no-any-return]
 
 
+def normed_sum(h_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Return h + delta, which the residual stream goes on with, and its norm. Without a delta the sum is h itself.
+
+    The gradients of both come together in one kernel: autograd's sum of them would be another pass over memory.
+    """
+    return _NormedSum.apply(h_TD, delta_TD, weight_D, eps, kernels)  # type: ignore[no-any-return]
+
+
 def gated(gu_T2F: Tensor, kernels: Kernels) -> Tensor:
     """Return silu(g) * u, g and u the halves of each row; the backward pass puts their gradient in their own place."""
     return _Gate.apply(gu_T2F, kernels)  # type: ignore[no-any-return]
@@ -36,8 +45,35 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy_TD):  # type: ignore[override]
         x_TD, weight_D, scale_T = ctx.saved_tensors
         dx_TD = ctx.kernels.rms_norm_backward(dy_TD, x_TD, weight_D, scale_T) if ctx.needs_input_grad[0] else None
-        dweight_D = (dy_TD.float() * x_TD.float() * scale_T[:, None]).sum(0) if ctx.needs_input_grad[1] else None
-        return dx_TD, dweight_D if dweight_D is None else dweight_D.to(weight_D.dtype), None, None
+        return dx_TD, _weight_gradient(dy_TD, x_TD, weight_D, scale_T) if ctx.needs_input_grad[1] else None, None, None
+
+
+class _NormedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_TD, delta_TD, weight_D, eps, kernels):  # type: ignore[override]
+        if delta_TD is None:
+            sum_TD, (y_TD, scale_T) = h_TD, kernels.rms_norm(h_TD, weight_D, eps)
+        else:
+            sum_TD, y_TD, scale_T = kernels.add_rms_norm(h_TD, delta_TD, weight_D, eps)
+        ctx.save_for_backward(sum_TD, weight_D, scale_T)
+        ctx.set_materialize_grads(False)
+        ctx.kernels = kernels
+        return sum_TD, y_TD
+
+    @staticmethod
+    def backward(ctx: Any, dsum_TD, dy_TD):  # type: ignore[override]
+        sum_TD, weight_D, scale_T = ctx.saved_tensors
+        of_h, of_delta, of_weight = ctx.needs_input_grad[:3]
+        dh_TD, dweight_D = dsum_TD, None
+        if dy_TD is not None and (of_h or of_delta):
+            dh_TD = ctx.kernels.rms_norm_backward(dy_TD, sum_TD, weight_D, scale_T, dsum_TD)
+        if dy_TD is not None and of_weight:
+            dweight_D = _weight_gradient(dy_TD, sum_TD, weight_D, scale_T)
+        return dh_TD if of_h else None, dh_TD if of_delta else None, dweight_D, None, None
+
+
+def _weight_gradient(dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+    return (dy_TD.float() * x_TD.float() * scale_T[:, None]).sum(0).to(weight_D.dtype)
 
 
 class _Gate(torch.autograd.Function):

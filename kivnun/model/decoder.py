@@ -2,9 +2,10 @@
 
 Built from transformers' configuration, with the names that transformers' models and their files give to parameters, and without
 its modelling code. Layers are h += o(attention(qkv(norm(h)))); h += down(silu(gate(norm(h))) * up(norm(h))), with rotate-half
-rotations. What is kept for the backward pass is the residual stream, the projections and the log-sums of the scores: normed inputs
-and gated products are made again where their layers need them. The last layer goes on from its attention with those tokens alone
-that are asked for. Other families compute by transformers' own forward (`foreign.py`).
+rotations; each sum waits for the norm that reads it, and the two are one kernel. What is kept for the backward pass is the residual
+stream, the projections and the log-sums of the scores: normed inputs and gated products are made again where their layers need
+them. The last layer goes on from its attention with those tokens alone that are asked for. Other families compute by transformers'
+own forward (`foreign.py`).
 Shapes: T tokens, S selected ones of them, D model width, F inner width, H query heads, G key/value heads, K head width, O any.
 Next: `read_decoder.py` (where the weights come from), `blocks.py`, `attention.py`, `linear.py` (what the layers are made of).
 """
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kivnun.model.attention import HeadShape, Rows, fused_attention
-from kivnun.model.blocks import gated, rms_norm
+from kivnun.model.blocks import gated, normed_sum, rms_norm
 from kivnun.model.kernels import Angles, Kernels
+from kivnun.model.linear import Again
 from kivnun.model.rope import rotary_of
 
+Made = TypeVar("Made")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -105,16 +108,18 @@ class Decoder(nn.Module):
 
         With `recompute` a layer keeps its input alone and computes the rest again in the backward pass (activation checkpointing).
         """
-        h_TD = self.model.embed_tokens(ids_T)
+        h_TD, delta_TD = self.model.embed_tokens(ids_T), None
         angles = self.rotary(positions_T, rows.lengths, h_TD.dtype)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
-            given = (h_TD, angles, rows, select_S if number == last else None, not self.recompute)
-            h_TD = recomputed(layer, *given) if self.recompute else layer(*given)
-        return self.model.norm(h_TD, rows.kernels)
+            if self.recompute and delta_TD is not None:
+                h_TD, delta_TD = h_TD + delta_TD, None  # the input that a layer keeps is one tensor, not two
+            given = (h_TD, delta_TD, angles, rows, select_S if number == last else None, not self.recompute)
+            h_TD, delta_TD = recomputed(layer, *given) if self.recompute else layer(*given)
+        return self.model.norm(h_TD, delta_TD, rows.kernels)[1]
 
 
-def recomputed(layer: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+def recomputed(layer: Callable[..., Made], *given: Any, **named: Any) -> Made:
     """Return what the layer makes of its input; in the backward pass it makes it again."""
     if not torch.is_grad_enabled():
         return layer(*given, **named)
@@ -141,18 +146,23 @@ class _Layer(nn.Module):
         self.input_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(self, h_TD: Tensor, angles: Angles, rows: Rows, select_S: Tensor | None, remake: bool) -> Tensor:
-        """Return the residual stream after this layer [T, D], or of the selected tokens alone [S, D]: nothing but attention mixes
-        tokens, so the rest of the layer does without the others.
+    def forward(
+        self, h_TD: Tensor, delta_TD: Tensor | None, angles: Angles, rows: Rows, select_S: Tensor | None, remake: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after this layer as two tensors still to be added [T, D], as it came in, or of the selected
+        tokens alone [S, D]: nothing but attention mixes tokens, so the rest of the layer does without the others.
 
         `remake`: projections make their inputs again in the backward pass, out of what is kept anyway. Where the whole layer is
         made again nothing is kept, and this would hold on to it.
         """
-        out_TO = self.self_attn(h_TD, self.input_layernorm, angles, rows, remake)
+        norm, kernels = self.input_layernorm, rows.kernels
+        h_TD, x_TD = norm(h_TD, delta_TD, kernels)
+        out_TO = self.self_attn(x_TD, norm.again(h_TD, kernels) if remake else None, angles, rows)
         if select_S is not None:
             out_TO, h_TD = out_TO.index_select(0, select_S), h_TD.index_select(0, select_S)
-        h_TD = h_TD + self.self_attn.o_proj(out_TO, None, select_S)
-        return h_TD + self.mlp(h_TD, self.post_attention_layernorm, rows.kernels, select_S, remake)
+        norm = self.post_attention_layernorm
+        h_TD, x_TD = norm(h_TD, self.self_attn.o_proj(out_TO, None, select_S), kernels)
+        return h_TD, self.mlp(x_TD, norm.again(h_TD, kernels) if remake else None, kernels, select_S)
 
 
 class _Attention(nn.Module):
@@ -172,9 +182,8 @@ class _Attention(nn.Module):
         self.q_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
         self.k_norm = _Norm(width, config.rms_norm_eps, dtype) if design.head_norms else None
 
-    def forward(self, h_TD: Tensor, norm: _Norm, angles: Angles, rows: Rows, remake: bool) -> Tensor:
+    def forward(self, x_TD: Tensor, again: Again, angles: Angles, rows: Rows) -> Tensor:
         """Return what the heads say [T, H * K], not yet projected back."""
-        x_TD, again = norm(h_TD, rows.kernels), norm.again(h_TD, rows.kernels) if remake else None
         parts: list[Tensor] = [self.get_submodule(name)(x_TD, again) for name in self.parts]
         if self.q_norm is not None and self.k_norm is not None:
             parts[:2] = self.q_norm.of_heads(parts[0], rows.kernels), self.k_norm.of_heads(parts[1], rows.kernels)
@@ -190,11 +199,10 @@ class _Mlp(nn.Module):
             self.add_module(name, _linear(width, 2 * inner // len(self.parts), design.mlp_bias, dtype))
         self.down_proj = _linear(inner, width, design.mlp_bias, dtype)
 
-    def forward(self, h_TD: Tensor, norm: _Norm, kernels: Kernels, select_S: Tensor | None, remake: bool) -> Tensor:
-        x_TD, again = norm(h_TD, kernels), norm.again(h_TD, kernels) if remake else None
+    def forward(self, x_TD: Tensor, again: Again, kernels: Kernels, select_S: Tensor | None) -> Tensor:
         gu_T2F = _side_by_side([self.get_submodule(name)(x_TD, again, select_S) for name in self.parts])
         kept_T2F, gate = gu_T2F.detach(), kernels.gate
-        return self.down_proj(gated(gu_T2F, kernels), (lambda: gate(kept_T2F)) if remake else None, select_S)
+        return self.down_proj(gated(gu_T2F, kernels), (lambda: gate(kept_T2F)) if again else None, select_S)
 
 
 class _Norm(nn.Module):
@@ -203,8 +211,9 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, device="meta", dtype=dtype))
         self.eps = eps
 
-    def forward(self, x_TD: Tensor, kernels: Kernels) -> Tensor:
-        return rms_norm(x_TD, self.weight, self.eps, kernels)
+    def forward(self, h_TD: Tensor, delta_TD: Tensor | None, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Return h + delta and its norm."""
+        return normed_sum(h_TD, delta_TD, self.weight, self.eps, kernels)
 
     def of_heads(self, x_TO: Tensor, kernels: Kernels) -> Tensor:
         """Return each head of each token normed by itself."""

@@ -15,6 +15,7 @@ from torch import Tensor
 import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model import kernels as kernels_package
+from kivnun.model.blocks import normed_sum
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels, choose, native, native_or_reason
 from kivnun.model.load import load_base
 
@@ -65,7 +66,8 @@ def test_pointwise_kernels_agree(compiled: NativeKernels, dtype: torch.dtype, to
     def answers(of: Kernels) -> list[Tensor]:
         y, scale = of.rms_norm(x, w, 1e-5)
         return [
-            y, scale, of.rms_norm_backward(dy, x, w, scale), of.gate(gu), _gate_backward(of, gu[:, :45].contiguous(), gu),
+            y, scale, of.rms_norm_backward(dy, x, w, scale), of.rms_norm_backward(dy, x, w, scale, gu[:, :48]),
+            of.gate(gu), _gate_backward(of, gu[:, :45].contiguous(), gu),
             of.scale_columns(x, factor), of.column_dots(x, dy), of.dropped(x, keys, -5, 0.25),
         ]  # fmt: skip
 
@@ -83,6 +85,36 @@ def test_norm_and_gate_have_autograds_gradients(kernels: Kernels | str, compiled
     _, scale = of.rms_norm(x, w, 1e-5)
     assert tiny.relative_difference(of.rms_norm_backward(dy, x, w, scale), exact.grad) < 1e-6
     assert tiny.relative_difference(_gate_backward(of, dh, gu), wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_a_sum_with_its_norm_is_the_two_one_after_the_other(
+    kernels: Kernels | str, dtype: torch.dtype, compiled: NativeKernels
+) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    h, delta, w = _draw(9, 45).to(dtype), _draw(9, 64, seed=1).to(dtype)[:, :45], _draw(45, seed=2).to(dtype)
+    assert all(map(torch.equal, of.add_rms_norm(h, delta, w, 1e-5), (h + delta, *of.rms_norm(h + delta, w, 1e-5))))
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "sum", "norm"])
+@pytest.mark.parametrize("with_delta", [True, False])
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_a_sum_with_its_norm_has_autograds_gradients(
+    kernels: Kernels | str, with_delta: bool, used: tuple[int, ...], compiled: NativeKernels
+) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    given = [_draw(9, 48), *([_draw(9, 48, seed=1)] if with_delta else []), _draw(48, seed=2)]
+    gradients = [_draw(9, 48, seed=seed) for seed in (3, 4)]
+    traced, exact = [x.requires_grad_() for x in given], [x.detach().double().requires_grad_() for x in given]
+    ours = normed_sum(traced[0], traced[1] if with_delta else None, traced[-1], 1e-5, of)
+    total = sum(exact[:-1])
+    theirs = total, exact[-1] * total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
+    torch.autograd.backward([ours[i] for i in used], [gradients[i] for i in used])
+    torch.autograd.backward([theirs[i] for i in used], [gradients[i].double() for i in used])
+    for found, expected in zip(traced, exact, strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        assert found.grad is None or tiny.relative_difference(found.grad, expected.grad) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -95,7 +95,8 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
         keys, gu = torch.arange(21, device=device), flat_TD.clone()
         of.gate_backward_(flat_TD[:, :64].contiguous(), gu)
         return [
-            normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), of.gate(flat_TD), nll, logits, out, lse, *into,
+            normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), *of.add_rms_norm(flat_TD, gu, weight_D, 1e-5),
+            of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale, gu), of.gate(flat_TD), nll, logits, out, lse, *into,
             gu, of.log_prob(flat_TD, targets),
             of.dropped(flat_TD, keys, 7, 0.3), of.scale_columns(flat_TD, weight_D.float()), of.column_dots(flat_TD, flat_TD),
         ]  # fmt: skip

@@ -7,7 +7,6 @@
 /* Queries and keys that meet at once: their scores and what they multiply stay in the second-level cache. Scores lie PITCH apart,
  * since rows a power of two apart would share few places in the first. */
 enum { QUERIES = 96, KEYS = 256, PITCH = KEYS + LANES };
-#define LOG2_E 1.44269504088896341f
 #define LOWEST -1e38f /* below every score; finite, so that two of them have a difference */
 
 /* One pass. Strides are in elements; `*_stride` goes to the next token, `*_head` to the next head. `window` 0 means none. */

@@ -87,9 +87,17 @@ class NativeKernels:
         self._call("rms_norm", x_TD, x_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
         return y_TD, scale_T
 
-    def rms_norm_backward(self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
-        dx_TD = torch.empty_like(x_TD)
-        self._call("rms_norm_backward", x_TD, dy_TD.contiguous(), x_TD, weight_D, scale_T, dx_TD, *x_TD.shape)
+    def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        sum_TD, y_TD, scale_T = torch.empty_like(h_TD), torch.empty_like(h_TD), torch.empty(len(h_TD), dtype=torch.float32)
+        sizes = *h_TD.shape, ctypes.c_float(eps)
+        self._call("add_rms_norm", h_TD, h_TD, _Rows(delta_TD), weight_D, sum_TD, y_TD, scale_T, *sizes)
+        return sum_TD, y_TD, scale_T
+
+    def rms_norm_backward(
+        self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None
+    ) -> Tensor:
+        dx_TD, added = torch.empty_like(x_TD), (0, 0) if add_TD is None else (_Rows(add_TD),)
+        self._call("rms_norm_backward", x_TD, _Rows(dy_TD), x_TD, weight_D, scale_T, *added, dx_TD, *x_TD.shape)
         return dx_TD
 
     def gate(self, gu_T2F: Tensor) -> Tensor:

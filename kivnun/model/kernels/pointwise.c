@@ -1,5 +1,5 @@
 /* Norms, gates and the loss over logits, for float32 and bfloat16. What each computes stands in pointwise.inc. */
-#include "scalars.h"
+#include "vectors.h"
 
 enum { DRAWS = 16, COLUMNS = 256 };
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15u;

@@ -42,11 +42,19 @@ class TorchKernels:
         scale_T = torch.rsqrt(x.square().mean(-1) + eps)
         return (x * scale_T[:, None] * _wide(weight_D)).to(x_TD.dtype), scale_T
 
-    def rms_norm_backward(self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
-        """With n = x / rms(x) and g = dy * w, return (g - n * mean(g * n)) / rms(x)."""
+    def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h + delta, and what `rms_norm` makes of that rounded sum."""
+        sum_TD = h_TD + delta_TD
+        return sum_TD, *self.rms_norm(sum_TD, weight_D, eps)
+
+    def rms_norm_backward(
+        self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None
+    ) -> Tensor:
+        """With n = x / rms(x) and g = dy * w, return (g - n * mean(g * n)) / rms(x), plus `add`: what x's other use gives."""
         n = _wide(x_TD) * scale_T[:, None]
         g = _wide(dy_TD) * _wide(weight_D)
-        return ((g - n * (g * n).mean(-1, keepdim=True)) * scale_T[:, None]).to(x_TD.dtype)
+        dx = (g - n * (g * n).mean(-1, keepdim=True)) * scale_T[:, None]
+        return (dx if add_TD is None else dx + _wide(add_TD)).to(x_TD.dtype)
 
     def gate(self, gu_T2F: Tensor) -> Tensor:
         """Return silu(g) * u, g and u the halves of each row (Shazeer 2020, "GLU Variants", SwiGLU)."""

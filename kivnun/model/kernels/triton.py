@@ -40,14 +40,16 @@ class TritonKernels(TorchKernels):
         self._functions.rms_norm[len(x_TD),](x_TD, weight_D, y_TD, scale_T, x_TD.shape[1], eps, BLOCK=block, num_warps=warps)
         return y_TD, scale_T
 
-    def rms_norm_backward(self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+    def rms_norm_backward(
+        self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None
+    ) -> Tensor:
         dy_TD, x_TD, weight_D = dy_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous()
         dx_TD = torch.empty_like(x_TD)
         block, warps = _one_block(x_TD.shape[1])
         self._functions.rms_norm_backward[len(x_TD),](
             dy_TD, x_TD, weight_D, scale_T, dx_TD, x_TD.shape[1], BLOCK=block, num_warps=warps
         )
-        return dx_TD
+        return dx_TD if add_TD is None else dx_TD.add_(add_TD)
 
     def gate(self, gu_T2F: Tensor) -> Tensor:
         gu_T2F = gu_T2F.contiguous()

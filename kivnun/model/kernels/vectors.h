@@ -10,13 +10,78 @@
 
 #include "scalars.h"
 
+#define LOG2_E 1.44269504088896341f
 enum { LANES = 16 };
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vec_halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 static inline vec vec_at(const float *x) { return *(const vec *)x; }
 static inline void put_vec(float *to, vec x) { *(vec *)to = x; }
 static inline vec vec_of(float x) { return x - (vec){0}; }
+
+/* Takes `statements` through `count` numbers in vectors that begin at i, of n numbers each: LANES, but for the last. Four go
+ * together, and `way` says which of the four: a sum in four vectors does not wait for itself. */
+#define EACH_VECTOR(i, n, way, count, ...)                                                         \
+  do {                                                                                             \
+    int64_t whole_ = (count) / (4 * LANES) * (4 * LANES);                                          \
+    for (int64_t from_ = 0; from_ < whole_; from_ += 4 * LANES)                                    \
+      _Pragma("GCC unroll 4") for (int way = 0; way < 4; way++) {                                  \
+        const int64_t i = from_ + way * LANES, n = LANES;                                          \
+        __VA_ARGS__                                                                                \
+      }                                                                                            \
+    for (int64_t i = whole_; i < (count); i += LANES) {                                            \
+      const int64_t n = (count) - i < LANES ? (count) - i : LANES;                                 \
+      enum { way = 0 };                                                                            \
+      __VA_ARGS__                                                                                  \
+    }                                                                                              \
+  } while (0)
+
+static inline vec vec_at_bf16(const bf16 *x) {
+#ifdef WHOLE_VECTORS /* GCC would convert the two halves apart */
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#else
+  return (vec)(__builtin_convertvector(*(const vec_halves *)x, vec_bits) << 16);
+#endif
+}
+
+static inline void put_vec_bf16(bf16 *to, vec x) {
+#ifdef __AVX512BF16__
+  __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(to, &halves, sizeof halves);
+#else
+  vec_bits bits = (vec_bits)x, nan = (vec_bits)(x != x); /* rounded as store_bf16 does */
+  bits = (((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) & ~nan) | (0x7fc0u & nan);
+  *(vec_halves *)to = __builtin_convertvector(bits, vec_halves);
+#endif
+}
+
+/* The first n of LANES numbers, zeros in the other lanes. */
+static inline vec loaded_f32(const float *x, int64_t n) {
+  float some[LANES] = {0};
+  if (n >= LANES) return vec_at(x);
+  memcpy(some, x, n * sizeof *x);
+  return vec_at(some);
+}
+
+static inline vec loaded_bf16(const bf16 *x, int64_t n) {
+  bf16 some[LANES] = {0};
+  if (n >= LANES) return vec_at_bf16(x);
+  memcpy(some, x, n * sizeof *x);
+  return vec_at_bf16(some);
+}
+
+/* Writes the first n of LANES numbers. */
+static inline void stored_f32(float *to, vec x, int64_t n) {
+  if (n >= LANES) put_vec(to, x);
+  else memcpy(to, &x, n * sizeof *to);
+}
+
+static inline void stored_bf16(bf16 *to, vec x, int64_t n) {
+  bf16 some[LANES];
+  put_vec_bf16(n >= LANES ? to : some, x);
+  if (n < LANES) memcpy(to, some, n * sizeof *to);
+}
 
 /* The larger of each two lanes; b where one is NaN. */
 static inline vec larger(vec a, vec b) {
@@ -49,6 +114,8 @@ static inline float sum_of(vec x) {
   return sum;
 #endif
 }
+
+static inline float sum_of_four(const vec x[4]) { return sum_of((x[0] + x[1]) + (x[2] + x[3])); }
 
 static inline float largest_of(vec x) {
 #ifdef WHOLE_VECTORS
@@ -89,15 +156,15 @@ static inline void transpose(const float *from, int64_t from_row, float *to, int
 #endif
 }
 
-/* 2^x to 1e-7 relative for x of at most 127: a power of two times the minimax polynomial of degree 6 on [-1/2, 1/2]. */
-static inline vec exp2_of_each(vec x) {
+/* 2^x for each x of at most 127 as 2^n * 2^(from * factor - n), x about from * factor and n next to it: a power of two times the
+ * minimax polynomial of degree 6 on [-1/2, 1/2]. */
+static inline vec power_of_two(vec x, vec from, float factor) {
 #ifdef WHOLE_VECTORS
   vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = larger(vec_of(-126.0f), x);
   vec shifted = x + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
 #endif
-  vec f = x - n, y = f * 1.53458124e-4f + 1.33999309e-3f;
+  vec f = from * factor - n, y = f * 1.53458124e-4f + 1.33999309e-3f;
   y = y * f + 9.61848907e-3f;
   y = y * f + 5.55032864e-2f;
   y = y * f + 2.40226462e-1f;
@@ -109,5 +176,31 @@ static inline vec exp2_of_each(vec x) {
   return y * (vec)(((vec_bits)shifted - (0x4b400000u - 127u)) << 23);
 #endif
 }
+
+/* 2^x to 1e-7 relative for x of at most 127. */
+static inline vec exp2_of_each(vec x) {
+#ifndef WHOLE_VECTORS
+  x = larger(vec_of(-126.0f), x);
+#endif
+  return power_of_two(x, x, 1.0f);
+}
+
+/* e^x to 1e-7 relative near 0 and 1e-6 at the ends, for x of at most 88; what is below -87 counts as -87, and NaN stays NaN. */
+static inline vec exp_of_each(vec x) {
+  x = larger(vec_of(-87.0f), x);
+  return power_of_two(x * LOG2_E, x, LOG2_E);
+}
+
+/* 1 / x to 1e-7 relative for 1e-37 < x < 1e37. */
+static inline vec inverse_of_each(vec x) {
+#ifdef WHOLE_VECTORS
+  vec y = (vec)_mm512_rcp14_ps((__m512)x); /* to 2^-14; a step of Newton's doubles the digits */
+  return y + y * (1.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+static inline vec sigmoid_of_each(vec x) { return inverse_of_each(1.0f + exp_of_each(-larger(vec_of(-80.0f), x))); }
 
 #endif
