@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -361,8 +362,9 @@ def _compile(compiler: list[str], flags: Sequence[str], sources: Sequence[Path],
         raise CannotBuild(f"the cache {library.parent} cannot be written: {error.strerror}") from error
     with place as folder:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        for source, target in zip(sources, objects, strict=True):
-            _run([*compiler, *flags, "-c", str(source), "-o", target])
+        commands = [[*compiler, *flags, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor() as pool:  # someone waits for it, and each is a process of its own
+            list(pool.map(_run, commands))
         made = Path(folder) / library.name
         # No -fopenmp here: see the module's docstring.
         _run([*compiler, "-shared", "-o", str(made), *objects, "-lm"])
