@@ -56,23 +56,52 @@ def _gate_backward(of: Kernels, dh: Tensor, gu: Tensor) -> Tensor:
     return place
 
 
+def _pointwise(of: Kernels, dtype: torch.dtype, width: int, rows: slice = slice(0, 37)) -> list[Tensor]:
+    """Return what each pointwise kernel makes of the same rows."""
+    drawn = _draw(37, width), _draw(37, width, seed=2), _draw(37, 2 * width, seed=4, scale=4.0), _draw(37, width, seed=6, scale=4.0)
+    x, dy, gu, logits = (t.to(dtype)[rows] for t in drawn)
+    w, keys, targets = _draw(width, seed=1).to(dtype), (torch.arange(37) * 99)[rows], (torch.arange(37) * 5 % width)[rows]
+    (y, scale), z, weights = of.rms_norm(x, w, 1e-5), logits.clone(), _draw(37, seed=7)[rows]
+    return [
+        y, scale, *of.add_rms_norm(x, dy, w, 1e-5), of.rms_norm_backward(dy, x, w, scale),
+        of.rms_norm_backward(dy, x, w, scale, gu[:, :width]), of.gate(gu), _gate_backward(of, dy, gu),
+        of.nll_(z, targets, weights), z, of.log_prob(logits, targets),
+        of.scale_columns(x, w.float()), of.dropped(x, keys, -5, 0.25),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_pointwise_kernels_agree(compiled: NativeKernels, dtype: torch.dtype, tolerance: float) -> None:
-    x, w, dy, gu = (
-        t.to(dtype) for t in (_draw(37, 48), _draw(48, seed=1), _draw(37, 48, seed=2), _draw(37, 90, seed=4, scale=4.0))
-    )
-    keys, factor = torch.arange(37) * 99, _draw(48, seed=5)
-
-    def answers(of: Kernels) -> list[Tensor]:
-        y, scale = of.rms_norm(x, w, 1e-5)
-        return [
-            y, scale, of.rms_norm_backward(dy, x, w, scale), of.rms_norm_backward(dy, x, w, scale, gu[:, :48]),
-            of.gate(gu), _gate_backward(of, gu[:, :45].contiguous(), gu),
-            of.scale_columns(x, factor), of.column_dots(x, dy), of.dropped(x, keys, -5, 0.25),
-        ]  # fmt: skip
-
-    for found, expected in zip(answers(compiled), answers(TORCH), strict=True):
+@pytest.mark.parametrize("width", [1, 5, 16, 48, 77, 128, 203])
+def test_pointwise_kernels_agree(compiled: NativeKernels, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    for found, expected in zip(_pointwise(compiled, dtype, width), _pointwise(TORCH, dtype, width), strict=True):
         assert tiny.relative_difference(found, expected) < tolerance
+    x, dy = _draw(37, width).to(dtype), _draw(37, width, seed=2).to(dtype)
+    assert tiny.relative_difference(compiled.column_dots(x, dy), TORCH.column_dots(x, dy)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pointwise_row_depends_on_neither_neighbours_nor_threads(
+    compiled: NativeKernels, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    together = _pointwise(compiled, dtype, 77)
+    threads(2)
+    assert all(map(torch.equal, together, _pointwise(compiled, dtype, 77)))
+    for row in (0, 20, 36):
+        alone = _pointwise(compiled, dtype, 77, slice(row, row + 1))
+        assert all(torch.equal(x, y[row : row + 1]) for x, y in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_any_size_are_torchs(compiled: NativeKernels, dtype: torch.dtype) -> None:
+    """Far out a sigmoid is 0 or 1; what is not finite stays so."""
+    g = torch.tensor([-3e38, -1e4, -200.0, -90.0, -80.0, -40.0, -0.0, 40.0, 90.0, 1e4, 3e38, float("inf"), float("nan")])
+    gu = torch.cat([g, torch.ones_like(g)])[None].to(dtype)
+    found, expected = compiled.gate(gu)[0].float(), F.silu(gu[0, : len(g)].double()).float()
+    assert torch.allclose(found[1:-1], expected[1:-1], rtol=4e-3 if dtype == torch.bfloat16 else 4e-6, atol=1e-30)
+    assert found[-1].isnan()
+    gradient = _gate_backward(compiled, torch.ones(1, len(g)).to(dtype), gu)[0].float()
+    assert torch.isfinite(gradient[1:10]).all()
+    assert gradient[len(g) - 1].isnan()
 
 
 @pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
@@ -171,12 +200,23 @@ def test_attention_of_long_rows_agrees(
         assert tiny.relative_difference(found, expected) < tolerance
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="takes parts of x86's instructions away")
-@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f"])
-def test_attention_agrees_on_lesser_processors(without: str, tmp_path: Path) -> None:
-    library = tmp_path / "kernels.so"
-    native._compile(native._compiler(), (*native.FLAGS, without), sorted(native.SOURCES.glob("*.c")), library)
-    lesser = NativeKernels(ctypes.CDLL(str(library)), without)
+@pytest.fixture(scope="module", params=["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+def lesser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    """The kernels as a processor without some instructions has them."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("takes parts of x86's instructions away")
+    library = tmp_path_factory.mktemp("lesser") / "kernels.so"
+    native._compile(native._compiler(), (*native.FLAGS, request.param), sorted(native.SOURCES.glob("*.c")), library)
+    return NativeKernels(ctypes.CDLL(str(library)), request.param)
+
+
+def test_pointwise_kernels_agree_on_lesser_processors(lesser: NativeKernels) -> None:
+    for dtype, tolerance in DTYPES:
+        for found, expected in zip(_pointwise(lesser, dtype, 77), _pointwise(TORCH, dtype, 77), strict=True):
+            assert tiny.relative_difference(found, expected) < tolerance
+
+
+def test_attention_agrees_on_lesser_processors(lesser: NativeKernels) -> None:
     for dtype, tolerance in DTYPES:
         for heads, groups, width, window, rotated in HEADS:
             _, parts = _qkv(heads, groups, width, dtype)
@@ -232,6 +272,18 @@ def test_the_losss_kernel_agrees_and_pads_with_zero(compiled: NativeKernels, dty
     assert tiny.relative_difference(ours, theirs) < tolerance
     assert not ours[33:].any()
     assert tiny.relative_difference(compiled.log_prob(logits, targets), TORCH.log_prob(logits, targets)) < 1e-6
+
+
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_a_class_shut_out_by_a_score_of_minus_infinity_has_no_part(kernels: Kernels | str, compiled: NativeKernels) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    logits, targets = _draw(2, 100), torch.tensor([1, 2])
+    with_it, without = logits.clone(), torch.cat([logits[:, :40], logits[:, 41:]], dim=1)
+    with_it[:, 40] = -float("inf")
+    assert tiny.relative_difference(of.log_prob(with_it, targets), of.log_prob(without, targets)) < 1e-6
+    assert tiny.relative_difference(of.nll_(with_it, targets, torch.ones(2)), of.nll_(without, targets, torch.ones(2))) < 1e-6
+    assert with_it[:, 40].abs().max() < 1e-30
+    assert torch.isfinite(with_it).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -111,9 +111,9 @@ class NativeKernels:
         self._call("gate_backward", gu_T2F, dh_TF.contiguous(), _Rows(gu_T2F), *dh_TF.shape)
 
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
-        count = len(targets_C)
-        nll_C = torch.empty(count, dtype=torch.float32)
-        self._call("nll", logits_CV, logits_CV, targets_C, weights_C, nll_C, count, logits_CV.shape[1])
+        count, width = len(targets_C), logits_CV.shape[1]
+        nll_C, wait_HV = torch.empty(count, dtype=torch.float32), torch.empty(torch.get_num_threads(), width, dtype=torch.float32)
+        self._call("nll", logits_CV, logits_CV, targets_C, weights_C, nll_C, wait_HV, count, width)
         logits_CV[count:].zero_()
         return nll_C
 

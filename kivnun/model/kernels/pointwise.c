@@ -1,4 +1,6 @@
 /* Norms, gates and the loss over logits, for float32 and bfloat16. What each computes stands in pointwise.inc. */
+#include <omp.h>
+
 #include "vectors.h"
 
 enum { DRAWS = 16, COLUMNS = 256 };

@@ -3,7 +3,7 @@
 #ifndef KIVNUN_VECTORS_H
 #define KIVNUN_VECTORS_H
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define WHOLE_VECTORS
 #endif
@@ -156,15 +156,18 @@ static inline void transpose(const float *from, int64_t from_row, float *to, int
 #endif
 }
 
-/* 2^x for each x of at most 127 as 2^n * 2^(from * factor - n), x about from * factor and n next to it: a power of two times the
- * minimax polynomial of degree 6 on [-1/2, 1/2]. */
-static inline vec power_of_two(vec x, vec from, float factor) {
+/* 2^x to 1e-7 relative for x of at most 127: a power of two times the minimax polynomial of degree 6 on [-1/2, 1/2]. NaN stays NaN,
+ * and what lies below float32's range, -inf too, is held at its end or becomes 0. */
+static inline vec exp2_of_each(vec x) {
 #ifdef WHOLE_VECTORS
   vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); /* x - n, and 0 for an infinite x */
 #else
+  x = larger(vec_of(-126.0f), x);
   vec shifted = x + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+  vec f = x - n;
 #endif
-  vec f = from * factor - n, y = f * 1.53458124e-4f + 1.33999309e-3f;
+  vec y = f * 1.53458124e-4f + 1.33999309e-3f;
   y = y * f + 9.61848907e-3f;
   y = y * f + 5.55032864e-2f;
   y = y * f + 2.40226462e-1f;
@@ -177,19 +180,8 @@ static inline vec power_of_two(vec x, vec from, float factor) {
 #endif
 }
 
-/* 2^x to 1e-7 relative for x of at most 127. */
-static inline vec exp2_of_each(vec x) {
-#ifndef WHOLE_VECTORS
-  x = larger(vec_of(-126.0f), x);
-#endif
-  return power_of_two(x, x, 1.0f);
-}
-
-/* e^x to 1e-7 relative near 0 and 1e-6 at the ends, for x of at most 88; what is below -87 counts as -87, and NaN stays NaN. */
-static inline vec exp_of_each(vec x) {
-  x = larger(vec_of(-87.0f), x);
-  return power_of_two(x * LOG2_E, x, LOG2_E);
-}
+/* e^x for x of at most 88, as near as x itself is when it is rounded: to 1e-7 about 0, to 4e-6 at the ends. */
+static inline vec exp_of_each(vec x) { return exp2_of_each(x * LOG2_E); }
 
 /* 1 / x to 1e-7 relative for 1e-37 < x < 1e37. */
 static inline vec inverse_of_each(vec x) {
