@@ -38,8 +38,11 @@ static inline vec vec_of(float x) { return x - (vec){0}; }
   } while (0)
 
 static inline vec vec_at_bf16(const bf16 *x) {
-#ifdef WHOLE_VECTORS /* GCC would convert the two halves apart */
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#ifdef WHOLE_VECTORS /* every number to the upper half of a lane, in one instruction */
+  static const uint16_t order[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                     0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)x));
+  return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_loadu_si512(order), halves);
 #else
   return (vec)(__builtin_convertvector(*(const vec_halves *)x, vec_bits) << 16);
 #endif
@@ -193,6 +196,6 @@ static inline vec inverse_of_each(vec x) {
 #endif
 }
 
-static inline vec sigmoid_of_each(vec x) { return inverse_of_each(1.0f + exp_of_each(-larger(vec_of(-80.0f), x))); }
+static inline vec sigmoid_of_each(vec x) { return inverse_of_each(1.0f + exp2_of_each(larger(vec_of(-80.0f), x) * -LOG2_E)); }
 
 #endif
