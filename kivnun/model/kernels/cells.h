@@ -4,9 +4,9 @@
  * of four bytes that hold `grain` numbers next to each other along R: one float, or two bfloat16 where the processor multiplies
  * those in pairs (AVX512-BF16: twice the operations). A is read by cell through two strides, so that it may be transposed; B by
  * vector of cells, likewise. A head's tokens therefore come in three layouts, of which the first two agree for single floats:
- *   rows     [tokens, K / grain]             to be A, R running over the head
- *   stack    [tokens / grain, K]             to be B, R running over tokens
- *   columns  [tokens / 16, K / grain, 16]    to be B, R running over the head */
+ *   rows     [tokens, K / grain]                 to be A, R running over the head
+ *   stack    [tokens / grain, K]                 to be B, R running over tokens
+ *   columns  [tokens / LANES, K / grain, LANES]  to be B, R running over the head */
 #ifndef KIVNUN_CELLS_H
 #define KIVNUN_CELLS_H
 

@@ -1,27 +1,35 @@
-/* Vectors of 16 floats: the compiler's own arithmetic, and the few operations that it has no operator for. Where the processor's
- * registers are narrower, compilers split what is written here. */
+/* Vectors of floats, as wide as the processor's registers: the compiler's own arithmetic, and the few operations that it has no
+ * operator for. Wider ones would go through memory: compilers do not keep them in several registers. */
 #ifndef KIVNUN_VECTORS_H
 #define KIVNUN_VECTORS_H
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define WHOLE_VECTORS
 #endif
 
 #include "scalars.h"
 
 #define LOG2_E 1.44269504088896341f
+#if defined(WHOLE_VECTORS)
 enum { LANES = 16 };
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vec_halves __attribute__((vector_size(32), aligned(2), may_alias));
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vec_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline vec vec_at(const float *x) { return *(const vec *)x; }
 static inline void put_vec(float *to, vec x) { *(vec *)to = x; }
 static inline vec vec_of(float x) { return x - (vec){0}; }
 
-/* Takes `statements` through `count` numbers in vectors that begin at i, of n numbers each: LANES, but for the last. Four go
- * together, and `way` says which of the four: a sum in four vectors does not wait for itself. */
+/* Runs statements for `count` numbers, a vector at a time: n of them from i on, LANES but for the last. Four vectors go together,
+ * and `way` says which of the four this is: a sum in four parts does not wait for itself. */
 #define EACH_VECTOR(i, n, way, count, ...)                                                         \
   do {                                                                                             \
     int64_t whole_ = (count) / (4 * LANES) * (4 * LANES);                                          \
@@ -38,8 +46,13 @@ static inline vec vec_of(float x) { return x - (vec){0}; }
   } while (0)
 
 static inline vec vec_at_bf16(const bf16 *x) {
-#ifdef WHOLE_VECTORS /* GCC would convert the two halves apart */
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#ifdef WHOLE_VECTORS /* every number to the upper half of a lane, in one instruction */
+  static const uint16_t order[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                     0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)x));
+  return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_loadu_si512(order), halves);
+#elif defined(__AVX2__) /* GCC would convert the two halves of a vector apart */
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #else
   return (vec)(__builtin_convertvector(*(const vec_halves *)x, vec_bits) << 16);
 #endif
@@ -88,8 +101,8 @@ static inline vec larger(vec a, vec b) {
 #ifdef WHOLE_VECTORS
   return (vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-  for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
-  return a;
+  vec_bits above = (vec_bits)(a > b);
+  return (vec)((above & (vec_bits)a) | (~above & (vec_bits)b));
 #endif
 }
 
@@ -100,7 +113,7 @@ static inline vec within(vec x, int64_t low, int64_t high, float otherwise) {
 #ifdef WHOLE_VECTORS
   return (vec)_mm512_mask_blend_ps((__mmask16)(lanes_below(high) & ~lanes_below(low)), _mm512_set1_ps(otherwise), (__m512)x);
 #else
-  for (int i = 0; i < LANES; i++) x[i] = i >= low && i < high ? x[i] : otherwise;
+  for (int i = 0; (low > 0 || high < LANES) && i < LANES; i++) x[i] = i >= low && i < high ? x[i] : otherwise;
   return x;
 #endif
 }
@@ -193,6 +206,6 @@ static inline vec inverse_of_each(vec x) {
 #endif
 }
 
-static inline vec sigmoid_of_each(vec x) { return inverse_of_each(1.0f + exp_of_each(-larger(vec_of(-80.0f), x))); }
+static inline vec sigmoid_of_each(vec x) { return inverse_of_each(1.0f + exp2_of_each(larger(vec_of(-80.0f), x) * -LOG2_E)); }
 
 #endif
