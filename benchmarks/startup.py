@@ -2,14 +2,13 @@
 
 `kivnun tune` on the built-in base with 64 short chats, for one step, as a process of its own, several times after one that warms
 caches: seconds from the start of the process to the step's event, without a validation set and with one (then the base is scored
-before it is trained), and the CPU seconds of the whole command.
+before it is trained), and the CPU seconds and the largest memory of the whole command.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,14 +23,15 @@ SPEC = "version: 1\nbase: kivnun/tiny-phi\ndata: {{train: train.jsonl, validatio
 
 
 def main() -> None:
-    print("| `kivnun tune` on kivnun/tiny-phi, warm, median of 5 | seconds to the first step | CPU seconds in all |\n|---|---|---|")
+    print("| `kivnun tune` on kivnun/tiny-phi, warm, median of 5 | seconds to the first step | CPU seconds in all | MiB at most |")
+    print("|---|---|---|---|")
     for name, validation in (("no validation set", "null"), ("24 rows scored before", "validation.jsonl")):
-        seconds, cpu_seconds = measured(validation)
-        print(f"| {name} | {seconds:.2f} | {cpu_seconds:.2f} |", flush=True)
+        seconds, cpu_seconds, mib = measured(validation)
+        print(f"| {name} | {seconds:.2f} | {cpu_seconds:.2f} | {mib:.0f} |", flush=True)
 
 
-def measured(validation: str) -> tuple[float, float]:
-    """Return the medians of seconds to the first step and of the command's CPU seconds."""
+def measured(validation: str) -> tuple[float, ...]:
+    """Return the medians of seconds to the first step, of the command's CPU seconds and of its largest memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name, count in (("train.jsonl", 64), ("validation.jsonl", 24)):
@@ -39,23 +39,25 @@ def measured(validation: str) -> tuple[float, float]:
             (place / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         (place / "spec.yaml").write_text(SPEC.format(validation=validation), encoding="utf-8")
         runs = [_one(place, number) for number in range(RUNS + 1)][1:]
-    return statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
+    return tuple(map(statistics.median, zip(*runs, strict=True)))
 
 
 def _messages(number: int, name: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{name} {number}?"}, {"role": "assistant", "content": f"The answer is {number}."}]
 
 
-def _one(place: Path, number: int) -> tuple[float, float]:
-    run = place / f"run{number}"
+def _one(place: Path, number: int) -> tuple[float, float, float]:
+    run, began = place / f"run{number}", time.time()
     command = [*KIVNUN, "tune", str(place / "spec.yaml"), "--output", str(run), "--json"]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **silent)
+    _, status, used = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
     events = map(json.loads, (run / "events.jsonl").read_text(encoding="utf-8").splitlines())
     stepped = next(event["time"] for event in events if event["name"] == "step_done")
     seconds = datetime.fromisoformat(stepped.replace("Z", "+00:00")).timestamp() - began
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -361,6 +361,7 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
 
 
 def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
+    native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
         max_seq_len=longest_row(base_folder),
@@ -371,7 +372,8 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         data_format=dataset.format,  # type: ignore[arg-type]
         stored_precision=stored_precision(base_folder),
-        no_native_reason=_reason(native_or_reason()),
+        no_native_reason=_reason(native),
+        packs=frozenset() if isinstance(native, str) else native.packs(),
         no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
     )
 

@@ -45,19 +45,19 @@ class DropoutDraw:
 
 
 @dataclass(slots=True)
-class _Factors:
+class Factors:
     """A and scaling * B in the dtype of computing, packed for their products; made anew when A or B has changed."""
 
     made_of: tuple[object, ...] = ()
     a_RI: Matrix | None = None
     b_OR: Matrix | None = None
 
-    def of(self, a_RI: Tensor, b_OR: Tensor, scaling: float, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
-        made_of = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), scaling, dtype)
+    def of(self, site: AdapterSite, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
+        a_RI, b_OR = site.a_RI.detach(), site.b_OR.detach()
+        made_of = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), site.scaling, dtype)
         if self.a_RI is None or self.b_OR is None or self.made_of != made_of:
             self.made_of = made_of
-            self.a_RI = packed(a_RI.detach().to(dtype), kernels)
-            self.b_OR = packed((b_OR.detach() * scaling).to(dtype), kernels)
+            self.a_RI, self.b_OR = packed(a_RI.to(dtype), kernels), packed((b_OR * site.scaling).to(dtype), kernels)
         return self.a_RI, self.b_OR
 
 
@@ -69,15 +69,11 @@ class LoraSite:
     b_OR: nn.Parameter
     scaling: float
     dropout: DropoutDraw
-    _factors: _Factors = field(default_factory=_Factors)
+    factors: Factors = field(default_factory=Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
         drop = self.dropout.now(linear.kernels, select_S)
         return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, drop, linear, again)  # type: ignore[no-any-return]
-
-    def factors(self, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
-        """Return A and scaling * B as products take them."""
-        return self._factors.of(self.a_RI, self.b_OR, self.scaling, dtype, kernels)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return W + scaling * B A in float32."""
@@ -94,9 +90,10 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI, a_RI, b_OR, site, drop, linear, again):  # type: ignore[override]
         kernels = linear.kernels
-        a, scaled_b = site.factors(x_TI.dtype, kernels)
+        a, scaled_b = site.factors.of(site, x_TI.dtype, kernels)
         xa_TR = times_transposed(drop(x_TI), a, kernels)
         y_TO = times_transposed(x_TI, linear.operand(), kernels, LowRank(xa_TR, scaled_b))
+        # A and B too: autograd then refuses a backward pass after they have changed, which would use them as they are by now.
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR)
         ctx.site, ctx.drop, ctx.linear, ctx.again = site, drop, linear, again
         return y_TO if linear.bias is None else y_TO.add_(linear.bias)
@@ -116,7 +113,7 @@ def _input(ctx: Any, kept_TI: Tensor) -> Tensor:
 def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor):
     """Return (dx [T, I] or None where nobody asks for it, dA [R, I], dB [O, R]) of y = x W^T + s (x~ A^T) B^T."""
     kernels = ctx.linear.kernels
-    a, scaled_b = ctx.site.factors(dy_TO.dtype, kernels)
+    a, scaled_b = ctx.site.factors.of(ctx.site, dy_TO.dtype, kernels)
     u_TR = times(dy_TO, scaled_b, kernels)
     db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(ctx.site.b_OR.dtype) * ctx.site.scaling
     da_RI = over_tokens(u_TR, ctx.drop(x_TI), kernels).to(ctx.site.a_RI.dtype)
@@ -142,7 +139,7 @@ class DoraSite:
     scaling: float
     dropout: DropoutDraw
     _squares_O: Tensor | None = None
-    _factors: _Factors = field(default_factory=_Factors)
+    factors: Factors = field(default_factory=Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
         drop, tensors = self.dropout.now(linear.kernels, select_S), (self.a_RI, self.b_OR, self.magnitude_O)
@@ -151,10 +148,6 @@ class DoraSite:
         dropped_TI = _Dropped.apply(x_TI, drop)
         plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
         return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self, linear, None)
-
-    def factors(self, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
-        """Return A and scaling * B as products take them."""
-        return self._factors.of(self.a_RI, self.b_OR, self.scaling, dtype, kernels)
 
     def row_norm(self, weight_OI: Matrix, kernels: Kernels) -> Tensor:
         """Return the row norms of W + scaling * B A, float32 [O]. |W_o|^2 is taken once: a base never changes under an adapter."""
@@ -177,7 +170,7 @@ class _Dora(torch.autograd.Function):
     def forward(ctx: Any, x_TI, a_RI, b_OR, magnitude_O, bias_O, site, linear, again):  # type: ignore[override]
         weight_OI = linear.operand()
         length_O = site.row_norm(weight_OI, linear.kernels)
-        a, scaled_b = site.factors(x_TI.dtype, linear.kernels)
+        a, scaled_b = site.factors.of(site, x_TI.dtype, linear.kernels)
         xa_TR = times_transposed(x_TI, a, linear.kernels)
         z_TO = times_transposed(x_TI, weight_OI, linear.kernels, LowRank(xa_TR, scaled_b))
         y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)

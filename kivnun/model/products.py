@@ -1,10 +1,10 @@
 """Matrix products, each by what is fastest for its dtype and processor. The choice is this table, made once and by measurement.
 
 On processors with AVX-512 the kernels in C multiply: as fast as oneDNN with packed weights, an adapter's second product in the
-same pass, and nothing kept for each number of rows, where oneDNN keeps megabytes (docs/LOG.md, 2026-11-25). They read the right
-factor packed, which takes 2 % of a product of 700 rows and as long as a product of 16: a frozen weight may be kept so
-(`PackedMatrix`). Elsewhere torch multiplies; float32 on a CPU through oneDNN rather than MKL, which on AMD's processors is 2.3
-times as fast. Its entry is a private operator of torch, so it is probed once, for being there and being right.
+same pass, and nothing kept for each number of rows, where oneDNN keeps code (`python -m benchmarks.engine.product_rates`). They
+read the right factor packed, which takes some percent of a product of 700 rows and as long as a product of 16: a frozen weight may
+be kept so (`PackedMatrix`). Elsewhere torch multiplies; float32 on a CPU through oneDNN rather than MKL, which on AMD's processors
+is 2.3 times as fast. Its entry is a private operator of torch, so it is probed once, for being there and being right.
 Shapes: T tokens, M, N, K any, R rank. Next: `kernels/products.c` (how they are taken), `linear.py`.
 """
 
@@ -96,9 +96,9 @@ NARROW = 256  # columns up to which a factor counts as narrow: an adapter's rank
 def whole(rows: int, kernels: object, dtype: torch.dtype) -> int:
     """Return a number of rows rounded up to what products are padded to.
 
-    Below 16 rows libraries take other kernels, whose rows differ in the last bit from the same rows among more. And oneDNN makes
-    and keeps kernels for every number of rows it meets, megabytes for each: steps of 64 keep them few. The kernels in C need
-    neither.
+    Below 16 rows libraries take other kernels, whose rows differ in the last bit from the same rows among more. And oneDNN keeps
+    code for every number of rows it meets, between outputs of other sizes, so that the process grows by megabytes for each: steps
+    of 64 keep them few. The kernels in C need neither.
     """
     if isinstance(kernels, NativeKernels) and kernels.multiplies(dtype, 0):
         return rows

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from kivnun.spec.adapters import FullSpec
 from kivnun.spec.base import is_hub_id
 from kivnun.spec.catalogue import fields_of, why_of
-from kivnun.spec.compute import LocalSpec
 from kivnun.spec.data import DataFormat
 from kivnun.spec.objectives import ObjectiveKind
 from kivnun.spec.problems import Problem, problems_of, spec_error
@@ -45,7 +44,8 @@ class ResolveFacts:
     trainable row (for preferences, pair) in tokens, `device` what there is, `threads` how many cores the process may use,
     `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
     (None: plain weights), `no_native_reason` and `no_triton_reason` why the kernels in C or in
-    Triton cannot be used here (None: they can), `memory_bytes` the machine's memory (0: not known).
+    Triton cannot be used here (None: they can), `memory_bytes` the machine's memory (0: not known),
+    `packs` the precisions whose weights the kernels in C read packed on this processor.
     """
 
     objective_kind: ObjectiveKind
@@ -59,6 +59,7 @@ class ResolveFacts:
     no_native_reason: str | None = None
     no_triton_reason: str | None = None
     memory_bytes: int = 0
+    packs: frozenset[str] = frozenset()
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -113,7 +114,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem(
             "compute.micro_batch_tokens", text, "raise it, or lower data.max_seq_len and say in data.over_long what happens"
         )
-    yield from _kernel_mismatches(spec.compute, facts)
+    yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
@@ -126,8 +127,8 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
 
 
-def _kernel_mismatches(compute: LocalSpec, facts: ResolveFacts) -> Iterator[Problem]:
-    device = facts.device if compute.device == "auto" else compute.device
+def _kernel_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
+    compute, device = spec.compute, _device(spec, facts)
     if compute.kernels in ("auto", "torch"):
         return
     reason = facts.no_kernels_reason(compute.kernels) if compute.kernels == KERNELS_OF[device] else f"the run computes on {device}"
@@ -137,18 +138,13 @@ def _kernel_mismatches(compute: LocalSpec, facts: ResolveFacts) -> Iterator[Prob
 
 
 def _packing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
-    if not spec.compute.packed_weights:
-        return
-    device = facts.device if spec.compute.device == "auto" else spec.compute.device
-    precision = cast(str, _precision(device, facts).value) if spec.base.precision == "auto" else spec.base.precision
-    if (reason := _never_packed(spec, device, precision, facts)) is not None:
+    if spec.compute.packed_weights and (reason := _never_packed(spec, facts)) is not None:
         yield Problem("compute.packed_weights", f"compute.packed_weights is true, but {reason}", "leave it out")
 
 
 def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     """Yield a value and a reason for each option that was left open."""
-    device = facts.device if spec.compute.device == "auto" else spec.compute.device
-    precision = cast(str, _precision(device, facts).value) if spec.base.precision == "auto" else spec.base.precision
+    device, precision = _device(spec, facts), _precision_of(spec, facts)
     if spec.base.revision is None and is_hub_id(spec.base.model):
         yield _Choice("base.revision", "main", "the hub's default branch; the manifest records the hash of the weights themselves")
     if spec.base.precision == "auto":
@@ -173,43 +169,49 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.compute.micro_batch_tokens is None:
         yield _micro_batch(device, precision, facts)
     if spec.compute.packed_weights is None:
-        yield _packed_weights(spec, device, precision, facts)
+        yield _packed_weights(spec, facts)
+
+
+def _device(spec: TuneSpec, facts: ResolveFacts) -> str:
+    return facts.device if spec.compute.device == "auto" else spec.compute.device
+
+
+def _precision_of(spec: TuneSpec, facts: ResolveFacts) -> str:
+    return str(_precision(_device(spec, facts), facts).value) if spec.base.precision == "auto" else spec.base.precision
 
 
 def _micro_batch(device: str, precision: str, facts: ResolveFacts) -> _Choice:
-    least, why = MIN_MICRO_BATCH, ""
-    if device == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM:
-        least, why = (
-            CPU_MICRO_BATCH[precision],
-            "; more are no faster on a CPU" if CPU_MICRO_BATCH[precision] < MIN_MICRO_BATCH else "",
-        )
+    small = device == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM
+    least = CPU_MICRO_BATCH[precision] if small else MIN_MICRO_BATCH
+    why = "; more are no faster on a CPU" if least < MIN_MICRO_BATCH else ""
     tokens = max(least, facts.longest_row)
     return _Choice(
         "compute.micro_batch_tokens", tokens, f"the larger of {least} and the longest row ({facts.longest_row} tokens){why}"
     )
 
 
-def _packed_weights(spec: TuneSpec, device: str, precision: str, facts: ResolveFacts) -> _Choice:
-    def choice(value: bool, reason: str) -> _Choice:
-        return _Choice("compute.packed_weights", value, reason)
-
-    if (reason := _never_packed(spec, device, precision, facts)) is not None:
-        return choice(False, reason)
-    size = 2 * WEIGHT_BYTES[precision] * facts.base_parameters
-    sizes = f"{size / 2**30:.1f} of {facts.memory_bytes / 2**30:.0f} GiB of memory"
-    if size * MEMORY_SHARE > facts.memory_bytes:
-        return choice(False, f"they would take {sizes}, more than an eighth")
-    return choice(True, f"they take {sizes}")
+def _packed_weights(spec: TuneSpec, facts: ResolveFacts) -> _Choice:
+    reason = _never_packed(spec, facts)
+    if reason is not None:
+        return _Choice("compute.packed_weights", False, reason)
+    size = 2 * WEIGHT_BYTES[_precision_of(spec, facts)] * facts.base_parameters
+    fits, sizes = size * MEMORY_SHARE <= facts.memory_bytes, f"{size / 2**30:.1f} of {facts.memory_bytes / 2**30:.0f} GiB of memory"
+    return _Choice(
+        "compute.packed_weights", fits, f"they take {sizes}" if fits else f"they would take {sizes}, more than an eighth"
+    )
 
 
-def _never_packed(spec: TuneSpec, device: str, precision: str, facts: ResolveFacts) -> str | None:
+def _never_packed(spec: TuneSpec, facts: ResolveFacts) -> str | None:
     """Return why weights cannot be packed in this run; None: they can."""
+    precision = _precision_of(spec, facts)
     if isinstance(spec.adapter, FullSpec):
         return "weights that are trained are not packed"
     if precision not in WEIGHT_BYTES:
         return f"weights in {precision} are decoded before every product"
-    if device != "cpu" or spec.compute.kernels == "torch" or facts.no_native_reason is not None:
+    if _device(spec, facts) != "cpu" or spec.compute.kernels == "torch" or facts.no_native_reason is not None:
         return "only kernels in C read packed weights"
+    if precision not in facts.packs:
+        return f"this processor lacks the instructions for packed products in {precision}"
     return None
 
 

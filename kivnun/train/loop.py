@@ -54,7 +54,7 @@ def fit(
     """
     objective, began = trainee.objective, time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
-    for step, work in one_ahead(steps, lambda step: prepared(objective, rows, order.rows_of(step), micro_batch_tokens)):
+    for step, work in one_ahead(steps, lambda step: prepared(step, objective, rows, order, micro_batch_tokens)):
         items = work.items
         loss = sum(trainee.forward_backward(batch, work.total_weight) for batch in work.packs)
         learning_rate = schedule.learning_rate(step)
@@ -63,7 +63,7 @@ def fit(
             StepDone(
                 step=step,
                 steps=schedule.steps,
-                epoch=order.epoch_of(step),
+                epoch=work.epoch,
                 loss=loss,
                 grad_norm=update.grad_norm,
                 learning_rate=learning_rate,
@@ -73,7 +73,7 @@ def fit(
                 seconds=time.monotonic() - began,
             )
         )
-        last, epoch_ended = step == schedule.steps, order.ends_epoch(step)
+        last, epoch_ended = step == schedule.steps, work.ends_epoch
         due = epoch_ended if evaluate_every_steps is None else step % evaluate_every_steps == 0
         if due and not last:
             evaluate(step)
@@ -90,18 +90,21 @@ def fit(
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step computes with: its items, packed, and the weight of all of them."""
+    """What a step computes with: its items, packed, the weight of all of them, and where it stands in the order."""
 
     items: list[Trainable]
     packs: list[PackedBatch]
     total_weight: float
+    epoch: int
+    ends_epoch: bool
 
 
-def prepared(objective: Objective, rows: Sequence[Trainable], numbers: np.ndarray, micro_batch_tokens: int) -> StepWork:
-    """Return the work of a step that takes the rows of these numbers."""
-    items = [rows[number] for number in numbers]
+def prepared(step: int, objective: Objective, rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> StepWork:
+    """Return the work of a step. Nobody else asks the order anything meanwhile: it remembers the epoch it was last asked for."""
+    items = [rows[row] for row in order.rows_of(step)]
     packs = [objective.pack(part) for part in micro_batches(items, micro_batch_tokens)]
-    return StepWork(items, packs, sum(objective.weight_of(item) for item in items))
+    total_weight = sum(objective.weight_of(item) for item in items)
+    return StepWork(items, packs, total_weight, order.epoch_of(step), order.ends_epoch(step))
 
 
 def one_ahead(steps: range, prepare: Callable[[int], StepWork]) -> Iterator[tuple[int, StepWork]]:

@@ -87,6 +87,7 @@ class FullWeights:
 
     def __init__(self, base: Base) -> None:
         self._base = base
+        assert all(linear.weight is not None for linear in base.linears.values())  # packed or in codes, they could not be trained
         self._live = dict(base.model.named_parameters())
         for parameter in self._live.values():
             parameter.requires_grad_(True)

@@ -263,7 +263,6 @@ CHANGES: dict[str, list[str]] = {
     "compute.threads": ["compute.threads=1"],
     "compute.micro_batch_tokens": ["compute.micro_batch_tokens=512"],
     "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
-    "compute.packed_weights": ["compute.packed_weights=true"],
     "compute.kernels": ["compute.kernels=torch"],
 }
 ELSEWHERE = {
@@ -272,6 +271,7 @@ ELSEWHERE = {
     "objective.beta": "needs preference data",
     "compute.kind": "has one member",
     "compute.device": "on a machine without a GPU cuda is refused",
+    "compute.packed_weights": "needs a processor that reads them",
 }
 """Options that the facts of this file leave no second value; each has a test of its own."""
 
@@ -296,7 +296,7 @@ def test_a_pass_on_a_cpu_is_as_small_as_is_fast(precision: str, parameters: int,
 
 
 def test_weights_are_packed_where_that_serves_and_there_is_room() -> None:
-    roomy = replace(FACTS, memory_bytes=24 << 30)
+    roomy = replace(FACTS, memory_bytes=24 << 30, packs=frozenset({"fp32", "bf16"}))
     spec, reasons = resolved(facts=roomy)
     assert spec.compute.packed_weights
     assert reasons["compute.packed_weights"] == "they take 0.0 of 24 GiB of memory"
@@ -306,6 +306,11 @@ def test_weights_are_packed_where_that_serves_and_there_is_room() -> None:
         assert resolved(change, facts=roomy)[0].compute.packed_weights is False
         with pytest.raises(SpecError, match=r"compute.packed_weights is true, but"):
             resolved(change, "compute.packed_weights=true", facts=roomy)
+    assert resolved("compute.packed_weights=false", facts=roomy)[0].content_hash() != spec.content_hash()
+    lesser = replace(roomy, packs=frozenset({"fp32"}))
+    assert resolved("base.precision=fp32", facts=lesser)[0].compute.packed_weights
+    told = "this processor lacks the instructions for packed products in bf16"
+    assert resolved("base.precision=bf16", facts=lesser)[1]["compute.packed_weights"] == told
 
 
 def test_options_bound_to_other_facts_change_the_resolved_spec_too() -> None:

@@ -179,6 +179,11 @@ class NativeKernels:
         """Return whether this processor has products of its own for this type and this many summed numbers."""
         return dtype in self._multiplied and depth % GROUP[dtype] == 0
 
+    def packs(self) -> frozenset[str]:
+        """Return the precisions, by their names in a spec, whose matrices are read packed here."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        return frozenset(names[dtype] for dtype in self._multiplied)
+
     def panels_transposed(self, w_NK: Tensor) -> Panels:
         """Return w^T packed, the right factor of x w^T."""
         columns, depth = w_NK.shape
