@@ -61,10 +61,9 @@ def _rates(name: str, dtype: torch.dtype, kernels: NativeKernels, all_rows: list
                 torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, RANK), (outputs, RANK))
             )
             rates = _in_turns(_sides(x, w, low, b, kernels), 2 * rows * inputs * outputs)
-            ours, on_the_way, plain, theirs, ours_low, theirs_low = (f"{rate:6.0f}" for rate in rates)
-            print(
-                f"{'':15} {inputs:6} {outputs:7} {rows:5} | {ours} {on_the_way:>11} | {plain} {theirs:>7} | {ours_low:>21} {theirs_low:>14}"
-            )
+            forms = (" | %6.0f", " %11.0f", " | %6.0f", " %7.0f", " | %21.0f", " %14.0f")
+            cells = "".join(form % rate for form, rate in zip(forms, rates, strict=True))
+            print(f"{'':15} {inputs:6} {outputs:7} {rows:5}{cells}", flush=True)
 
 
 def _sides(x: Tensor, w: Tensor, low: Tensor, b: Tensor, kernels: NativeKernels) -> list[Callable[[], Tensor]]:
