@@ -1,10 +1,10 @@
 """Matrix products beside oneDNN's, in CPU time of one thread: `python -m benchmarks.engine.product_rates`.
 
 Prints a table: for each shape of a layer of the 71 M model and several numbers of rows, billions of operations a second of our
-product with the weight packed beforehand and packed on the way, of oneDNN's as torch calls it and with a packed weight, and of both
-with an adapter's product of rank 16 (oneDNN: `addmm_`), measured in turns. Then, each in a process of its own, what a number of rows
-met for the first time costs: KiB that the process grows by and milliseconds. Met from the largest down, that is what is kept; met
-from the smallest up, what is kept lies between outputs that each need more room than the last.
+product with the weight packed beforehand and packed on the way, of oneDNN's as torch calls it and with a packed weight, and of
+both with an adapter's product of rank 16 (oneDNN: `addmm_`), measured in turns. Then, each in a process of its own, what a number
+of rows met for the first time costs: KiB that the process grows by and milliseconds. Met from the largest down, that is what is
+kept; met from the smallest up, what is kept lies between outputs that each need more room than the last.
 """
 
 from __future__ import annotations

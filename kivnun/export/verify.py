@@ -25,6 +25,7 @@ from kivnun.evaluate.heldout import held_out_nll
 from kivnun.events import Event, StepDone, read_events
 from kivnun.model.kernels import choose, names_of
 from kivnun.model.load import DTYPES, read_decoded
+from kivnun.model.read_model import hide_bars
 from kivnun.opened import OpenedRun, open_run
 from kivnun.pipeline import tune
 from kivnun.spec.base import QUANTISED
@@ -164,6 +165,7 @@ def _recorded(run: OpenedRun) -> Evaluation:
 def _plain_model(run: OpenedRun) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    hide_bars()
     folder, precision = run.folder.model if run.is_full else run.base_folder, run.spec.base.precision
     model: Any
     if precision in QUANTISED:  # the decoded weights, which the parity tests hold to bitsandbytes

@@ -32,7 +32,7 @@ from kivnun.model.probe import refuse_unlike_transformers
 from kivnun.model.products import whole
 from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedMatrix, pieces_of
 from kivnun.model.read_decoder import as_transformers, read_decoder, taken_over
-from kivnun.model.read_model import ReadModel, decoded, open_config, read_model
+from kivnun.model.read_model import ReadModel, decoded, hide_bars, open_config, read_model
 from kivnun.model.rope import RowRotary
 
 # What a base computes in. Quantised ones do so in bfloat16, as QLoRA does: half the memory of a decoded matrix and of activations,
@@ -108,6 +108,7 @@ class Base:
 
     def save(self, folder: Path) -> None:
         """Write the weights as they are now, as a folder that transformers loads."""
+        hide_bars()
         model: Any = as_transformers(self.model, self.linears) if isinstance(self.model, Decoder) else self.model
         model.save_pretrained(folder)
 

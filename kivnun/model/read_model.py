@@ -128,6 +128,13 @@ class _Absent:
         return torch.zeros((), dtype=dtype).expand(self.shape)
 
 
+def hide_bars() -> None:
+    """Keep transformers from drawing bars: what a person sees of a command is its own; bars within it only tear the screen."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def open_config(folder: Path) -> Any:
     """Return transformers' configuration of a folder. Raises BaseModelError when it knows no such model."""
     from transformers import AutoConfig
@@ -162,7 +169,7 @@ def _filled(folder: Path, outline: nn.Module, dtype: torch.dtype, tensors: Mappi
     from transformers.utils import logging
 
     generation = generation_config(folder)
-    logging.disable_progress_bar()  # what a person sees of a run is told by events; bars within it only tear the screen
+    hide_bars()
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is refused below, in fewer words
     try:

@@ -44,3 +44,14 @@ def test_a_run_its_evaluation_and_its_export_load_no_modelling_code(kind: str, t
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip().splitlines()[-1] == "LOADED"
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_no_bars_of_transformers_tear_the_screen(tmp_path: Path) -> None:
+    """Saving a whole model, and verifying with transformers' own, are the only times its code draws any."""
+    spec = write_spec(tmp_path, Path("kivnun/tiny-phi"), chats(10), adapter={"kind": "full"}, schedule={"epochs": None, "steps": 1})
+    run = str(tmp_path / "run")
+    program = [sys.executable, "-c", PROGRAM, json.dumps([["tune", str(spec), "--output", run], ["verify", run]]), "transformers"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "LOADED transformers" in done.stderr
+    assert "it/s]" not in done.stderr
