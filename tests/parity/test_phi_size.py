@@ -124,7 +124,7 @@ def test_a_base_of_phis_size_loads_and_trains_within_its_memory(precision: str, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100, env=paths)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    rate = said["tokens"] / min(said["step_s"])
+    rate = said["tokens"] / sorted(said["step_s"])[1]
     print({"precision": precision, **said, "load_ratio": round(said["load_peak"] / said["held"], 3)})
     print(f"plan {said['planned'] / GIB:.2f} GiB, peak {said['peak'] / GIB:.2f}, error {said['peak'] / said['planned'] - 1:+.1%}")
     print(f"{rate:.0f} tokens a second: {1000 * 200 / rate / 3600:.1f} hours for 1,000 rows of 200 tokens, once")
