@@ -7,6 +7,8 @@ on every device. Shapes: T tokens of the pack, D channels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _BITS = 16
 _SPAN = 1 << _BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which elements of a matrix [T, D] are zeroed: one key per token (int64 [T]), the site's key and the rate. Dropping is a
+    linear function, and its own transpose."""
+
+    keys_T: Tensor
+    site: int
+    rate: float
 
 
 def site_key(seed: int, name: str) -> int:
@@ -29,12 +41,12 @@ def token_keys(seed: int, step: int, rows_T: Tensor, positions_T: Tensor) -> Ten
     return _mix(_mix(rows_T + base) + positions_T * _GOLDEN)
 
 
-def dropped(x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
-    """Return x with each element zeroed with probability `rate` and the others scaled up. One draw decides four channels."""
+def dropped(x_TD: Tensor, mask: Mask) -> Tensor:
+    """Return x with each element zeroed with probability `mask.rate` and the others scaled up. One draw decides four channels."""
     width = x_TD.shape[-1]
-    scale, limit = scale_and_limit(rate)
+    scale, limit = scale_and_limit(mask.rate)
     groups = torch.arange(-(-width // 4), device=x_TD.device) * _GOLDEN
-    draws = _mix(_mix(keys_T ^ site)[:, None] + groups)
+    draws = _mix(_mix(mask.keys_T ^ mask.site)[:, None] + groups)
     shifts = torch.arange(0, 64, _BITS, device=x_TD.device)
     keep_TD = (((draws[..., None] >> shifts) & (_SPAN - 1)) >= limit).flatten(-2)[..., :width]
     return (x_TD * (keep_TD * scale)).to(x_TD.dtype)

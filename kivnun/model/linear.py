@@ -15,16 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kivnun.model.dropout import Mask
 from kivnun.model.kernels import Kernels
 from kivnun.model.products import LowRank, Matrix, PackedMatrix, over_tokens, packed, times, times_transposed
 
 # Makes a layer's input again in the backward pass, from what another function keeps anyway; None: the input itself is kept.
 Again: TypeAlias = Callable[[], Tensor] | None
-
-
-def undropped(x_TI: Tensor) -> Tensor:
-    """Return x: the dropout of a pass without dropout."""
-    return x_TI
 
 
 @dataclass(slots=True)
@@ -35,13 +31,13 @@ class DropoutDraw:
     site: int
     keys_T: Tensor | None = None
 
-    def now(self, kernels: Kernels, select_S: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Return the dropout of this pass: a linear function, and still the same one when the next pass has drawn anew.
+    def now(self, select_S: Tensor | None) -> Mask | None:
+        """Return the mask of this pass: still the same one when the next pass has drawn anew.
 
         With `select_S` it is for these tokens of the pass, each with the mask it would have among all.
         """
         keys_T = self.keys_T if select_S is None or self.keys_T is None else self.keys_T[select_S]
-        return undropped if keys_T is None else lambda x_TI: kernels.dropped(x_TI, keys_T, self.site, self.rate)
+        return None if keys_T is None else Mask(keys_T, self.site, self.rate)
 
 
 @dataclass(slots=True)
@@ -72,8 +68,8 @@ class LoraSite:
     factors: Factors = field(default_factory=Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
-        drop = self.dropout.now(linear.kernels, select_S)
-        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, drop, linear, again)  # type: ignore[no-any-return]
+        mask = self.dropout.now(select_S)
+        return _Lora.apply(x_TI, self.a_RI, self.b_OR, self, mask, linear, again)  # type: ignore[no-any-return]
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return W + scaling * B A in float32."""
@@ -84,18 +80,19 @@ class _Lora(torch.autograd.Function):
     """y = x W^T + s (x~ A^T) B^T with x~ the dropped input, and with u = s dy B:
     dA = u^T x~, dB = s dy^T (x~ A^T), dx = dy W + (u A)~.
 
-    Every product goes through the rank first, so that nothing of the weight's size is made. Kept are x and x~ A^T alone.
+    Every product goes through the rank first, so that nothing of the weight's size is made. Kept are x and x~ A^T alone; x~ is
+    never written down, the products drop on the way.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI, a_RI, b_OR, site, drop, linear, again):  # type: ignore[override]
+    def forward(ctx: Any, x_TI, a_RI, b_OR, site, mask, linear, again):  # type: ignore[override]
         kernels = linear.kernels
         a, scaled_b = site.factors.of(site, x_TI.dtype, kernels)
-        xa_TR = times_transposed(drop(x_TI), a, kernels)
+        xa_TR = times_transposed(x_TI, a, kernels, mask=mask)
         y_TO = times_transposed(x_TI, linear.operand(), kernels, LowRank(xa_TR, scaled_b))
         # A and B too: autograd then refuses a backward pass after they have changed, which would use them as they are by now.
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR)
-        ctx.site, ctx.drop, ctx.linear, ctx.again = site, drop, linear, again
+        ctx.site, ctx.mask, ctx.linear, ctx.again = site, mask, linear, again
         return y_TO if linear.bias is None else y_TO.add_(linear.bias)
 
     @staticmethod
@@ -116,12 +113,10 @@ def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor):
     a, scaled_b = ctx.site.factors.of(ctx.site, dy_TO.dtype, kernels)
     u_TR = times(dy_TO, scaled_b, kernels)
     db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(ctx.site.b_OR.dtype) * ctx.site.scaling
-    da_RI = over_tokens(u_TR, ctx.drop(x_TI), kernels).to(ctx.site.a_RI.dtype)
+    da_RI = over_tokens(u_TR, x_TI, kernels, ctx.mask).to(ctx.site.a_RI.dtype)
     if not ctx.needs_input_grad[0]:
         return None, da_RI, db_OR
-    if ctx.drop is undropped:
-        return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a)), da_RI, db_OR
-    return times(dy_TO, ctx.linear.operand(), kernels).add_(ctx.drop(times(u_TR, a, kernels))), da_RI, db_OR
+    return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a, ctx.mask)), da_RI, db_OR
 
 
 @dataclass(slots=True)
@@ -142,10 +137,10 @@ class DoraSite:
     factors: Factors = field(default_factory=Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
-        drop, tensors = self.dropout.now(linear.kernels, select_S), (self.a_RI, self.b_OR, self.magnitude_O)
-        if drop is undropped:
+        mask, tensors = self.dropout.now(select_S), (self.a_RI, self.b_OR, self.magnitude_O)
+        if mask is None:
             return _Dora.apply(x_TI, *tensors, linear.bias, self, linear, again)  # type: ignore[no-any-return]
-        dropped_TI = _Dropped.apply(x_TI, drop)
+        dropped_TI = _Dropped.apply(x_TI, mask, linear.kernels)
         plain_TO = linear.plain(x_TI) - _Linear.apply(dropped_TI, None, None, linear)
         return plain_TO + _Dora.apply(dropped_TI, *tensors, None, self, linear, None)
 
@@ -175,7 +170,7 @@ class _Dora(torch.autograd.Function):
         z_TO = times_transposed(x_TI, weight_OI, linear.kernels, LowRank(xa_TR, scaled_b))
         y_TO = linear.kernels.scale_columns(z_TO, magnitude_O / length_O)
         ctx.save_for_backward(None if again else x_TI, xa_TR, a_RI, b_OR, magnitude_O, length_O, z_TO)
-        ctx.site, ctx.drop, ctx.linear, ctx.again = site, undropped, linear, again
+        ctx.site, ctx.mask, ctx.linear, ctx.again = site, None, linear, again
         return y_TO if bias_O is None else y_TO.add_(bias_O)
 
     @staticmethod
@@ -191,13 +186,13 @@ class _Dropped(torch.autograd.Function):
     """Dropout as an operation of its own. It is linear, and its own transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI, drop):  # type: ignore[override]
-        ctx.drop = drop
-        return drop(x_TI)
+    def forward(ctx: Any, x_TI, mask, kernels):  # type: ignore[override]
+        ctx.mask, ctx.kernels = mask, kernels
+        return kernels.dropped(x_TI, mask)
 
     @staticmethod
     def backward(ctx: Any, dout_TI):  # type: ignore[override]
-        return ctx.drop(dout_TI), None
+        return ctx.kernels.dropped(dout_TI, ctx.mask), None, None
 
 
 AdapterSite = LoraSite | DoraSite

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kivnun.model.dropout import Mask
 from kivnun.model.kernels.native import NativeKernels, Panels
 
 
@@ -49,10 +50,12 @@ Matrix: TypeAlias = Tensor | PackedMatrix
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A second product that is added to a first one, in the same sums: left w^T beside x w^T, left w beside x w."""
+    """A second product that is added to a first one, in the same sums: left w^T beside x w^T, left w beside x w; dropped before
+    it is added, where there is a mask."""
 
     left_TR: Tensor
     w: Matrix
+    mask: Mask | None = None
 
 
 def can_pack(w_NK: Tensor, kernels: object) -> bool:
@@ -65,28 +68,31 @@ def packed(w_NK: Tensor, kernels: object) -> Matrix:
     return PackedMatrix(w_NK, kernels) if can_pack(w_NK, kernels) else w_NK  # type: ignore[arg-type]
 
 
-def times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
-    """Return x w^T, or x w^T + low [T, N]."""
+def times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: Any, low: LowRank | None = None, mask: Mask | None = None) -> Tensor:
+    """Return x w^T, or x w^T + low [T, N]; with `mask`, of x dropped."""
     if _by_native(x_TK, x_TK.shape[1], kernels):
-        return _native(x_TK, w_NK, kernels, low, transposed=True)
+        return _native(x_TK, w_NK, kernels, low, transposed=True, mask=mask)
     assert isinstance(w_NK, Tensor)
+    x_TK = x_TK if mask is None else kernels.dropped(x_TK, mask)
     y_TN = _onednn(x_TK, w_NK) if _by_onednn(x_TK) else x_TK @ w_NK.t()
-    return _added(y_TN, low, transposed=True)
+    return _added(y_TN, low, kernels, transposed=True)
 
 
-def times(x_TN: Tensor, w_NK: Matrix, kernels: object, low: LowRank | None = None) -> Tensor:
+def times(x_TN: Tensor, w_NK: Matrix, kernels: Any, low: LowRank | None = None) -> Tensor:
     """Return x w, or x w + low [T, K]."""
     if _by_native(x_TN, x_TN.shape[1], kernels):
         return _native(x_TN, w_NK, kernels, low, transposed=False)
     assert isinstance(w_NK, Tensor)
     y_TK = _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
-    return _added(y_TK, low, transposed=False)
+    return _added(y_TK, low, kernels, transposed=False)
 
 
-def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: object) -> Tensor:
-    """Return a^T b [M, N], in float32 where the kernels in C compute it. A narrow factor comes before a wide one."""
+def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: Any, mask: Mask | None = None) -> Tensor:
+    """Return a^T b [M, N], in float32 where the kernels in C compute it; with `mask`, of b dropped. A narrow factor comes before
+    a wide one."""
     if a_TM.shape[1] <= NARROW and _by_native(a_TM, 0, kernels):
-        return kernels.outer(a_TM, b_TN)  # type: ignore[attr-defined]
+        return kernels.outer(a_TM, b_TN, mask)
+    b_TN = b_TN if mask is None else kernels.dropped(b_TN, mask)
     return _onednn(a_TM.t(), b_TN.t()) if _by_onednn(a_TM) else a_TM.t() @ b_TN
 
 
@@ -110,19 +116,22 @@ def _by_native(x: Tensor, depth: int, kernels: object) -> bool:
     return isinstance(kernels, NativeKernels) and x.device.type == "cpu" and kernels.multiplies(x.dtype, depth)
 
 
-def _native(x_TK: Tensor, w: Matrix, kernels: Any, low: LowRank | None, *, transposed: bool) -> Tensor:
+def _native(x_TK: Tensor, w: Matrix, kernels: Any, low: LowRank | None, *, transposed: bool, mask: Mask | None = None) -> Tensor:
     right = _side(w, transposed) if isinstance(w, PackedMatrix) else w
     if low is not None and isinstance(low.w, PackedMatrix):
-        return kernels.product(x_TK, right, low.left_TR, _side(low.w, transposed), transposed=transposed)
-    return _added(kernels.product(x_TK, right, transposed=transposed), low, transposed)
+        assert mask is None
+        low_right = _side(low.w, transposed)
+        return kernels.product(x_TK, right, low.left_TR, low_right, transposed=transposed, drop_low=low.mask)
+    return _added(kernels.product(x_TK, right, transposed=transposed, drop_left=mask), low, kernels, transposed)
 
 
-def _added(y_TN: Tensor, low: LowRank | None, transposed: bool) -> Tensor:
+def _added(y_TN: Tensor, low: LowRank | None, kernels: Any, transposed: bool) -> Tensor:
     """Return y with the second product added by torch, where the kernels did not take it: an odd rank."""
     if low is None:
         return y_TN
     w = low.w if isinstance(low.w, Tensor) else low.w.dense()
-    return y_TN.addmm_(low.left_TR, w.t() if transposed else w)
+    w = w.t() if transposed else w
+    return y_TN.addmm_(low.left_TR, w) if low.mask is None else kernels.dropped(low.left_TR @ w, low.mask, y_TN)
 
 
 def _side(w: PackedMatrix, transposed: bool) -> Panels:

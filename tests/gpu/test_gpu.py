@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny
 from kivnun.model.attention import _one_row
-from kivnun.model.dropout import dropped, token_keys
+from kivnun.model.dropout import Mask, dropped, token_keys
 from kivnun.model.generate import SamplingParams, generate
 from kivnun.model.kernels import choose, triton_or_reason
 from kivnun.model.load import load_base
@@ -93,8 +93,8 @@ def test_gradients_are_those_of_the_cpu(tiny_base: TinyBase):
 def test_dropout_masks_are_those_of_the_cpu_to_the_bit():
     rows_T, positions_T = torch.arange(40) // 10, torch.arange(40) % 10
     x = torch.ones(40, 65)
-    here = dropped(x.to(DEVICE), token_keys(1, 2, rows_T.to(DEVICE), positions_T.to(DEVICE)), 3, 0.3)
-    assert torch.equal(here.cpu(), dropped(x, token_keys(1, 2, rows_T, positions_T), 3, 0.3))
+    here = dropped(x.to(DEVICE), Mask(token_keys(1, 2, rows_T.to(DEVICE), positions_T.to(DEVICE)), 3, 0.3))
+    assert torch.equal(here.cpu(), dropped(x, Mask(token_keys(1, 2, rows_T, positions_T), 3, 0.3)))
 
 
 @pytest.mark.parametrize("kind", ["dora", "full"])

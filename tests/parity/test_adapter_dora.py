@@ -12,7 +12,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 import tiny
-from kivnun.model.dropout import dropped
+from kivnun.model.dropout import Mask, dropped
 from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, TunableLinear, dora_row_norm, row_squares
 from kivnun.model.load import load_base
@@ -120,7 +120,7 @@ def _sites(rate: float) -> tuple[Tensor, Tensor, Tensor, LoraSite, DoraSite]:
 
 def test_lora_drops_the_adapters_input_alone():
     weight_OI, bias_O, x_TI, site, _ = _sites(0.3)
-    mask_TI = dropped(torch.ones_like(x_TI), KEYS, 99, 0.3)
+    mask_TI = dropped(torch.ones_like(x_TI), Mask(KEYS, 99, 0.3))
     expected = F.linear(x_TI, weight_OI, bias_O) + 0.5 * (x_TI * mask_TI) @ site.a_RI.T @ site.b_OR.T
     assert tiny.relative_difference(site(x_TI, _linear(weight_OI, bias_O)), expected) < 1e-6
 
@@ -139,7 +139,7 @@ def test_dora_with_dropout_is_pefts_formula_under_the_same_mask():
         ):
             parameter.copy_(value)
     layer.weight = nn.Parameter(site.magnitude_O.detach().clone())
-    dropped_TI = x_TI * dropped(torch.ones_like(x_TI), KEYS, 99, 0.3)
+    dropped_TI = x_TI * dropped(torch.ones_like(x_TI), Mask(KEYS, 99, 0.3))
     correction = layer(dropped_TI, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=base)
     assert tiny.relative_difference(site(x_TI, _linear(weight_OI, bias_O)), base(x_TI) + correction) < 1e-6
 
@@ -181,7 +181,7 @@ def test_the_written_gradients_are_autograds_in_float64(kind: str, rate: float):
     (site(x_TI, _linear(weight_OI, bias_O)) * pull_TO).sum().backward()
     trained = [site.a_RI, site.b_OR] + ([dora.magnitude_O] if kind == "dora" else [])
     x, a, b, *m = (p.detach().double().requires_grad_() for p in (x_TI, *trained))
-    mask = dropped(torch.ones(60, 40), KEYS, 99, rate).double() if rate else 1.0
+    mask = dropped(torch.ones(60, 40), Mask(KEYS, 99, rate)).double() if rate else 1.0
     w, delta = weight_OI.double(), 0.5 * (x * mask) @ a.T @ b.T
     y = x @ w.T + delta + bias_O.double()
     if m:

@@ -16,6 +16,7 @@ import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model import kernels as kernels_package
 from kivnun.model.blocks import normed_sum
+from kivnun.model.dropout import Mask
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels, choose, native, native_or_reason
 from kivnun.model.load import load_base
 
@@ -60,13 +61,14 @@ def _pointwise(of: Kernels, dtype: torch.dtype, width: int, rows: slice = slice(
     """Return what each pointwise kernel makes of the same rows."""
     drawn = _draw(37, width), _draw(37, width, seed=2), _draw(37, 2 * width, seed=4, scale=4.0), _draw(37, width, seed=6, scale=4.0)
     x, dy, gu, logits = (t.to(dtype)[rows] for t in drawn)
-    w, keys, targets = _draw(width, seed=1).to(dtype), (torch.arange(37) * 99)[rows], (torch.arange(37) * 5 % width)[rows]
+    w, targets = _draw(width, seed=1).to(dtype), (torch.arange(37) * 5 % width)[rows]
+    mask = Mask((torch.arange(37) * 99)[rows], -5, 0.25)
     (y, scale), z, weights = of.rms_norm(x, w, 1e-5), logits.clone(), _draw(37, seed=7)[rows]
     return [
         y, scale, *of.add_rms_norm(x, dy, w, 1e-5), of.rms_norm_backward(dy, x, w, scale),
         of.rms_norm_backward(dy, x, w, scale, gu[:, :width]), of.gate(gu), _gate_backward(of, dy, gu),
         of.nll_(z, targets, weights), z, of.log_prob(logits, targets),
-        of.scale_columns(x, w.float()), of.dropped(x, keys, -5, 0.25),
+        of.scale_columns(x, w.float()), of.dropped(x, mask), of.dropped(x, mask, gu.clone()[:, width:]),
     ]  # fmt: skip
 
 

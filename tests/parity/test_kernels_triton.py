@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from kivnun.model.dropout import Mask
 from kivnun.model.kernels import Angles, Kernels, TorchKernels
 from kivnun.model.kernels.triton import TritonKernels
 
@@ -75,7 +76,10 @@ def test_pointwise_kernels_agree(kernels: TritonKernels, dtype: torch.dtype, tol
 @pytest.mark.parametrize("site", [-5, 2**62 + 12345, -(2**63)])
 def test_dropout_has_the_same_bits(kernels: TritonKernels, site: int, dtype: torch.dtype) -> None:
     x, keys = _draw(9, 1027).to(dtype), torch.arange(9, device=DEVICE) * 0x1234567890ABCDE
-    assert _same(kernels.dropped(x, keys, site, 0.3), TORCH.dropped(x, keys, site, 0.3))
+    assert _same(kernels.dropped(x, Mask(keys, site, 0.3)), TORCH.dropped(x, Mask(keys, site, 0.3)))
+    onto = _draw(9, 1027, seed=1).to(dtype)
+    added = [of.dropped(x, Mask(keys, site, 0.3), onto.clone()) for of in (kernels, TORCH)]
+    assert tiny.relative_difference(*added) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tiny
 from kivnun.data.packing import pack
+from kivnun.model.dropout import Mask, dropped
 from kivnun.model.kernels import NativeKernels, TorchKernels, native, native_or_reason
 from kivnun.model.load import load_base
 from kivnun.model.products import LowRank, PackedMatrix, over_tokens, packed, times, times_transposed, whole
@@ -88,10 +89,35 @@ def test_sums_over_tokens_are_those_of_float64(kernels: NativeKernels, dtype: to
         assert tiny.relative_difference(found, a_TR.double().T @ b_TN.double()) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "depth"), SIZES)
+def test_dropout_on_the_way_is_the_dropped_matrix_multiplied(
+    kernels: NativeKernels, dtype: torch.dtype, columns: int, depth: int
+) -> None:
+    """Bit by bit where dropping comes before a product; to float32's digits where it comes after, and is rounded once."""
+    w_NK, a_RK = _draw(columns, depth).to(dtype), packed(_draw(6, depth).to(dtype), kernels)
+    for rows in ROWS:
+        x_TK, y_TN = _draw(rows, depth, seed=1).to(dtype), _draw(rows, columns, seed=2).to(dtype)
+        low_TR, mask = _draw(rows, 6, seed=3).to(dtype), Mask(torch.arange(rows) * 7919, -5, 0.3)
+        dropped_TK = kernels.dropped(x_TK, mask)
+        assert torch.equal(dropped_TK, TorchKernels().dropped(x_TK, mask))
+        assert torch.equal(times_transposed(x_TK, a_RK, kernels, mask=mask), times_transposed(dropped_TK, a_RK, kernels))
+        assert torch.equal(times_transposed(x_TK, w_NK, kernels, mask=mask), times_transposed(dropped_TK, w_NK, kernels))
+        assert torch.equal(over_tokens(low_TR, x_TK, kernels, mask), over_tokens(low_TR, dropped_TK, kernels))
+        found = times(y_TN, w_NK, kernels, LowRank(low_TR, a_RK, mask)).double()
+        expected = y_TN.double() @ w_NK.double() + dropped(low_TR.double() @ a_RK.dense().double(), mask)
+        assert tiny.relative_difference(found, expected) < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_what_the_kernels_do_not_take_goes_through_torch(kernels: NativeKernels) -> None:
     x_TK, w_NK = _draw(9, 15).bfloat16(), _draw(12, 15).bfloat16()  # an odd depth: bfloat16 is multiplied in pairs
     assert not isinstance(packed(w_NK, kernels), PackedMatrix)
     assert torch.equal(times_transposed(x_TK, w_NK, kernels), x_TK @ w_NK.T)
+    mask = Mask(torch.arange(9) * 7919, 3, 0.3)
+    assert torch.equal(times_transposed(x_TK, w_NK, kernels, mask=mask), kernels.dropped(x_TK, mask) @ w_NK.T)
+    y_TN, low_TR, a_RK = _draw(9, 12).bfloat16(), _draw(9, 3).bfloat16(), _draw(3, 15).bfloat16()
+    expected = y_TN.double() @ w_NK.double() + dropped(low_TR.double() @ a_RK.double(), mask)
+    assert tiny.relative_difference(times(y_TN, w_NK, kernels, LowRank(low_TR, a_RK, mask)).double(), expected) < 8e-3
     assert times_transposed(x_TK.double(), w_NK.double(), kernels).dtype == torch.float64
     assert whole(37, kernels, torch.bfloat16) == 37
     assert whole(37, TorchKernels(), torch.bfloat16) == 48

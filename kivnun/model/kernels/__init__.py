@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 
 from kivnun.errors import BaseModelError
+from kivnun.model.dropout import Mask
 from kivnun.model.kernels.native import ENDING, CannotBuild, NativeKernels, build
 from kivnun.model.kernels.reference import Angles, TorchKernels
 from kivnun.model.kernels.triton import TritonKernels
@@ -92,13 +93,14 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
         out, lse = of.attention(x_THK, y_THK[:, :2], y_THK[:, 2:], lengths, 0.2, None, angles)
         into = (torch.empty_like(x_THK), torch.empty_like(y_THK[:, :2]), torch.empty_like(y_THK[:, 2:]))
         of.attention_backward(x_THK, x_THK, y_THK[:, :2], y_THK[:, 2:], out, lse, lengths, 0.2, None, angles, into)
-        keys, gu = torch.arange(21, device=device), flat_TD.clone()
+        mask, gu = Mask(torch.arange(21, device=device), 7, 0.3), flat_TD.clone()
         of.gate_backward_(flat_TD[:, :64].contiguous(), gu)
         return [
             normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), *of.add_rms_norm(flat_TD, gu, weight_D, 1e-5),
             of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale, gu), of.gate(flat_TD), nll, logits, out, lse, *into,
             gu, of.log_prob(flat_TD, targets),
-            of.dropped(flat_TD, keys, 7, 0.3), of.scale_columns(flat_TD, weight_D.float()), of.column_dots(flat_TD, flat_TD),
+            of.dropped(flat_TD, mask), of.dropped(flat_TD, mask, gu.clone()),
+            of.scale_columns(flat_TD, weight_D.float()), of.column_dots(flat_TD, flat_TD),
         ]  # fmt: skip
 
     return all(torch.allclose(a.float(), b.float(), near, near) for a, b in zip(answers(kernels), answers(reference), strict=True))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kivnun.model.dropout import scale_and_limit
+from kivnun.model.dropout import Mask, scale_and_limit
 from kivnun.model.kernels.reference import Angles
 
 SOURCES = Path(__file__).parent
@@ -33,6 +33,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-std=g
 WIDE = ("-mprefer-vector-width=512",)  # compilers for x86 take half of AVX-512's width when left alone
 ENDING = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_TIMEOUT_S = 120
+LEFT, LOW = 1, 2  # what drops in a product
 STRAIGHT, TRANSPOSED = 1, 2  # how a right factor is given, where it is not packed
 ALIASED_BYTES = 4096  # as in products.c
 LANES = 16  # float32 numbers of a vector
@@ -56,6 +57,15 @@ class _Pass(ctypes.Structure):
     )
 
 
+class _Dropout(ctypes.Structure):
+    """`struct dropout` of products.c, field by field."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p), ("site", ctypes.c_int64), ("limit", ctypes.c_int64), ("factor", ctypes.c_float),
+        ("what", ctypes.c_int),
+    )  # fmt: skip
+
+
 class _Product(ctypes.Structure):
     """`struct product` of products.c, field by field."""
 
@@ -63,6 +73,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("left", "right", "low", "low_right", "out")),
         *((name, ctypes.c_int64) for name in ("left_row", "right_row", "low_row", "out_row", "M", "N", "K", "R")),
         ("given", ctypes.c_int),
+        ("drop", _Dropout),
     )
 
 
@@ -122,9 +133,12 @@ class NativeKernels:
         self._call("log_prob", logits_CV, logits_CV, targets_C, out_C, len(targets_C), logits_CV.shape[1])
         return out_C
 
-    def dropped(self, x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
-        out_TD, (scale, limit) = torch.empty_like(x_TD), scale_and_limit(rate)
-        self._call("dropped", x_TD, x_TD.contiguous(), keys_T, site, limit, ctypes.c_float(scale), out_TD, *x_TD.shape)
+    def dropped(self, x_TD: Tensor, mask: Mask, onto_TD: Tensor | None = None) -> Tensor:
+        x_TD, (scale, limit) = x_TD.contiguous(), scale_and_limit(mask.rate)
+        out_TD = torch.empty_like(x_TD) if onto_TD is None else onto_TD
+        assert out_TD.stride(1) == 1  # it is written in place
+        rest = _Rows(out_TD), onto_TD is not None, *x_TD.shape
+        self._call("dropped", x_TD, x_TD, mask.keys_T, mask.site, limit, ctypes.c_float(scale), *rest)
         return out_TD
 
     def scale_columns(self, x_TO: Tensor, factor_O: Tensor) -> Tensor:
@@ -216,10 +230,13 @@ class NativeKernels:
         low_right: Panels | None = None,
         *,
         transposed: bool = False,
+        drop_left: Mask | None = None,
+        drop_low: Mask | None = None,
     ) -> Tensor:
         """Return left right + low low_right [M, N], summed in float32 and rounded once.
 
-        `right` is packed, or a matrix [K, N] (`transposed`: [N, K]), which is packed on the way, a block at a time.
+        `right` is packed, or a matrix [K, N] (`transposed`: [N, K]), which is packed on the way, a block at a time. Either the
+        left factor or the second product may be dropped on the way.
         """
         left_MK = left_MK if left_MK.stride(1) == 1 else left_MK.contiguous()
         given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK))
@@ -237,12 +254,15 @@ class NativeKernels:
             assert low_MR.stride(1) == 1
             given.low, given.low_right = low_MR.data_ptr(), low_right.data.data_ptr()
             given.low_row, given.R = low_MR.stride(0), low_right.depth
+        for mask, what in ((drop_left, LEFT), (drop_low, LOW)):
+            if mask is not None:
+                given.drop = _dropout(mask, given.M, what)
         if getattr(self._library, f"product_{ENDING[left_MK.dtype]}")(ctypes.byref(given), torch.get_num_threads()):
             raise MemoryError(f"no memory to pack a block of a matrix of {given.K} rows")
         return out_MN
 
-    def outer(self, a_TR: Tensor, b_TN: Tensor) -> Tensor:
-        """Return a^T b, float32 [R, N], for a narrow `a`."""
+    def outer(self, a_TR: Tensor, b_TN: Tensor, drop: Mask | None = None) -> Tensor:
+        """Return a^T b, float32 [R, N], for a narrow `a`; with `drop`, of b dropped."""
         tokens, rank = a_TR.shape
         group = GROUP[a_TR.dtype]
         b_TN = b_TN if b_TN.stride(1) == 1 else b_TN.contiguous()
@@ -250,7 +270,8 @@ class NativeKernels:
         out_RN = torch.empty(rank, b_TN.shape[1], dtype=torch.float32)
         sizes = [ctypes.c_int64(size) for size in (tokens, rank, b_TN.shape[1], b_TN.stride(0))]
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (grouped, b_TN, out_RN)]
-        getattr(self._library, f"outer_{ENDING[a_TR.dtype]}")(*pointers, *sizes, torch.get_num_threads())
+        dropout = None if drop is None else ctypes.byref(_dropout(drop, tokens, LEFT))
+        getattr(self._library, f"outer_{ENDING[a_TR.dtype]}")(*pointers, *sizes, dropout, torch.get_num_threads())
         return out_RN
 
     def nf4_encode(self, values_N: Tensor, block: int, codes: Tensor, scales: Tensor) -> None:
@@ -327,6 +348,13 @@ def _pass(
         given.cos, given.sin = angles.cos_TR.data_ptr(), angles.sin_TR.data_ptr()
         given.angle_stride, given.rot = angles.cos_TR.shape[1], 2 * angles.cos_TR.shape[1]
     return given
+
+
+def _dropout(mask: Mask, rows: int, what: int) -> _Dropout:
+    assert mask.keys_T.shape == (rows,)
+    assert mask.keys_T.is_contiguous()
+    factor, limit = scale_and_limit(mask.rate)
+    return _Dropout(mask.keys_T.data_ptr(), mask.site, limit, factor, what)
 
 
 def _place(given: _Pass, name: str, tensor: Tensor) -> None:

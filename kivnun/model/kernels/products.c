@@ -1,4 +1,5 @@
 /* Matrix products for processors with AVX-512: out [M, N] = left [M, K] right [K, N] + low [M, R] low_right [R, N].
+ * Dropout may take `left` or the second product on the way, so that no dropped matrix is ever written.
  *
  * The right factor is packed beforehand into panels of 32 columns, in the order in which it is read, so that a frozen weight is
  * packed once. A tile of up to 14 rows by one panel is summed in registers, in float32, and rounded once when it is stored; the
@@ -7,9 +8,10 @@
  * Multiplication"). Where the processor lacks the instructions, `products_serve` says so and nothing else may be called. */
 #include <stdlib.h>
 
+#include "draws.h"
 #include "scalars.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define SERVES_F32 1
 #else
 #define SERVES_F32 0
@@ -42,15 +44,27 @@ enum {
 /* How the right factor is given: in panels, or as a matrix that is packed block by block on the way. */
 enum { PACKED, STRAIGHT, TRANSPOSED };
 
+/* What drops: nothing, the left factor, or the second product. */
+enum { NOTHING, LEFT, LOW };
+
+struct dropout {
+  const int64_t *keys; /* one per row */
+  int64_t site, limit;
+  float factor; /* of what stays */
+  int what;
+};
+
 struct product {
   const void *left, *right, *low, *low_right;
   void *out;
   int64_t left_row, right_row, low_row, out_row; /* from one row to the next, in elements */
   int64_t M, N, K, R;                            /* R 0: no second product */
   int given;
+  struct dropout drop;
 };
 
-/* `columns` of a block, in panels of `width`; `depth` of K at once, in `parts`; whether tiles of the left factor are copied. */
+/* `columns` of a block, in panels of `width`; `depth` of K at once, in `parts`; whether tiles of the left factor are copied
+ * (and dropped on the way). */
 struct blocking {
   int64_t width, columns, depth, parts, tiles;
   int copies;
@@ -65,6 +79,15 @@ struct part {
 };
 
 static inline __mmask16 columns_mask(int64_t columns) { return columns >= LANES ? 0xffff : (__mmask16)((1u << columns) - 1); }
+
+/* Which of 32 channels from `channel` on, a multiple of four, stay in a row. */
+static inline __mmask32 staying(const struct dropout *drop, int64_t row, int64_t channel) {
+  typedef uint64_t draws __attribute__((vector_size(64)));
+  const draws counters = {0, GOLDEN, 2 * GOLDEN, 3 * GOLDEN, 4 * GOLDEN, 5 * GOLDEN, 6 * GOLDEN, 7 * GOLDEN};
+  draws z = counters + (key_at_site(drop->keys[row], drop->site) + (uint64_t)(channel / 4) * GOLDEN);
+  MIX(z);
+  return _mm512_cmpge_epu16_mask((__m512i)z, _mm512_set1_epi16((short)drop->limit));
+}
 
 /* Transposes 16 x 16 units of 32 bits. */
 static inline void turn(__m512i rows[16]) {
@@ -117,6 +140,13 @@ static inline void rows_side_by_side_f32(const float *row, int64_t columns, cons
   side[1] = columns > LANES ? _mm512_maskz_loadu_ps(columns_mask(columns - LANES), row + LANES) : _mm512_setzero_ps();
 }
 static inline void in_order_f32(__m512 side[2]) { (void)side; }
+static inline void dropped_f32(const float *from, int64_t columns, __mmask32 stays, float factor, float *to) {
+  for (int v = 0; v < 2 && columns > v * LANES; v++) {
+    const __mmask16 mask = columns_mask(columns - v * LANES);
+    __m512 factors = _mm512_maskz_mov_ps((__mmask16)(stays >> v * LANES), _mm512_set1_ps(factor));
+    _mm512_mask_storeu_ps(to + v * LANES, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + v * LANES), factors));
+  }
+}
 #include "products.inc"
 #undef SCALAR
 #undef NAME
@@ -136,6 +166,17 @@ static inline __m512 multiplied_bf16(__m512 sum, __m512 a, __m512 b) {
 }
 static inline void stored_bf16(bf16 *at, __m512 sum, int64_t columns) {
   _mm256_mask_storeu_epi16(at, columns_mask(columns), (__m256i)_mm512_cvtneps_pbh(sum));
+}
+static inline void dropped_bf16(const bf16 *from, int64_t columns, __mmask32 stays, float factor, bf16 *to) {
+  const __mmask32 mask = columns >= PANEL ? 0xffffffffu : (1u << columns) - 1;
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, from);
+  __m512 half[2];
+  for (int v = 0; v < 2; v++) {
+    const __m256i numbers = v ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x);
+    __m512 factors = _mm512_maskz_mov_ps((__mmask16)(stays >> v * LANES), _mm512_set1_ps(factor));
+    half[v] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)), factors);
+  }
+  _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
 }
 /* Two rows of up to 32 columns as pairs; in an order that `in_order` undoes for sums. */
 static inline void rows_side_by_side_bf16(const bf16 *row, int64_t columns, const bf16 *next, __m512 side[2]) {

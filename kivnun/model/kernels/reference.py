@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kivnun.model.dropout import dropped
+from kivnun.model.dropout import Mask, dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,12 @@ class TorchKernels:
         scores = _wide(logits_CV[: len(targets_C)])
         return (scores.gather(1, targets_C[:, None])[:, 0] - torch.logsumexp(scores, dim=1)).float()
 
-    def dropped(self, x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
-        """Return x with the elements that the keys name zeroed, the others scaled up: see `dropout.py`."""
-        return dropped(x_TD, keys_T, site, rate)
+    def dropped(self, x_TD: Tensor, mask: Mask, onto_TD: Tensor | None = None) -> Tensor:
+        """Return x with the elements that the mask names zeroed, the others scaled up: see `dropout.py`. With `onto` the result
+        is added to that, in place."""
+        if onto_TD is None:
+            return dropped(x_TD, mask)
+        return onto_TD.copy_(_wide(onto_TD) + dropped(_wide(x_TD), mask))
 
     def scale_columns(self, x_TO: Tensor, factor_O: Tensor) -> Tensor:
         """Return x * factor, multiplied in float32."""

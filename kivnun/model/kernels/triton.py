@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kivnun.model.dropout import _GOLDEN, _MULTIPLIERS, scale_and_limit
+from kivnun.model.dropout import _GOLDEN, _MULTIPLIERS, Mask, scale_and_limit
 from kivnun.model.kernels.reference import BY_127, GROUP, NF4, Angles, TorchKernels
 
 PIECE = 1024  # elements of a pointwise program
@@ -79,13 +79,14 @@ class TritonKernels(TorchKernels):
         )
         return out_C
 
-    def dropped(self, x_TD: Tensor, keys_T: Tensor, site: int, rate: float) -> Tensor:
-        x_TD, (factor, limit) = x_TD.contiguous(), scale_and_limit(rate)
-        out_TD = torch.empty_like(x_TD)
-        site_1 = torch.full((1,), site, dtype=torch.int64, device=x_TD.device)  # as a number it would be compiled in
+    def dropped(self, x_TD: Tensor, mask: Mask, onto_TD: Tensor | None = None) -> Tensor:
+        x_TD, (factor, limit) = x_TD.contiguous(), scale_and_limit(mask.rate)
+        out_TD = torch.empty_like(x_TD) if onto_TD is None else onto_TD
+        assert out_TD.is_contiguous()  # it is written in place; each element is read by the program that writes it
+        site_1 = torch.full((1,), mask.site, dtype=torch.int64, device=x_TD.device)  # as a number it would be compiled in
         self._functions.dropped[_pieces(x_TD)](
-            x_TD, keys_T.contiguous(), out_TD, site_1, limit, factor, x_TD.shape[1],
-            GOLDEN=_GOLDEN, FIRST=_MULTIPLIERS[0], SECOND=_MULTIPLIERS[1], BLOCK=PIECE,
+            x_TD, mask.keys_T.contiguous(), out_TD, site_1, limit, factor, x_TD.shape[1],
+            ONTO=onto_TD is not None, GOLDEN=_GOLDEN, FIRST=_MULTIPLIERS[0], SECOND=_MULTIPLIERS[1], BLOCK=PIECE,
         )  # fmt: skip
         return out_TD
 

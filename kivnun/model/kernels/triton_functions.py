@@ -127,7 +127,7 @@ def _mixed(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
 @triton.jit
 def dropped(
     x, keys, out, site, limit, factor, width,
-    GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    ONTO: tl.constexpr, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -136,7 +136,10 @@ def dropped(
     group = (at // 4).to(tl.int64)
     draw = (_mixed(key + group * GOLDEN, FIRST, SECOND) >> ((at % 4) * 16).to(tl.int64)) & 65535
     v = tl.load(x + row * width + at, here, 0.0).to(tl.float32)
-    tl.store(out + row * width + at, tl.where(draw >= limit, v * factor, v * 0.0).to(out.dtype.element_ty), here)
+    kept = tl.where(draw >= limit, v * factor, v * 0.0)
+    if ONTO:
+        kept += tl.load(out + row * width + at, here, 0.0).to(tl.float32)
+    tl.store(out + row * width + at, kept.to(out.dtype.element_ty), here)
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define WHOLE_VECTORS
 #endif
 
@@ -115,6 +115,18 @@ static inline vec within(vec x, int64_t low, int64_t high, float otherwise) {
 #else
   for (int i = 0; (low > 0 || high < LANES) && i < LANES; i++) x[i] = i >= low && i < high ? x[i] : otherwise;
   return x;
+#endif
+}
+
+/* `factor` in lanes whose bits reach `limit`, 0 in the others. */
+static inline vec factor_where(const uint16_t *bits, int64_t limit, float factor) {
+#if defined(WHOLE_VECTORS)
+  __mmask16 reaching = _mm256_cmpge_epu16_mask(_mm256_loadu_si256((const __m256i *)bits), _mm256_set1_epi16((short)limit));
+  return (vec)_mm512_maskz_mov_ps(reaching, _mm512_set1_ps(factor));
+#else
+  vec factors;
+  for (int i = 0; i < LANES; i++) factors[i] = bits[i] >= limit ? factor : 0.0f;
+  return factors;
 #endif
 }
 
