@@ -7,12 +7,13 @@ Next: `kernels/reference.py` (what each computes), `decoder.py` (who puts them t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kivnun.model.kernels import Kernels
+from kivnun.model.kernels.reference import split_sum
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, kernels: Kernels) -> Tensor:
@@ -20,12 +21,34 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, kernels: Kernels) -> Te
     return _RmsNorm.apply(x_TD, weight_D, eps, kernels)  # type: ignore[no-any-return]
 
 
-def normed_sum(h_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Return h + delta, which the residual stream goes on with, and its norm. Without a delta the sum is h itself.
+class Stream(NamedTuple):
+    """The residual stream of T tokens: h + rest + delta.
+
+    In bfloat16 `rest` is what rounding h left over: with it the layers' shares add up nearly as in float32, and losses come
+    clearly nearer to float32's (docs/LOG.md). It belongs to the forward pass alone: it carries no gradient and is not kept for
+    one. `delta` is the last layer's share, still to be added by the norm that reads the sum.
+    """
+
+    h_TD: Tensor
+    rest_TD: Tensor | None = None
+    delta_TD: Tensor | None = None
+
+    def at(self, select_S: Tensor) -> Stream:
+        """Return the stream of the selected tokens."""
+        return Stream(*(None if part is None else part.index_select(0, select_S) for part in self))  # type: ignore[arg-type]
+
+    def summed(self) -> Stream:
+        """Return the same stream with nothing left to add."""
+        return self if self.delta_TD is None else Stream(*split_sum(self.h_TD, self.rest_TD, self.delta_TD))
+
+
+def normed_sum(stream: Stream, weight_D: Tensor, eps: float, kernels: Kernels) -> tuple[Stream, Tensor]:
+    """Return the stream with its delta added, which goes on from here, and its norm.
 
     The gradients of both come together in one kernel: autograd's sum of them would be another pass over memory.
     """
-    return _NormedSum.apply(h_TD, delta_TD, weight_D, eps, kernels)  # type: ignore[no-any-return]
+    h_TD, rest_TD, y_TD = _NormedSum.apply(*stream, weight_D, eps, kernels)  # type: ignore[misc]
+    return Stream(h_TD, rest_TD), y_TD
 
 
 def gated(gu_T2F: Tensor, kernels: Kernels) -> Tensor:
@@ -50,26 +73,28 @@ class _RmsNorm(torch.autograd.Function):
 
 class _NormedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_TD, delta_TD, weight_D, eps, kernels):  # type: ignore[override]
+    def forward(ctx: Any, h_TD, rest_TD, delta_TD, weight_D, eps, kernels):  # type: ignore[override]
         if delta_TD is None:
-            sum_TD, (y_TD, scale_T) = h_TD, kernels.rms_norm(h_TD, weight_D, eps)
+            sum_TD, over_TD, (y_TD, scale_T) = h_TD, rest_TD, kernels.rms_norm(h_TD, weight_D, eps, rest_TD)
         else:
-            sum_TD, y_TD, scale_T = kernels.add_rms_norm(h_TD, delta_TD, weight_D, eps)
+            sum_TD, over_TD, y_TD, scale_T = kernels.add_rms_norm(h_TD, rest_TD, delta_TD, weight_D, eps)
         ctx.save_for_backward(sum_TD, weight_D, scale_T)
+        if over_TD is not None:
+            ctx.mark_non_differentiable(over_TD)
         ctx.set_materialize_grads(False)
         ctx.kernels = kernels
-        return sum_TD, y_TD
+        return sum_TD, over_TD, y_TD
 
     @staticmethod
-    def backward(ctx: Any, dsum_TD, dy_TD):  # type: ignore[override]
+    def backward(ctx: Any, dsum_TD, _dover_TD, dy_TD):  # type: ignore[override]
         sum_TD, weight_D, scale_T = ctx.saved_tensors
-        of_h, of_delta, of_weight = ctx.needs_input_grad[:3]
+        of_h, _, of_delta, of_weight = ctx.needs_input_grad[:4]
         dh_TD, dweight_D = dsum_TD, None
         if dy_TD is not None and (of_h or of_delta):
             dh_TD = ctx.kernels.rms_norm_backward(dy_TD, sum_TD, weight_D, scale_T, dsum_TD)
         if dy_TD is not None and of_weight:
             dweight_D = _weight_gradient(dy_TD, sum_TD, weight_D, scale_T)
-        return dh_TD if of_h else None, dh_TD if of_delta else None, dweight_D, None, None
+        return dh_TD if of_h else None, None, dh_TD if of_delta else None, dweight_D, None, None
 
 
 def _weight_gradient(dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:

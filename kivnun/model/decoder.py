@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kivnun.model.attention import HeadShape, Rows, fused_attention
-from kivnun.model.blocks import gated, normed_sum, rms_norm
+from kivnun.model.blocks import Stream, gated, normed_sum, rms_norm
 from kivnun.model.kernels import Angles, Kernels
 from kivnun.model.linear import Again
 from kivnun.model.rope import rotary_of
@@ -108,15 +108,14 @@ class Decoder(nn.Module):
 
         With `recompute` a layer keeps its input alone and computes the rest again in the backward pass (activation checkpointing).
         """
-        h_TD, delta_TD = self.model.embed_tokens(ids_T), None
-        angles = self.rotary(positions_T, rows.lengths, h_TD.dtype)
+        stream = Stream(self.model.embed_tokens(ids_T))
+        angles = self.rotary(positions_T, rows.lengths, stream.h_TD.dtype)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
-            if self.recompute and delta_TD is not None:
-                h_TD, delta_TD = h_TD + delta_TD, None  # the input that a layer keeps is one tensor, not two
-            given = (h_TD, delta_TD, angles, rows, select_S if number == last else None, not self.recompute)
-            h_TD, delta_TD = recomputed(layer, *given) if self.recompute else layer(*given)
-        return self.model.norm(h_TD, delta_TD, rows.kernels)[1]
+            stream = stream.summed() if self.recompute else stream  # the input that a layer keeps is a tensor less
+            given = (stream, angles, rows, select_S if number == last else None, not self.recompute)
+            stream = recomputed(layer, *given) if self.recompute else layer(*given)
+        return self.model.norm(stream, rows.kernels)[1]
 
 
 def recomputed(layer: Callable[..., Made], *given: Any, **named: Any) -> Made:
@@ -146,23 +145,22 @@ class _Layer(nn.Module):
         self.input_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = _Norm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(
-        self, h_TD: Tensor, delta_TD: Tensor | None, angles: Angles, rows: Rows, select_S: Tensor | None, remake: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after this layer as two tensors still to be added [T, D], as it came in, or of the selected
-        tokens alone [S, D]: nothing but attention mixes tokens, so the rest of the layer does without the others.
+    def forward(self, stream: Stream, angles: Angles, rows: Rows, select_S: Tensor | None, remake: bool) -> Stream:
+        """Return the residual stream after this layer, of all tokens or of the selected ones alone: nothing but attention mixes
+        tokens, so the rest of the layer does without the others.
 
         `remake`: projections make their inputs again in the backward pass, out of what is kept anyway. Where the whole layer is
         made again nothing is kept, and this would hold on to it.
         """
         norm, kernels = self.input_layernorm, rows.kernels
-        h_TD, x_TD = norm(h_TD, delta_TD, kernels)
-        out_TO = self.self_attn(x_TD, norm.again(h_TD, kernels) if remake else None, angles, rows)
+        stream, x_TD = norm(stream, kernels)
+        out_TO = self.self_attn(x_TD, norm.again(stream.h_TD, kernels) if remake else None, angles, rows)
         if select_S is not None:
-            out_TO, h_TD = out_TO.index_select(0, select_S), h_TD.index_select(0, select_S)
+            out_TO, stream = out_TO.index_select(0, select_S), stream.at(select_S)
         norm = self.post_attention_layernorm
-        h_TD, x_TD = norm(h_TD, self.self_attn.o_proj(out_TO, None, select_S), kernels)
-        return h_TD, self.mlp(x_TD, norm.again(h_TD, kernels) if remake else None, kernels, select_S)
+        stream, x_TD = norm(stream._replace(delta_TD=self.self_attn.o_proj(out_TO, None, select_S)), kernels)
+        again = norm.again(stream.h_TD, kernels) if remake else None
+        return stream._replace(delta_TD=self.mlp(x_TD, again, kernels, select_S))
 
 
 class _Attention(nn.Module):
@@ -211,16 +209,16 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, device="meta", dtype=dtype))
         self.eps = eps
 
-    def forward(self, h_TD: Tensor, delta_TD: Tensor | None, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Return h + delta and its norm."""
-        return normed_sum(h_TD, delta_TD, self.weight, self.eps, kernels)
+    def forward(self, stream: Stream, kernels: Kernels) -> tuple[Stream, Tensor]:
+        """Return the stream with its delta added, and its norm."""
+        return normed_sum(stream, self.weight, self.eps, kernels)
 
     def of_heads(self, x_TO: Tensor, kernels: Kernels) -> Tensor:
         """Return each head of each token normed by itself."""
         return rms_norm(x_TO.reshape(-1, len(self.weight)), self.weight, self.eps, kernels).view(x_TO.shape)
 
     def again(self, x_TD: Tensor, kernels: Kernels) -> Callable[[], Tensor]:
-        """Return the way to make this norm's output of x a second time."""
+        """Return the way to make this norm's output of x a second time; of the rounded x alone, whose rest is not kept."""
         kept_TD = x_TD.detach()
         return lambda: kernels.rms_norm(kept_TD, self.weight.detach(), self.eps)[0]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kivnun.model.kernels import Kernels
 from kivnun.model.linear import TunableLinear
-from kivnun.model.products import times, times_transposed, whole
+from kivnun.model.products import scaled_times, times_transposed, whole
 
 
 class Head(Protocol):
@@ -30,8 +30,8 @@ class Head(Protocol):
 
     def __call__(self, h_CD: Tensor) -> Tensor: ...
 
-    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the gradients of h and of the head's trained tensors, for logits that this head has just computed of h."""
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor, factor: float) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return `factor` times the gradients of h and of the head's trained tensors, for logits just computed of h."""
         ...
 
 
@@ -49,8 +49,8 @@ class FrozenHead:
         logits_CV = times_transposed(h_CD, self._weight_VD, self.kernels)
         return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
 
-    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        return times(dlogits_CV, self._weight_VD, self.kernels), ()
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor, factor: float) -> tuple[Tensor, Sequence[Tensor]]:
+        return scaled_times(factor, dlogits_CV, self._weight_VD, self.kernels), ()
 
 
 class GraphHead:
@@ -62,38 +62,45 @@ class GraphHead:
     def __call__(self, h_CD: Tensor) -> Tensor:
         return self._compute(h_CD)
 
-    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        grads = torch.autograd.grad(logits, [h_CD, *self.parameters], dlogits_CV)
-        return grads[0], grads[1:]
+    def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor, factor: float) -> tuple[Tensor, Sequence[Tensor]]:
+        dh_CD, *grads = torch.autograd.grad(logits, [h_CD, *self.parameters], dlogits_CV)
+        return dh_CD.mul_(factor), [grad.float().mul_(factor) for grad in grads]
 
 
 def weighted_nll(head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of weights * NLL (nats, float32 scalar, differentiable) and each position's NLL [S] (float32, detached).
 
     The head's trained tensors (its weight, or an adapter's) get their exact gradient too. The caller's weights already hold the
-    division by the step's total, so nothing is averaged here.
+    division by the step's total, so nothing is averaged here. They may come on the CPU: their largest is asked for.
     """
-    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S, *head.parameters)
+    largest = float(weights_S.abs().max()) if len(weights_S) else 1.0
+    weights_S = weights_S.to(h_SD.device)
+    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S, largest or 1.0, *head.parameters)
     return loss, nll_S
 
 
 class _ChunkedNll(torch.autograd.Function):
     """For each chunk: logits, the loss's gradient in their place (softmax minus one at the target, times the weight), and that
-    gradient's product with the head: when forward ends, the gradient of the hidden states is known and no logits are left."""
+    gradient's product with the head: when forward ends, the gradient of the hidden states is known and no logits are left.
+
+    The logits' gradient is taken for weights of at most 1, and the rest of them multiplies the sums of its product: were 1/n, the
+    weight of each of n tokens, rounded to bfloat16 with it, all gradients of the step would be off by the same 2^-9 at worst.
+    """
 
     @staticmethod
-    def forward(ctx: Any, head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, *parameters: Tensor):  # type: ignore[override]
+    def forward(ctx: Any, head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, largest: float, *parameters: Tensor):  # type: ignore[override]
         dh_SD = torch.empty_like(h_SD)
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
+        shares_S = weights_S / largest
         for at in _chunks(len(h_SD)):
             with torch.enable_grad():
                 h_CD = padded(h_SD[at], head.kernels).detach().requires_grad_()
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
             dlogits_CV = logits_CV.contiguous() if isinstance(head, FrozenHead) else logits_CV.detach().clone()
-            nll_S[at] = head.kernels.nll_(dlogits_CV, targets_S[at], weights_S[at])
-            dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV)
+            nll_S[at] = head.kernels.nll_(dlogits_CV, targets_S[at], shares_S[at])
+            dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV, largest)
             dh_SD[at] = dh_CD[: len(targets_S[at])]
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
@@ -104,7 +111,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _dnll: Tensor):  # type: ignore[override]
         dh_SD, *dparameters = ctx.saved_tensors
-        return None, dh_SD * dloss.to(dh_SD.dtype), None, None, *[d * dloss.to(d.dtype) for d in dparameters]
+        return None, dh_SD * dloss.to(dh_SD.dtype), None, None, None, *[d * dloss.to(d.dtype) for d in dparameters]
 
 
 @torch.no_grad()

@@ -82,9 +82,19 @@ def times(x_TN: Tensor, w_NK: Matrix, kernels: Any, low: LowRank | None = None) 
     """Return x w, or x w + low [T, K]."""
     if _by_native(x_TN, x_TN.shape[1], kernels):
         return _native(x_TN, w_NK, kernels, low, transposed=False)
+    return _added(_by_torch(x_TN, w_NK), low, kernels, transposed=False)
+
+
+def scaled_times(factor: float, x_TN: Tensor, w_NK: Matrix, kernels: Any) -> Tensor:
+    """Return factor * x w [T, K], rounded after it is scaled where the kernels in C compute it."""
+    if _by_native(x_TN, x_TN.shape[1], kernels):
+        return kernels.product(x_TN, _side(w_NK, False) if isinstance(w_NK, PackedMatrix) else w_NK, factor=factor)
+    return _by_torch(x_TN, w_NK).mul_(factor)
+
+
+def _by_torch(x_TN: Tensor, w_NK: Matrix) -> Tensor:
     assert isinstance(w_NK, Tensor)
-    y_TK = _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
-    return _added(y_TK, low, kernels, transposed=False)
+    return _onednn(x_TN, w_NK.t()) if _by_onednn(x_TN) else x_TN @ w_NK
 
 
 def over_tokens(a_TM: Tensor, b_TN: Tensor, kernels: Any, mask: Mask | None = None) -> Tensor:

@@ -102,7 +102,7 @@ class Trainee:
                 weights_S, loss = self.objective.token_weights(
                     batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S)
                 )
-                surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S.to(self._base.device))
+                surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S)
                 share = float(surrogate.detach() if loss is None else loss)
                 self._refuse_non_finite(batch, share, nll_S)
                 surrogate.backward()

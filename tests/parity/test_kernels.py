@@ -15,9 +15,10 @@ from torch import Tensor
 import tiny
 from kivnun.errors import BaseModelError
 from kivnun.model import kernels as kernels_package
-from kivnun.model.blocks import normed_sum
+from kivnun.model.blocks import Stream, normed_sum
 from kivnun.model.dropout import Mask
 from kivnun.model.kernels import Angles, Kernels, NativeKernels, TorchKernels, choose, native, native_or_reason
+from kivnun.model.kernels.reference import split_sum
 from kivnun.model.load import load_base
 
 TORCH = TorchKernels()
@@ -57,6 +58,10 @@ def _gate_backward(of: Kernels, dh: Tensor, gu: Tensor) -> Tensor:
     return place
 
 
+def _parts(given: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [part for part in given if part is not None]
+
+
 def _pointwise(of: Kernels, dtype: torch.dtype, width: int, rows: slice = slice(0, 37)) -> list[Tensor]:
     """Return what each pointwise kernel makes of the same rows."""
     drawn = _draw(37, width), _draw(37, width, seed=2), _draw(37, 2 * width, seed=4, scale=4.0), _draw(37, width, seed=6, scale=4.0)
@@ -65,7 +70,7 @@ def _pointwise(of: Kernels, dtype: torch.dtype, width: int, rows: slice = slice(
     mask = Mask((torch.arange(37) * 99)[rows], -5, 0.25)
     (y, scale), z, weights = of.rms_norm(x, w, 1e-5), logits.clone(), _draw(37, seed=7)[rows]
     return [
-        y, scale, *of.add_rms_norm(x, dy, w, 1e-5), of.rms_norm_backward(dy, x, w, scale),
+        y, scale, *_parts(of.add_rms_norm(x, gu[:, :width] / 512, dy, w, 1e-5)), of.rms_norm_backward(dy, x, w, scale),
         of.rms_norm_backward(dy, x, w, scale, gu[:, :width]), of.gate(gu), _gate_backward(of, dy, gu),
         of.nll_(z, targets, weights), z, of.log_prob(logits, targets),
         of.scale_columns(x, w.float()), of.dropped(x, mask), of.dropped(x, mask, gu.clone()[:, width:]),
@@ -125,7 +130,23 @@ def test_a_sum_with_its_norm_is_the_two_one_after_the_other(
 ) -> None:
     of = compiled if isinstance(kernels, str) else kernels
     h, delta, w = _draw(9, 45).to(dtype), _draw(9, 64, seed=1).to(dtype)[:, :45], _draw(45, seed=2).to(dtype)
-    assert all(map(torch.equal, of.add_rms_norm(h, delta, w, 1e-5), (h + delta, *of.rms_norm(h + delta, w, 1e-5))))
+    for rest in (None, None if dtype == torch.float32 else (_draw(9, 45, seed=3) / 512).to(dtype)):
+        total, over = split_sum(h, rest, delta)
+        expected = _parts((total, over, *of.rms_norm(total, w, 1e-5, over)))
+        assert all(map(torch.equal, _parts(of.add_rms_norm(h, rest, delta, w, 1e-5)), expected))
+
+
+@pytest.mark.parametrize("kernels", [TORCH, "compiled"], ids=["torch", "native"])
+def test_many_shares_add_up_in_two_bfloat16_numbers_as_in_float32(kernels: Kernels | str, compiled: NativeKernels) -> None:
+    of = compiled if isinstance(kernels, str) else kernels
+    shares, w = _draw(64, 9, 48).bfloat16(), torch.ones(48, dtype=torch.bfloat16)
+    stream, plain = Stream(shares[0]), shares[0]
+    for share in shares[1:]:
+        stream, _ = normed_sum(stream._replace(delta_TD=share), w, 1e-5, of)
+        plain = plain + share
+    assert stream.rest_TD is not None
+    assert tiny.relative_difference(stream.h_TD.double() + stream.rest_TD.double(), shares.double().sum(0)) < 4e-5
+    assert tiny.relative_difference(plain, shares.double().sum(0)) > 2e-3
 
 
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "sum", "norm"])
@@ -138,7 +159,8 @@ def test_a_sum_with_its_norm_has_autograds_gradients(
     given = [_draw(9, 48), *([_draw(9, 48, seed=1)] if with_delta else []), _draw(48, seed=2)]
     gradients = [_draw(9, 48, seed=seed) for seed in (3, 4)]
     traced, exact = [x.requires_grad_() for x in given], [x.detach().double().requires_grad_() for x in given]
-    ours = normed_sum(traced[0], traced[1] if with_delta else None, traced[-1], 1e-5, of)
+    stream, y = normed_sum(Stream(traced[0], None, traced[1] if with_delta else None), traced[-1], 1e-5, of)
+    ours = stream.h_TD, y
     total = sum(exact[:-1])
     theirs = total, exact[-1] * total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
     torch.autograd.backward([ours[i] for i in used], [gradients[i] for i in used])

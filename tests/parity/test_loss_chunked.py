@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
-from kivnun.model.kernels import TorchKernels
+from kivnun.model.kernels import TorchKernels, choose
+from kivnun.model.linear import TunableLinear
 from kivnun.model.load import load_base
-from kivnun.model.loss import GraphHead, token_log_probs, weighted_nll
+from kivnun.model.loss import FrozenHead, GraphHead, token_log_probs, weighted_nll
 from kivnun.train.weights import FullWeights
 
 WIDTH, VOCAB = 24, 103
@@ -53,6 +54,23 @@ def test_loss_and_gradients_are_cross_entropys(count: int, dtype: torch.dtype, t
     )
     assert tiny.relative_difference(dh_SD, exact_h.grad) < tolerance
     assert tiny.relative_difference(dhead_VD, exact_head.grad) < tolerance
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_bfloat16_gradient_is_not_longer_or_shorter_for_the_number_of_tokens(frozen: bool):
+    """1/219 rounded to bfloat16 is 1.0025 of it: rounded with the gradient of the logits it would lengthen all of it by that."""
+    count, vocab, draws = 219, 5000, torch.Generator().manual_seed(0)
+    assert float(torch.tensor(1 / count).bfloat16()) * count > 1.0024
+    h_SD = torch.randn(count, WIDTH, generator=draws).bfloat16().requires_grad_()
+    head_VD = (torch.randn(vocab, WIDTH, generator=draws) / 10).bfloat16().requires_grad_()
+    targets_S = torch.randint(0, vocab, (count,), generator=draws)
+    linear = TunableLinear(nn.Linear(WIDTH, vocab, bias=False), choose("auto", "cpu"))
+    linear.weight = nn.Parameter(head_VD.detach())
+    head = FrozenHead(linear) if frozen else GraphHead(lambda h: F.linear(h, head_VD), [head_VD], TorchKernels())
+    weighted_nll(head, h_SD, targets_S, torch.full((count,), 1 / count))[0].backward()
+    exact_h = h_SD.detach().double().requires_grad_()
+    F.cross_entropy(exact_h @ head_VD.detach().double().T, targets_S).backward()
+    assert float(h_SD.grad.double().norm() / exact_h.grad.norm()) == pytest.approx(1.0, abs=4e-4)
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kivnun.model.dropout import Mask, scale_and_limit
-from kivnun.model.kernels.reference import Angles
+from kivnun.model.kernels.reference import Angles, leaves_over
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-std=gnu11")
@@ -73,6 +73,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("left", "right", "low", "low_right", "out")),
         *((name, ctypes.c_int64) for name in ("left_row", "right_row", "low_row", "out_row", "M", "N", "K", "R")),
         ("given", ctypes.c_int),
+        ("factor", ctypes.c_float),
         ("drop", _Dropout),
     )
 
@@ -94,16 +95,19 @@ class NativeKernels:
         self._multiplied = frozenset(dtype for bit, dtype in enumerate(ENDING) if library.products_serve() >> bit & 1)
         self.name = f"native {version}"  # of sources, compiler and processor: another one may round otherwise
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y_TD, scale_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
-        self._call("rms_norm", x_TD, x_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
+        self._call("rms_norm", x_TD, x_TD, rest_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
         return y_TD, scale_T
 
-    def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def add_rms_norm(
+        self, h_TD: Tensor, rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         sum_TD, y_TD, scale_T = torch.empty_like(h_TD), torch.empty_like(h_TD), torch.empty(len(h_TD), dtype=torch.float32)
+        over_TD = torch.empty_like(h_TD) if leaves_over(h_TD) else None
         sizes = *h_TD.shape, ctypes.c_float(eps)
-        self._call("add_rms_norm", h_TD, h_TD, _Rows(delta_TD), weight_D, sum_TD, y_TD, scale_T, *sizes)
-        return sum_TD, y_TD, scale_T
+        self._call("add_rms_norm", h_TD, h_TD, rest_TD, _Rows(delta_TD), weight_D, sum_TD, over_TD, y_TD, scale_T, *sizes)
+        return sum_TD, over_TD, y_TD, scale_T
 
     def rms_norm_backward(
         self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None
@@ -232,14 +236,15 @@ class NativeKernels:
         transposed: bool = False,
         drop_left: Mask | None = None,
         drop_low: Mask | None = None,
+        factor: float = 1.0,
     ) -> Tensor:
-        """Return left right + low low_right [M, N], summed in float32 and rounded once.
+        """Return factor * (left right + low low_right) [M, N], computed in float32 and rounded once.
 
         `right` is packed, or a matrix [K, N] (`transposed`: [N, K]), which is packed on the way, a block at a time. Either the
         left factor or the second product may be dropped on the way.
         """
         left_MK = left_MK if left_MK.stride(1) == 1 else left_MK.contiguous()
-        given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK))
+        given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK), factor=factor)
         if isinstance(right, Panels):
             given.right, given.K, given.N = right.data.data_ptr(), right.depth, right.columns
         else:
@@ -295,13 +300,13 @@ class NativeKernels:
         if kernel(ctypes.byref(given), counts, ctypes.c_int64(len(lengths)), torch.get_num_threads()):
             raise MemoryError(f"no memory for the scratch of attention over rows of up to {max(lengths)} tokens")
 
-    def _call(self, name: str, like: Tensor, *arguments: Tensor | _Rows | int | ctypes.c_float) -> None:
+    def _call(self, name: str, like: Tensor, *arguments: Tensor | _Rows | int | ctypes.c_float | None) -> None:
         passed: list[Any] = []
         for item in arguments:
             if isinstance(item, _Rows):
                 passed += [ctypes.c_void_p(item.x.data_ptr()), ctypes.c_int64(item.x.stride(0))]
             else:
-                passed.append(_pointer(item) if isinstance(item, Tensor) else _number(item))
+                passed.append(_pointer(item) if item is None or isinstance(item, Tensor) else _number(item))
         getattr(self._library, f"{name}_{ENDING[like.dtype]}")(*passed, torch.get_num_threads())
 
 
@@ -324,7 +329,9 @@ def rows_apart(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(rows, columns + LANES)[:, :columns]
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    if tensor is None:
+        return ctypes.c_void_p(None)
     assert tensor.is_contiguous()
     assert tensor.device.type == "cpu"
     return ctypes.c_void_p(tensor.data_ptr())

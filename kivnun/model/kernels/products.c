@@ -1,4 +1,4 @@
-/* Matrix products for processors with AVX-512: out [M, N] = left [M, K] right [K, N] + low [M, R] low_right [R, N].
+/* Matrix products for processors with AVX-512: out [M, N] = factor * (left [M, K] right [K, N] + low [M, R] low_right [R, N]).
  * Dropout may take `left` or the second product on the way, so that no dropped matrix is ever written.
  *
  * The right factor is packed beforehand into panels of 32 columns, in the order in which it is read, so that a frozen weight is
@@ -60,6 +60,7 @@ struct product {
   int64_t left_row, right_row, low_row, out_row; /* from one row to the next, in elements */
   int64_t M, N, K, R;                            /* R 0: no second product */
   int given;
+  float factor; /* of all sums, before they are rounded */
   struct dropout drop;
 };
 

@@ -31,21 +31,38 @@ class Angles:
         return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
 
 
+def leaves_over(x: Tensor) -> bool:
+    """Return whether a sum of such numbers is kept in two parts: a bfloat16 number alone has too few digits to add layers in."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def split_sum(h_TD: Tensor, rest_TD: Tensor | None, delta_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return h + rest + delta rounded, and what the rounding left over (None where the type keeps enough by itself).
+
+    Differentiable in h and delta; the rests have no gradient of their own.
+    """
+    exact = (_wide(h_TD) if rest_TD is None else _wide(h_TD) + _wide(rest_TD)) + _wide(delta_TD)
+    sum_TD = exact.to(h_TD.dtype)
+    return sum_TD, (exact.detach() - _wide(sum_TD.detach())).to(h_TD.dtype) if leaves_over(h_TD) else None
+
+
 class TorchKernels:
     """The reference."""
 
     name = "torch"
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return w * x / rms(x) (Zhang and Sennrich 2019, equation 4) and 1 / rms(x) [T]."""
-        x = _wide(x_TD)
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return w * x / rms(x) (Zhang and Sennrich 2019, equation 4) and 1 / rms(x) [T]; of x + rest where there is a rest."""
+        x = _wide(x_TD) if rest_TD is None else _wide(x_TD) + _wide(rest_TD)
         scale_T = torch.rsqrt(x.square().mean(-1) + eps)
         return (x * scale_T[:, None] * _wide(weight_D)).to(x_TD.dtype), scale_T
 
-    def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return h + delta, and what `rms_norm` makes of that rounded sum."""
-        sum_TD = h_TD + delta_TD
-        return sum_TD, *self.rms_norm(sum_TD, weight_D, eps)
+    def add_rms_norm(
+        self, h_TD: Tensor, rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return what `split_sum` makes of h, rest and delta, and what `rms_norm` makes of those two."""
+        sum_TD, over_TD = split_sum(h_TD, rest_TD, delta_TD)
+        return sum_TD, over_TD, *self.rms_norm(sum_TD, weight_D, eps, over_TD)
 
     def rms_norm_backward(
         self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kivnun.model.dropout import _GOLDEN, _MULTIPLIERS, Mask, scale_and_limit
-from kivnun.model.kernels.reference import BY_127, GROUP, NF4, Angles, TorchKernels
+from kivnun.model.kernels.reference import BY_127, GROUP, NF4, Angles, TorchKernels, leaves_over
 
 PIECE = 1024  # elements of a pointwise program
 SCORES = 4096  # logits read at once
@@ -33,12 +33,28 @@ class TritonKernels(TorchKernels):
         self._functions: Any = triton_functions
         self._tables: dict[torch.device, Tensor] = {}
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
         y_TD, scale_T = torch.empty_like(x_TD), x_TD.new_empty(len(x_TD), dtype=torch.float32)
         block, warps = _one_block(x_TD.shape[1])
-        self._functions.rms_norm[len(x_TD),](x_TD, weight_D, y_TD, scale_T, x_TD.shape[1], eps, BLOCK=block, num_warps=warps)
+        self._functions.rms_norm[len(x_TD),](
+            x_TD, rest_TD, weight_D, y_TD, scale_T, x_TD.shape[1], eps,
+            REST=rest_TD is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
         return y_TD, scale_T
+
+    def add_rms_norm(
+        self, h_TD: Tensor, rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        h_TD, delta_TD, weight_D = h_TD.contiguous(), delta_TD.contiguous(), weight_D.contiguous()
+        sum_TD, y_TD, scale_T = torch.empty_like(h_TD), torch.empty_like(h_TD), h_TD.new_empty(len(h_TD), dtype=torch.float32)
+        over_TD = torch.empty_like(h_TD) if leaves_over(h_TD) else None
+        block, warps = _one_block(h_TD.shape[1])
+        self._functions.add_rms_norm[len(h_TD),](
+            h_TD, rest_TD, delta_TD, weight_D, sum_TD, over_TD, y_TD, scale_T, h_TD.shape[1], eps,
+            REST=rest_TD is not None, OVER=over_TD is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return sum_TD, over_TD, y_TD, scale_T
 
     def rms_norm_backward(
         self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None

@@ -17,11 +17,37 @@ LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: the difference 
 
 
 @triton.jit
-def rms_norm(x, w, y, scale, width, eps, BLOCK: tl.constexpr):
+def rms_norm(x, rest, w, y, scale, width, eps, REST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     here = at < width
     v = tl.load(x + row * width + at, here, 0.0).to(tl.float32)
+    if REST:
+        v += tl.load(rest + row * width + at, here, 0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
+    tl.store(scale + row, inverse)
+    tl.store(y + row * width + at, (v * inverse * tl.load(w + at, here, 0.0).to(tl.float32)).to(y.dtype.element_ty), here)
+
+
+@triton.jit
+def add_rms_norm(
+    h, rest, delta, w, total, over, y, scale, width, eps, REST: tl.constexpr, OVER: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = at < width
+    v = tl.load(h + row * width + at, here, 0.0).to(tl.float32)
+    if REST:
+        v += tl.load(rest + row * width + at, here, 0.0).to(tl.float32)
+    v += tl.load(delta + row * width + at, here, 0.0).to(tl.float32)
+    rounded = v.to(total.dtype.element_ty)
+    tl.store(total + row * width + at, rounded, here)
+    if OVER:
+        left = (v - rounded.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(over + row * width + at, left, here)
+        v = rounded.to(tl.float32) + left.to(tl.float32)
+    else:
+        v = rounded.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
     tl.store(scale + row, inverse)
     tl.store(y + row * width + at, (v * inverse * tl.load(w + at, here, 0.0).to(tl.float32)).to(y.dtype.element_ty), here)
