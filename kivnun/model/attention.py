@@ -271,7 +271,7 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_TO):  # type: ignore[override]
         qkv_TO, out_THK, lse_HT = ctx.saved_tensors
         widths, head_dim, lengths, scale, window, angles, kernels = ctx.given
-        dqkv_TO = rows_apart(qkv_TO, *qkv_TO.shape)
+        dqkv_TO = rows_apart(qkv_TO, len(qkv_TO), qkv_TO.shape[1], qkv_TO.dtype)
         q, k, v = _heads(qkv_TO, widths, head_dim)
         into = _heads(dqkv_TO, widths, head_dim)
         dout_THK = dout_TO.reshape(out_THK.shape)

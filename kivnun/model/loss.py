@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kivnun.model.kernels import Kernels
 from kivnun.model.linear import TunableLinear
-from kivnun.model.products import scaled_times, times_transposed, whole
+from kivnun.model.products import scaled_times, whole, wide_times_transposed
 
 
 class Head(Protocol):
-    """The language head: hidden [C, D] -> logits [C, V], soft-capping included."""
+    """The language head: hidden [C, D] -> logits [C, V], soft-capping included; in the hidden states' type or in float32."""
 
     kernels: Kernels
 
@@ -35,7 +35,7 @@ class Head(Protocol):
         ...
 
 
-CHUNK = 512
+CHUNK = {"cpu": 256, "cuda": 512}  # supervised positions whose logits exist at once, by the kind of device
 
 
 class FrozenHead:
@@ -46,7 +46,7 @@ class FrozenHead:
 
     @torch.no_grad()
     def __call__(self, h_CD: Tensor) -> Tensor:
-        logits_CV = times_transposed(h_CD, self._weight_VD, self.kernels)
+        logits_CV = wide_times_transposed(h_CD, self._weight_VD, self.kernels)
         return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
 
     def backward(self, h_CD: Tensor, logits: Tensor, dlogits_CV: Tensor, factor: float) -> tuple[Tensor, Sequence[Tensor]]:
@@ -93,13 +93,13 @@ class _ChunkedNll(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
         shares_S = weights_S / largest
-        for at in _chunks(len(h_SD)):
+        for at in _chunks(h_SD):
             with torch.enable_grad():
                 h_CD = padded(h_SD[at], head.kernels).detach().requires_grad_()
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
-            dlogits_CV = logits_CV.contiguous() if isinstance(head, FrozenHead) else logits_CV.detach().clone()
-            nll_S[at] = head.kernels.nll_(dlogits_CV, targets_S[at], shares_S[at])
+            room_CV = logits_CV if isinstance(head, FrozenHead) else logits_CV.detach().to(_wide(logits_CV), copy=True)
+            nll_S[at], dlogits_CV = head.kernels.nll_(room_CV, targets_S[at], shares_S[at], h_SD.dtype)
             dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV, largest)
             dh_SD[at] = dh_CD[: len(targets_S[at])]
             for total, grad in zip(sums, grads, strict=True):
@@ -118,13 +118,18 @@ class _ChunkedNll(torch.autograd.Function):
 def token_log_probs(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
     """Return the log-probability (nats, float32 [S]) of each target token; no gradient."""
     out_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
-    for at in _chunks(len(h_SD)):
-        out_S[at] = head.kernels.log_prob(head(padded(h_SD[at], head.kernels)).contiguous(), targets_S[at])
+    for at in _chunks(h_SD):
+        out_S[at] = head.kernels.log_prob(head(padded(h_SD[at], head.kernels)), targets_S[at])
     return out_S
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
+def _chunks(h_SD: Tensor) -> list[slice]:
+    count, chunk = len(h_SD), CHUNK[h_SD.device.type]
+    return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def padded(h_CD: Tensor, kernels: Kernels) -> Tensor:

@@ -85,6 +85,13 @@ def times(x_TN: Tensor, w_NK: Matrix, kernels: Any, low: LowRank | None = None) 
     return _added(_by_torch(x_TN, w_NK), low, kernels, transposed=False)
 
 
+def wide_times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: Any) -> Tensor:
+    """Return x w^T, in float32 where the kernels in C compute it: not rounded to the type of its factors."""
+    if not _by_native(x_TK, x_TK.shape[1], kernels):
+        return times_transposed(x_TK, w_NK, kernels)
+    return kernels.product(x_TK, _side(w_NK, True) if isinstance(w_NK, PackedMatrix) else w_NK, transposed=True, wide=True)
+
+
 def scaled_times(factor: float, x_TN: Tensor, w_NK: Matrix, kernels: Any) -> Tensor:
     """Return factor * x w [T, K], rounded after it is scaled where the kernels in C compute it."""
     if _by_native(x_TN, x_TN.shape[1], kernels):

@@ -72,7 +72,7 @@ def _pointwise(of: Kernels, dtype: torch.dtype, width: int, rows: slice = slice(
     return [
         y, scale, *_parts(of.add_rms_norm(x, gu[:, :width] / 512, dy, w, 1e-5)), of.rms_norm_backward(dy, x, w, scale),
         of.rms_norm_backward(dy, x, w, scale, gu[:, :width]), of.gate(gu), _gate_backward(of, dy, gu),
-        of.nll_(z, targets, weights), z, of.log_prob(logits, targets),
+        *of.nll_(z, targets, weights, dtype), of.log_prob(logits, targets),
         of.scale_columns(x, w.float()), of.dropped(x, mask), of.dropped(x, mask, gu.clone()[:, width:]),
     ]  # fmt: skip
 
@@ -291,10 +291,13 @@ def test_attentions_gradient_is_autograds(heads: int, groups: int, width: int, w
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_the_losss_kernel_agrees_and_pads_with_zero(compiled: NativeKernels, dtype: torch.dtype, tolerance: float) -> None:
     logits, targets, weights = _draw(37, 1003, scale=4.0).to(dtype), torch.arange(33) * 30, _draw(33, seed=1)
-    ours, theirs = logits.clone(), logits.clone()
-    assert tiny.relative_difference(compiled.nll_(ours, targets, weights), TORCH.nll_(theirs, targets, weights)) < 1e-6
-    assert tiny.relative_difference(ours, theirs) < tolerance
-    assert not ours[33:].any()
+    for given in (logits, logits.float(), torch.cat([logits, logits], dim=1)[:, :1003].float()):
+        nll, ours = compiled.nll_(given.clone(), targets, weights, dtype)
+        expected, theirs = TORCH.nll_(given.clone(), targets, weights, dtype)
+        assert ours.dtype == theirs.dtype == dtype
+        assert tiny.relative_difference(nll, expected) < 1e-6
+        assert tiny.relative_difference(ours, theirs) < tolerance
+        assert not ours[33:].any()
     assert tiny.relative_difference(compiled.log_prob(logits, targets), TORCH.log_prob(logits, targets)) < 1e-6
 
 
@@ -305,9 +308,10 @@ def test_a_class_shut_out_by_a_score_of_minus_infinity_has_no_part(kernels: Kern
     with_it, without = logits.clone(), torch.cat([logits[:, :40], logits[:, 41:]], dim=1)
     with_it[:, 40] = -float("inf")
     assert tiny.relative_difference(of.log_prob(with_it, targets), of.log_prob(without, targets)) < 1e-6
-    assert tiny.relative_difference(of.nll_(with_it, targets, torch.ones(2)), of.nll_(without, targets, torch.ones(2))) < 1e-6
-    assert with_it[:, 40].abs().max() < 1e-30
-    assert torch.isfinite(with_it).all()
+    (nll, gradient), (expected, _) = (of.nll_(scores, targets, torch.ones(2), torch.float32) for scores in (with_it, without))
+    assert tiny.relative_difference(nll, expected) < 1e-6
+    assert gradient[:, 40].abs().max() < 1e-30
+    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -316,7 +320,7 @@ def test_a_score_that_is_not_finite_is_never_hidden(kernels: Kernels | str, bad:
     of = compiled if isinstance(kernels, str) else kernels
     logits = _draw(4, 100)
     logits[2, 40] = bad
-    nll = of.nll_(logits, torch.tensor([1, 2, 3, 4]), torch.ones(4))
+    nll, _ = of.nll_(logits, torch.tensor([1, 2, 3, 4]), torch.ones(4), torch.float32)
     assert torch.isfinite(nll).tolist() == [True, True, False, True]
 
 

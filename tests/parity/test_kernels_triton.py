@@ -92,8 +92,7 @@ def test_the_losss_kernel_agrees_and_pads_with_zero(kernels: TritonKernels, dtyp
     logits, weights = _draw(23, 9001, scale=4.0).to(dtype), _draw(19, seed=1)
     targets = torch.arange(19, device=DEVICE) * 470
     logits[3, targets[3]] = 60.0  # a token that the model is sure of: 1 - p has no digits
-    ours, theirs = logits.clone(), logits.clone()
-    found, expected = kernels.nll_(ours, targets, weights), TORCH.nll_(theirs, targets, weights)
+    (found, ours), (expected, theirs) = (of.nll_(logits.clone(), targets, weights, dtype) for of in (kernels, TORCH))
     assert torch.allclose(found, expected, rtol=2e-6, atol=0.0)
     assert tiny.relative_difference(ours, theirs) < tolerance
     assert torch.allclose(ours[3, targets[3]].float(), theirs[3, targets[3]].float(), rtol=1e-2 if dtype != torch.float32 else 1e-5)
@@ -105,7 +104,7 @@ def test_the_losss_kernel_agrees_and_pads_with_zero(kernels: TritonKernels, dtyp
 def test_a_score_that_is_not_finite_is_never_hidden(kernels: TritonKernels, bad: float) -> None:
     logits = _draw(4, 5000)
     logits[2, 40] = bad
-    nll = kernels.nll_(logits, torch.tensor([1, 2, 3, 4], device=DEVICE), torch.ones(4, device=DEVICE))
+    nll, _ = kernels.nll_(logits, torch.tensor([1, 2, 3, 4], device=DEVICE), torch.ones(4, device=DEVICE), torch.float32)
     assert torch.isfinite(nll).tolist() == [True, True, False, True]
 
 

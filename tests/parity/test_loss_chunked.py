@@ -18,7 +18,7 @@ from kivnun.model.loss import FrozenHead, GraphHead, token_log_probs, weighted_n
 from kivnun.train.weights import FullWeights
 
 WIDTH, VOCAB = 24, 103
-COUNTS = [1, 15, 16, 511, 512, 513, 1300]
+COUNTS = [1, 15, 16, 255, 256, 257, 1300]
 
 
 def _problem(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

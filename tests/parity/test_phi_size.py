@@ -42,7 +42,7 @@ LOAD_AND_TRAIN = """
         kept = config.num_hidden_layers * (6 * width + inner)
         passing = 2 * inner + 4 * width
         decoded = config.hidden_size * inner * itemsize if precision == "nf4" else 0
-        logits = min(tokens, 512) * config.vocab_size * itemsize
+        logits = min(tokens, 256) * config.vocab_size * 4
         return 16 * adapter + tokens * (kept + passing) * itemsize + logits + decoded
 
     small, large, precision = sys.argv[1:]

@@ -89,7 +89,7 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
     def answers(of: Kernels) -> list[torch.Tensor | None]:
         normed, scale = of.rms_norm(flat_TD, weight_D, 1e-5)
         logits = flat_TD.clone()
-        nll = of.nll_(logits, targets, weights)
+        nll, dlogits = of.nll_(logits, targets, weights, dtype)
         out, lse = of.attention(x_THK, y_THK[:, :2], y_THK[:, 2:], lengths, 0.2, None, angles)
         into = (torch.empty_like(x_THK), torch.empty_like(y_THK[:, :2]), torch.empty_like(y_THK[:, 2:]))
         of.attention_backward(x_THK, x_THK, y_THK[:, :2], y_THK[:, 2:], out, lse, lengths, 0.2, None, angles, into)
@@ -97,7 +97,7 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: str = "cpu") -> bool:
         of.gate_backward_(flat_TD[:, :64].contiguous(), gu)
         return [
             normed, of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale), *of.add_rms_norm(flat_TD, gu, flat_TD, weight_D, 1e-5),
-            of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale, gu), of.gate(flat_TD), nll, logits, out, lse, *into,
+            of.rms_norm_backward(flat_TD, flat_TD, weight_D, scale, gu), of.gate(flat_TD), nll, dlogits, out, lse, *into,
             gu, of.log_prob(flat_TD, targets),
             of.dropped(flat_TD, mask), of.dropped(flat_TD, mask, gu.clone()),
             of.scale_columns(flat_TD, weight_D.float()), of.column_dots(flat_TD, flat_TD),

@@ -73,6 +73,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("left", "right", "low", "low_right", "out")),
         *((name, ctypes.c_int64) for name in ("left_row", "right_row", "low_row", "out_row", "M", "N", "K", "R")),
         ("given", ctypes.c_int),
+        ("wide", ctypes.c_int),
         ("factor", ctypes.c_float),
         ("drop", _Dropout),
     )
@@ -125,16 +126,17 @@ class NativeKernels:
     def gate_backward_(self, dh_TF: Tensor, gu_T2F: Tensor) -> None:
         self._call("gate_backward", gu_T2F, dh_TF.contiguous(), _Rows(gu_T2F), *dh_TF.shape)
 
-    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         count, width = len(targets_C), logits_CV.shape[1]
-        nll_C, wait_HV = torch.empty(count, dtype=torch.float32), torch.empty(torch.get_num_threads(), width, dtype=torch.float32)
-        self._call("nll", logits_CV, logits_CV, targets_C, weights_C, nll_C, wait_HV, count, width)
-        logits_CV[count:].zero_()
-        return nll_C
+        logits_CV, nll_C = logits_CV.float(), torch.empty(count, dtype=torch.float32)
+        gradient_CV = logits_CV.view(dtype)[:, :width]  # each row at the beginning of its logits' place
+        self._call("nll", gradient_CV, _Rows(logits_CV), targets_C, weights_C, nll_C, count, width)
+        gradient_CV[count:].zero_()
+        return nll_C, gradient_CV
 
     def log_prob(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         out_C = torch.empty(len(targets_C), dtype=torch.float32)
-        self._call("log_prob", logits_CV, logits_CV, targets_C, out_C, len(targets_C), logits_CV.shape[1])
+        self._call("log_prob", logits_CV, _Rows(logits_CV), targets_C, out_C, len(targets_C), logits_CV.shape[1])
         return out_C
 
     def dropped(self, x_TD: Tensor, mask: Mask, onto_TD: Tensor | None = None) -> Tensor:
@@ -237,14 +239,15 @@ class NativeKernels:
         drop_left: Mask | None = None,
         drop_low: Mask | None = None,
         factor: float = 1.0,
+        wide: bool = False,
     ) -> Tensor:
-        """Return factor * (left right + low low_right) [M, N], computed in float32 and rounded once.
+        """Return factor * (left right + low low_right) [M, N], computed in float32 and rounded once, or with `wide` never.
 
         `right` is packed, or a matrix [K, N] (`transposed`: [N, K]), which is packed on the way, a block at a time. Either the
         left factor or the second product may be dropped on the way.
         """
         left_MK = left_MK if left_MK.stride(1) == 1 else left_MK.contiguous()
-        given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK), factor=factor)
+        given = _Product(left=left_MK.data_ptr(), left_row=left_MK.stride(0), M=len(left_MK), factor=factor, wide=wide)
         if isinstance(right, Panels):
             given.right, given.K, given.N = right.data.data_ptr(), right.depth, right.columns
         else:
@@ -253,7 +256,7 @@ class NativeKernels:
             given.N, given.K = right.shape if transposed else right.shape[::-1]
             given.right, given.right_row = right.data_ptr(), right.stride(0)
         assert left_MK.shape[1] == given.K
-        out_MN = rows_apart(left_MK, given.M, given.N)
+        out_MN = rows_apart(left_MK, given.M, given.N, torch.float32 if wide else left_MK.dtype)
         given.out, given.out_row = out_MN.data_ptr(), out_MN.stride(0)
         if low_MR is not None and low_right is not None:
             assert low_MR.stride(1) == 1
@@ -319,14 +322,14 @@ class _Rows:
         self.x = x if x.stride(1) == 1 else x.contiguous()
 
 
-def rows_apart(like: Tensor, rows: int, columns: int) -> Tensor:
+def rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return an empty matrix whose rows do not fall into the same lines of the first-level cache, as they do 4 KiB apart.
 
     The rows of a product's tile are read together, and what is written here is most often what the next product reads.
     """
-    if columns * like.element_size() % ALIASED_BYTES != 0:
-        return like.new_empty(rows, columns)
-    return like.new_empty(rows, columns + LANES)[:, :columns]
+    if columns * dtype.itemsize % ALIASED_BYTES != 0:
+        return like.new_empty(rows, columns, dtype=dtype)
+    return like.new_empty(rows, columns + LANES, dtype=dtype)[:, :columns]
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

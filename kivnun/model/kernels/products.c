@@ -60,6 +60,7 @@ struct product {
   int64_t left_row, right_row, low_row, out_row; /* from one row to the next, in elements */
   int64_t M, N, K, R;                            /* R 0: no second product */
   int given;
+  int wide;     /* the result is float32, whatever the factors are */
   float factor; /* of all sums, before they are rounded */
   struct dropout drop;
 };

@@ -84,8 +84,8 @@ class TorchKernels:
         dh, s = _wide(dh_TF), 1 / (1 + torch.exp(-g))
         gu_T2F.copy_(torch.cat([dh * u * s * (1 + g * (1 - s)), dh * g * s], dim=-1))
 
-    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
-        """Return each position's NLL (nats, float32) and turn its logits into the gradient of weight * NLL, in place.
+    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return each position's NLL (nats, float32) and the gradient of weight * NLL in `dtype`; the logits are lost.
 
         There may be more rows of logits than targets; the rest becomes zero. p - 1 of the true class is taken as minus the sum of
         the others: for a confident token, 1 - p would keep few digits in float32 and none in bfloat16.
@@ -100,9 +100,10 @@ class TorchKernels:
         ahead_C1 = highest_C1 - scores.gather(1, true_C1)
         nll_C = torch.where(ahead_C1 == 0, torch.log1p(others_C1), torch.log(own_C1 + others_C1) + ahead_C1)[:, 0]
         factor_C1 = weights_C[:, None].to(e_CV.dtype) / (own_C1 + others_C1)
-        logits_CV[:count] = (e_CV * factor_C1).scatter(1, true_C1, -others_C1 * factor_C1).to(logits_CV.dtype)
-        logits_CV[count:] = 0.0
-        return nll_C.float()
+        gradient_CV = logits_CV if logits_CV.dtype == dtype else logits_CV.to(dtype)
+        gradient_CV[:count] = (e_CV * factor_C1).scatter(1, true_C1, -others_C1 * factor_C1).to(dtype)
+        gradient_CV[count:] = 0.0
+        return nll_C.float(), gradient_CV
 
     def log_prob(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         """Return the log-probability (nats, float32) of each target; rows of logits beyond the targets are ignored."""

@@ -78,7 +78,7 @@ class TritonKernels(TorchKernels):
         dh_TF = dh_TF.contiguous()
         self._functions.gate_backward[_pieces(dh_TF)](dh_TF, gu_T2F, gu_T2F, dh_TF.shape[1], BLOCK=PIECE)
 
-    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+    def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert logits_CV.is_contiguous()  # it is written in place
         nll_C = logits_CV.new_empty(len(targets_C), dtype=torch.float32)
         weights_C = weights_C.float().contiguous()
@@ -86,7 +86,7 @@ class TritonKernels(TorchKernels):
         self._functions.nll[rows,](
             logits_CV, targets_C.contiguous(), weights_C, nll_C, len(targets_C), width, BLOCK=SCORES, num_warps=8
         )
-        return nll_C
+        return nll_C, logits_CV.to(dtype)
 
     def log_prob(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         out_C = logits_CV.new_empty(len(targets_C), dtype=torch.float32)
