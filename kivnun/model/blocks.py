@@ -25,8 +25,8 @@ class Stream(NamedTuple):
     """The residual stream of T tokens: h + rest + delta.
 
     In bfloat16 `rest` is what rounding h left over: with it the layers' shares add up nearly as in float32, and losses come
-    clearly nearer to float32's (docs/LOG.md). It belongs to the forward pass alone: it carries no gradient and is not kept for
-    one. `delta` is the last layer's share, still to be added by the norm that reads the sum.
+    clearly nearer to float32's (docs/LOG.md). Only the next sum reads it: norms read h alone, so that what they made can be made
+    again out of what is kept, and the backward pass needs no rest. `delta` is the last layer's share, still to be added.
     """
 
     h_TD: Tensor
@@ -75,7 +75,7 @@ class _NormedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_TD, rest_TD, delta_TD, weight_D, eps, kernels):  # type: ignore[override]
         if delta_TD is None:
-            sum_TD, over_TD, (y_TD, scale_T) = h_TD, rest_TD, kernels.rms_norm(h_TD, weight_D, eps, rest_TD)
+            sum_TD, over_TD, (y_TD, scale_T) = h_TD, rest_TD, kernels.rms_norm(h_TD, weight_D, eps)
         else:
             sum_TD, over_TD, y_TD, scale_T = kernels.add_rms_norm(h_TD, rest_TD, delta_TD, weight_D, eps)
         ctx.save_for_backward(sum_TD, weight_D, scale_T)

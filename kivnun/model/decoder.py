@@ -218,7 +218,7 @@ class _Norm(nn.Module):
         return rms_norm(x_TO.reshape(-1, len(self.weight)), self.weight, self.eps, kernels).view(x_TO.shape)
 
     def again(self, x_TD: Tensor, kernels: Kernels) -> Callable[[], Tensor]:
-        """Return the way to make this norm's output of x a second time; of the rounded x alone, whose rest is not kept."""
+        """Return the way to make this norm's output of x a second time."""
         kept_TD = x_TD.detach()
         return lambda: kernels.rms_norm(kept_TD, self.weight.detach(), self.eps)[0]
 

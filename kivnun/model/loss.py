@@ -73,9 +73,8 @@ def weighted_nll(head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor)
     The head's trained tensors (its weight, or an adapter's) get their exact gradient too. The caller's weights already hold the
     division by the step's total, so nothing is averaged here. They may come on the CPU: their largest is asked for.
     """
-    largest = float(weights_S.abs().max()) if len(weights_S) else 1.0
-    weights_S = weights_S.to(h_SD.device)
-    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S, largest or 1.0, *head.parameters)
+    largest = float(weights_S.abs().max()) if weights_S.any() else 1.0
+    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S.to(h_SD.device), largest, *head.parameters)
     return loss, nll_S
 
 
@@ -84,7 +83,8 @@ class _ChunkedNll(torch.autograd.Function):
     gradient's product with the head: when forward ends, the gradient of the hidden states is known and no logits are left.
 
     The logits' gradient is taken for weights of at most 1, and the rest of them multiplies the sums of its product: were 1/n, the
-    weight of each of n tokens, rounded to bfloat16 with it, all gradients of the step would be off by the same 2^-9 at worst.
+    weight of each of n tokens, rounded to bfloat16 with it, all gradients of the step would be off by one factor, at worst
+    1 + 2^-8.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _ChunkedNll(torch.autograd.Function):
                 h_CD = padded(h_SD[at], head.kernels).detach().requires_grad_()
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
-            room_CV = logits_CV if isinstance(head, FrozenHead) else logits_CV.detach().to(_wide(logits_CV), copy=True)
+            room_CV = logits_CV if isinstance(head, FrozenHead) else _wide_copy(logits_CV)
             nll_S[at], dlogits_CV = head.kernels.nll_(room_CV, targets_S[at], shares_S[at], h_SD.dtype)
             dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV, largest)
             dh_SD[at] = dh_CD[: len(targets_S[at])]
@@ -128,8 +128,9 @@ def _chunks(h_SD: Tensor) -> list[slice]:
     return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _wide_copy(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
 
 
 def padded(h_CD: Tensor, kernels: Kernels) -> Tensor:

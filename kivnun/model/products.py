@@ -89,13 +89,13 @@ def wide_times_transposed(x_TK: Tensor, w_NK: Matrix, kernels: Any) -> Tensor:
     """Return x w^T, in float32 where the kernels in C compute it: not rounded to the type of its factors."""
     if not _by_native(x_TK, x_TK.shape[1], kernels):
         return times_transposed(x_TK, w_NK, kernels)
-    return kernels.product(x_TK, _side(w_NK, True) if isinstance(w_NK, PackedMatrix) else w_NK, transposed=True, wide=True)
+    return kernels.product(x_TK, _right(w_NK, transposed=True), transposed=True, wide=True)
 
 
 def scaled_times(factor: float, x_TN: Tensor, w_NK: Matrix, kernels: Any) -> Tensor:
     """Return factor * x w [T, K], rounded after it is scaled where the kernels in C compute it."""
     if _by_native(x_TN, x_TN.shape[1], kernels):
-        return kernels.product(x_TN, _side(w_NK, False) if isinstance(w_NK, PackedMatrix) else w_NK, factor=factor)
+        return kernels.product(x_TN, _right(w_NK, transposed=False), factor=factor)
     return _by_torch(x_TN, w_NK).mul_(factor)
 
 
@@ -134,10 +134,10 @@ def _by_native(x: Tensor, depth: int, kernels: object) -> bool:
 
 
 def _native(x_TK: Tensor, w: Matrix, kernels: Any, low: LowRank | None, *, transposed: bool, mask: Mask | None = None) -> Tensor:
-    right = _side(w, transposed) if isinstance(w, PackedMatrix) else w
+    right = _right(w, transposed)
     if low is not None and isinstance(low.w, PackedMatrix):
         assert mask is None
-        low_right = _side(low.w, transposed)
+        low_right = _right(low.w, transposed)
         return kernels.product(x_TK, right, low.left_TR, low_right, transposed=transposed, drop_low=low.mask)
     return _added(kernels.product(x_TK, right, transposed=transposed, drop_left=mask), low, kernels, transposed)
 
@@ -151,7 +151,9 @@ def _added(y_TN: Tensor, low: LowRank | None, kernels: Any, transposed: bool) ->
     return y_TN.addmm_(low.left_TR, w) if low.mask is None else kernels.dropped(low.left_TR @ w, low.mask, y_TN)
 
 
-def _side(w: PackedMatrix, transposed: bool) -> Panels:
+def _right(w: Matrix, transposed: bool) -> Panels | Tensor:
+    if isinstance(w, Tensor):
+        return w
     return w.panels_transposed() if transposed else w.panels()
 
 

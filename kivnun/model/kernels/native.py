@@ -96,9 +96,9 @@ class NativeKernels:
         self._multiplied = frozenset(dtype for bit, dtype in enumerate(ENDING) if library.products_serve() >> bit & 1)
         self.name = f"native {version}"  # of sources, compiler and processor: another one may round otherwise
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y_TD, scale_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
-        self._call("rms_norm", x_TD, x_TD, rest_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
+        self._call("rms_norm", x_TD, x_TD, weight_D, y_TD, scale_T, *x_TD.shape, ctypes.c_float(eps))
         return y_TD, scale_T
 
     def add_rms_norm(
@@ -129,6 +129,7 @@ class NativeKernels:
     def nll_(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         count, width = len(targets_C), logits_CV.shape[1]
         logits_CV, nll_C = logits_CV.float(), torch.empty(count, dtype=torch.float32)
+        assert logits_CV.stride(1) == 1  # it is written in place
         gradient_CV = logits_CV.view(dtype)[:, :width]  # each row at the beginning of its logits' place
         self._call("nll", gradient_CV, _Rows(logits_CV), targets_C, weights_C, nll_C, count, width)
         gradient_CV[count:].zero_()

@@ -51,18 +51,18 @@ class TorchKernels:
 
     name = "torch"
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return w * x / rms(x) (Zhang and Sennrich 2019, equation 4) and 1 / rms(x) [T]; of x + rest where there is a rest."""
-        x = _wide(x_TD) if rest_TD is None else _wide(x_TD) + _wide(rest_TD)
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return w * x / rms(x) (Zhang and Sennrich 2019, equation 4) and 1 / rms(x) [T]."""
+        x = _wide(x_TD)
         scale_T = torch.rsqrt(x.square().mean(-1) + eps)
         return (x * scale_T[:, None] * _wide(weight_D)).to(x_TD.dtype), scale_T
 
     def add_rms_norm(
         self, h_TD: Tensor, rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return what `split_sum` makes of h, rest and delta, and what `rms_norm` makes of those two."""
+        """Return what `split_sum` makes of h, rest and delta, and what `rms_norm` makes of the rounded sum."""
         sum_TD, over_TD = split_sum(h_TD, rest_TD, delta_TD)
-        return sum_TD, over_TD, *self.rms_norm(sum_TD, weight_D, eps, over_TD)
+        return sum_TD, over_TD, *self.rms_norm(sum_TD, weight_D, eps)
 
     def rms_norm_backward(
         self, dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, add_TD: Tensor | None = None

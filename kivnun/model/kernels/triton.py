@@ -33,14 +33,11 @@ class TritonKernels(TorchKernels):
         self._functions: Any = triton_functions
         self._tables: dict[torch.device, Tensor] = {}
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, rest_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
         y_TD, scale_T = torch.empty_like(x_TD), x_TD.new_empty(len(x_TD), dtype=torch.float32)
         block, warps = _one_block(x_TD.shape[1])
-        self._functions.rms_norm[len(x_TD),](
-            x_TD, rest_TD, weight_D, y_TD, scale_T, x_TD.shape[1], eps,
-            REST=rest_TD is not None, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+        self._functions.rms_norm[len(x_TD),](x_TD, weight_D, y_TD, scale_T, x_TD.shape[1], eps, BLOCK=block, num_warps=warps)
         return y_TD, scale_T
 
     def add_rms_norm(

@@ -17,16 +17,20 @@ LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: the difference 
 
 
 @triton.jit
-def rms_norm(x, rest, w, y, scale, width, eps, REST: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _store_normed(v, w, y, scale, row, width, eps, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     here = at < width
-    v = tl.load(x + row * width + at, here, 0.0).to(tl.float32)
-    if REST:
-        v += tl.load(rest + row * width + at, here, 0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
     tl.store(scale + row, inverse)
     tl.store(y + row * width + at, (v * inverse * tl.load(w + at, here, 0.0).to(tl.float32)).to(y.dtype.element_ty), here)
+
+
+@triton.jit
+def rms_norm(x, w, y, scale, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    v = tl.load(x + row * width + at, at < width, 0.0).to(tl.float32)
+    _store_normed(v, w, y, scale, row, width, eps, BLOCK)
 
 
 @triton.jit
@@ -36,21 +40,15 @@ def add_rms_norm(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     here = at < width
-    v = tl.load(h + row * width + at, here, 0.0).to(tl.float32)
+    exact = tl.load(h + row * width + at, here, 0.0).to(tl.float32)
     if REST:
-        v += tl.load(rest + row * width + at, here, 0.0).to(tl.float32)
-    v += tl.load(delta + row * width + at, here, 0.0).to(tl.float32)
-    rounded = v.to(total.dtype.element_ty)
+        exact += tl.load(rest + row * width + at, here, 0.0).to(tl.float32)
+    exact += tl.load(delta + row * width + at, here, 0.0).to(tl.float32)
+    rounded = exact.to(total.dtype.element_ty)
     tl.store(total + row * width + at, rounded, here)
     if OVER:
-        left = (v - rounded.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(over + row * width + at, left, here)
-        v = rounded.to(tl.float32) + left.to(tl.float32)
-    else:
-        v = rounded.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
-    tl.store(scale + row, inverse)
-    tl.store(y + row * width + at, (v * inverse * tl.load(w + at, here, 0.0).to(tl.float32)).to(y.dtype.element_ty), here)
+        tl.store(over + row * width + at, (exact - rounded.to(tl.float32)).to(total.dtype.element_ty), here)
+    _store_normed(rounded.to(tl.float32), w, y, scale, row, width, eps, BLOCK)
 
 
 @triton.jit
