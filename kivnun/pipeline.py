@@ -30,7 +30,7 @@ import torch
 from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import micro_batches, pack_pairs
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import KivnunError, StorageError
@@ -66,8 +66,10 @@ from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
 from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
 from kivnun.model.load import Base, load_base
+from kivnun.model.read_model import open_config
+from kivnun.model.rope import rows_turn_from
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
-from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 from kivnun.train.engine import FixedModel, TorchEngine, Trainee
@@ -263,6 +265,7 @@ class _Run:
                 order,
                 schedule_of(spec, order.steps),
                 cast(int, spec.compute.micro_batch_tokens),
+                share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
                 evaluate_every_steps=spec.evaluation.every_steps,
@@ -374,8 +377,15 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         stored_precision=stored_precision(base_folder),
         no_native_reason=_reason(native),
         packs=frozenset() if isinstance(native, str) else native.packs(),
+        rows_turn_from=_rows_turn_from(dataset, base_folder),
         no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
     )
+
+
+def _rows_turn_from(dataset: Dataset, base_folder: Path) -> int | None:
+    length = rows_turn_from(open_config(base_folder))
+    longest = max(side.length for row in dataset.train.rows for side in row.sides)
+    return length if length is not None and longest > length else None
 
 
 def _reason(found: object) -> str | None:
@@ -432,22 +442,24 @@ def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache:
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
     pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
-    key = hashlib.sha256(f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype}".encode()).hexdigest()
-    return DpoObjective(
-        spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, cast(int, spec.compute.micro_batch_tokens))
-    )
+    of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
+    key = hashlib.sha256(of.encode()).hexdigest()
+    return DpoObjective(spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, spec.compute))
 
 
 def _reference(
-    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, micro_batch_tokens: int
+    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec
 ) -> dict[int, tuple[float, float]]:
-    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number."""
+    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number.
+
+    Pairs are packed as they are in training, so that a policy that has not moved is as likely as the reference.
+    """
     kept = _read_reference(cache, key)
     if kept is not None:
         return kept
     sums: dict[int, tuple[float, float]] = {}
-    for part in micro_batches(pairs, micro_batch_tokens):
-        batch = pack_pairs(cast(list[PreferencePair], part))
+    for part in micro_batches(pairs, cast(int, compute.micro_batch_tokens), compute.share_prefixes):
+        batch = pack(part, compute.share_prefixes)
         both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
         sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
     stream = io.BytesIO()

@@ -73,7 +73,7 @@ def _opened(case: Case, work: Path, bases: dict[str, Any]) -> Opened | str:
 
 
 def _step(side: Opened, number: int) -> None:
-    from kivnun.data.packing import micro_batches
+    from kivnun.data.packing import micro_batches, pack
 
     case, trainee, items = side.case, side.trainee, side.steps[number]
     objective = trainee.objective
@@ -81,7 +81,7 @@ def _step(side: Opened, number: int) -> None:
     total = sum(objective.weight_of(item) for item in items)
     loss = 0.0
     for part in micro_batches(items, _pass_tokens(side)):
-        loss += trainee.forward_backward(objective.pack(part), total)
+        loss += trainee.forward_backward(pack(part), total)
     result = trainee.optim_step(case.learning_rate)
     side.meter.end_step(sum(item.length for item in items), loss, result.grad_norm)
 

@@ -80,6 +80,12 @@ def rotary_of(config: Any, model: str, factors: str) -> Rotary | RowRotary:
     return Rotary(frequencies_R, float(scaling))
 
 
+def rows_turn_from(config: Any) -> int | None:
+    """Return the length above which a row takes LongRoPE's long factors; None where a configuration has one set."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
+
+
 def refuse_rotation_by_batch(model: str, kind: object) -> None:
     """Raise BaseModelError for frequencies that follow the longest row of a batch."""
     if kind == "dynamic" or (isinstance(kind, dict) and {"dynamic", "longrope"}.intersection(kind.values())):
