@@ -119,6 +119,18 @@ def test_a_tree_depends_on_neither_neighbours_nor_threads(compiled: NativeKernel
     assert torch.equal(alone, one[0][:first])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", [0, 39, 250, 445])
+def test_a_number_that_is_not_finite_reaches_all_who_see_it_and_nobody_else(
+    compiled: NativeKernels, at: int, dtype: torch.dtype
+) -> None:
+    parts = _parts(4, 2, 32, dtype)
+    parts[1][at] = float("nan")
+    (ours, *_), (theirs, *_) = (_both_passes(of, parts, 0.2, None, None) for of in (compiled, TORCH))
+    assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
+    assert not torch.isfinite(ours).all()
+
+
 def _rows() -> list[TokenRow]:
     """Rows of one long prompt, of which two have a second prompt in common, and one row that begins otherwise."""
     system, more = tiny.random_ids(19, 1), tiny.random_ids(17, 2)

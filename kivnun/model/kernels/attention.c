@@ -32,7 +32,7 @@ struct branch {
   const struct branch *continues; /* 0: it is a root */
 };
 
-/* Pieces laid end to end, each after the one it continues: rows that begin alike, or one row by itself. */
+/* Branches laid end to end, each after the one it continues: rows that begin alike, or one row by itself. */
 struct tree {
   const struct branch *branches;
   int64_t start, count, keys; /* its first token in the pack, how many branches, its keys in whole vectors */
