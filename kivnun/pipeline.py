@@ -73,13 +73,14 @@ from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec,
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 from kivnun.train.engine import FixedModel, TorchEngine, Trainee
-from kivnun.train.loop import fit
+from kivnun.train.loop import fit, shareable
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.schedule import Schedule
 from kivnun.train.weights import AdapterWeights, FullWeights, Weights
 
 Emit = Callable[[Event], None]
+WORTH_TELLING = 0.2  # of a step's tokens, which an option that is off would spare
 
 
 def tune(
@@ -116,6 +117,9 @@ def tune(
             raise
 
 
+WORTH_TELLING = 0.2  # of a step's tokens, spared by an option that is off
+
+
 @dataclass(frozen=True)
 class _Run:
     """One execution. `execute` reads as the list of stages."""
@@ -145,6 +149,7 @@ class _Run:
         engine = TorchEngine(base)
         scored_base = self._score_base(spec, engine, dataset, tokenizer)
         trainee = self._open_trainee(spec, engine, dataset)
+        self._tell_spared(spec, base, dataset)
         self._train(spec, trainee, dataset, tokenizer, same)
 
         with atomic_folder(self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter) as place:
@@ -245,6 +250,12 @@ class _Run:
             )
         )
         return trainee
+
+    def _tell_spared(self, spec: TuneSpec, base: Base, dataset: Dataset) -> None:
+        spared = _spared(spec, base, dataset)
+        if spared >= WORTH_TELLING:
+            what = f"{spared:.0%} of the tokens of a pass are beginnings that its rows have in common"
+            self.emit(Warned(message=f"{what}: compute.share_prefixes computes them once"))
 
     def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, same: Mapping[str, Any]) -> None:
         saver = _Saver(spec, self.folder, trainee, same, self.log, self.emit)
@@ -405,6 +416,17 @@ def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:
         num_steps=schedule.steps,
         seed=spec.seed,
     )
+
+
+def _spared(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
+    """Return which part of the tokens `compute.share_prefixes` would spare where it is off and may be turned on, else 0."""
+    rows = dataset.train.rows
+    longest = max(side.length for row in rows for side in row.sides)
+    turns = base.rotary is not None and base.rotary.turns_by_length(longest)
+    drops = not isinstance(spec.adapter, FullSpec) and spec.adapter.dropout > 0
+    if spec.compute.share_prefixes or turns or drops:
+        return 0.0
+    return shareable(rows, row_order(spec, dataset), cast(int, spec.compute.micro_batch_tokens))
 
 
 def schedule_of(spec: TuneSpec, steps: int) -> Schedule:

@@ -113,7 +113,7 @@ class Base:
         if rows.parents is None or self.rotary is None:
             return
         longest = int(positions_T.max()) + 1
-        if self.rotary.is_long(longest) and not self.rotary.is_long(1):
+        if self.rotary.turns_by_length(longest):
             raise BaseModelError(
                 f"rows of more than {self.rotary.original_length:,} tokens are rotated by other factors than shorter ones, so that "
                 f"what they begin with cannot be shared; the longest has {longest:,}",

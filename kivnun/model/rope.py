@@ -54,6 +54,10 @@ class RowRotary(nn.Module):
         """Return whether a row of this many tokens, cached ones included, takes the long factors."""
         return self.factors == "long" or (self.factors == "per_row" and length > self.original_length)
 
+    def turns_by_length(self, longest: int) -> bool:
+        """Return whether rows of up to this many tokens may be rotated by different factors."""
+        return self.is_long(longest) and not self.is_long(1)
+
     @torch.no_grad()
     def forward(self, positions_T: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Angles:
         """Return the rotation of rows of these lengths, its cosines and sines rounded to `dtype`."""

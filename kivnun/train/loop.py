@@ -25,6 +25,9 @@ from kivnun.train.objectives import Objective
 from kivnun.train.schedule import Schedule
 
 
+LOOKED_AT = 8  # steps from which `shareable` judges
+
+
 class Saver(Protocol):
     """Keeps the state of a run. `after_step` saves when it is due, `now` in any case."""
 
@@ -118,6 +121,16 @@ def prepared(
     packs = [pack(part, share_prefixes) for part in micro_batches(items, micro_batch_tokens, share_prefixes)]
     total_weight = sum(objective.weight_of(item) for item in items)
     return StepWork(items, packs, total_weight, order.epoch_of(step), order.ends_epoch(step))
+
+
+def shareable(rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> float:
+    """Return which part of the tokens of the first steps `share_prefixes` would spare, between 0 and 1."""
+    tokens = computed = 0
+    for step in range(1, min(order.steps, LOOKED_AT) + 1):
+        items = [rows[row] for row in order.rows_of(step)]
+        tokens += sum(item.length for item in items)
+        computed += sum(pack(part, True).num_tokens for part in micro_batches(items, micro_batch_tokens, True))
+    return 1 - computed / tokens
 
 
 def one_ahead(steps: range, prepare: Callable[[int], StepWork]) -> Iterator[tuple[int, StepWork]]:
