@@ -24,7 +24,6 @@ from kivnun.train.engine import Trainee
 from kivnun.train.objectives import Objective
 from kivnun.train.schedule import Schedule
 
-
 LOOKED_AT = 8  # steps from which `shareable` judges
 
 
