@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import startup
-from kivnun.data.packing import micro_batches
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import TokenRow, Where
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import find_base
@@ -84,7 +84,7 @@ def _ours(rows: list[TokenRow]) -> Callable[[], None]:
 
     def step() -> None:
         for part in micro_batches(rows, 8192):
-            trainee.forward_backward(trainee.objective.pack(part), total)
+            trainee.forward_backward(pack(part), total)
         trainee.optim_step(RATE)
 
     return step

@@ -108,6 +108,7 @@ class StepDone:
     rows: Annotated[int, "rows in the step"]
     tokens: Annotated[int, "tokens in the step"]
     trained_tokens: Annotated[int, "tokens in the step that carry weight"]
+    computed_tokens: Annotated[int, "tokens that were computed: fewer than `tokens` where rows share what they begin with"]
     seconds: Seconds
     time: Time = ""
 

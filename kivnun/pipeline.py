@@ -30,7 +30,7 @@ import torch
 from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import micro_batches, pack_pairs
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import KivnunError, StorageError
@@ -66,18 +66,21 @@ from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
 from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
 from kivnun.model.load import Base, load_base
+from kivnun.model.read_model import open_config
+from kivnun.model.rope import rows_turn_from
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
-from kivnun.spec import DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 from kivnun.train.engine import FixedModel, TorchEngine, Trainee
-from kivnun.train.loop import fit
+from kivnun.train.loop import fit, shareable
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.schedule import Schedule
 from kivnun.train.weights import AdapterWeights, FullWeights, Weights
 
 Emit = Callable[[Event], None]
+WORTH_TELLING = 0.2  # of a step's tokens, which an option that is off would spare
 
 
 def tune(
@@ -114,6 +117,9 @@ def tune(
             raise
 
 
+WORTH_TELLING = 0.2  # of a step's tokens, spared by an option that is off
+
+
 @dataclass(frozen=True)
 class _Run:
     """One execution. `execute` reads as the list of stages."""
@@ -143,6 +149,7 @@ class _Run:
         engine = TorchEngine(base)
         scored_base = self._score_base(spec, engine, dataset, tokenizer)
         trainee = self._open_trainee(spec, engine, dataset)
+        self._tell_spared(spec, base, dataset)
         self._train(spec, trainee, dataset, tokenizer, same)
 
         with atomic_folder(self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter) as place:
@@ -244,6 +251,12 @@ class _Run:
         )
         return trainee
 
+    def _tell_spared(self, spec: TuneSpec, base: Base, dataset: Dataset) -> None:
+        spared = _spared(spec, base, dataset)
+        if spared >= WORTH_TELLING:
+            what = f"{spared:.0%} of the tokens of a pass are beginnings that its rows have in common"
+            self.emit(Warned(message=f"{what}: compute.share_prefixes computes them once"))
+
     def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, same: Mapping[str, Any]) -> None:
         saver = _Saver(spec, self.folder, trainee, same, self.log, self.emit)
         saver.restore()
@@ -263,6 +276,7 @@ class _Run:
                 order,
                 schedule_of(spec, order.steps),
                 cast(int, spec.compute.micro_batch_tokens),
+                share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
                 evaluate_every_steps=spec.evaluation.every_steps,
@@ -374,8 +388,15 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         stored_precision=stored_precision(base_folder),
         no_native_reason=_reason(native),
         packs=frozenset() if isinstance(native, str) else native.packs(),
+        rows_turn_from=_rows_turn_from(dataset, base_folder),
         no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
     )
+
+
+def _rows_turn_from(dataset: Dataset, base_folder: Path) -> int | None:
+    length = rows_turn_from(open_config(base_folder))
+    longest = max(side.length for row in dataset.train.rows for side in row.sides)
+    return length if length is not None and longest > length else None
 
 
 def _reason(found: object) -> str | None:
@@ -395,6 +416,17 @@ def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:
         num_steps=schedule.steps,
         seed=spec.seed,
     )
+
+
+def _spared(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
+    """Return which part of the tokens `compute.share_prefixes` would spare where it is off and may be turned on, else 0."""
+    rows = dataset.train.rows
+    longest = max(side.length for row in rows for side in row.sides)
+    turns = base.rotary is not None and base.rotary.turns_by_length(longest)
+    drops = not isinstance(spec.adapter, FullSpec) and spec.adapter.dropout > 0
+    if spec.compute.share_prefixes or turns or drops:
+        return 0.0
+    return shareable(rows, row_order(spec, dataset), cast(int, spec.compute.micro_batch_tokens))
 
 
 def schedule_of(spec: TuneSpec, steps: int) -> Schedule:
@@ -432,22 +464,24 @@ def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache:
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
     pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
-    key = hashlib.sha256(f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype}".encode()).hexdigest()
-    return DpoObjective(
-        spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, cast(int, spec.compute.micro_batch_tokens))
-    )
+    of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
+    key = hashlib.sha256(of.encode()).hexdigest()
+    return DpoObjective(spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, spec.compute))
 
 
 def _reference(
-    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, micro_batch_tokens: int
+    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec
 ) -> dict[int, tuple[float, float]]:
-    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number."""
+    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number.
+
+    Pairs are packed as they are in training, so that a policy that has not moved is as likely as the reference.
+    """
     kept = _read_reference(cache, key)
     if kept is not None:
         return kept
     sums: dict[int, tuple[float, float]] = {}
-    for part in micro_batches(pairs, micro_batch_tokens):
-        batch = pack_pairs(cast(list[PreferencePair], part))
+    for part in micro_batches(pairs, cast(int, compute.micro_batch_tokens), compute.share_prefixes):
+        batch = pack(part, compute.share_prefixes)
         both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
         sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
     stream = io.BytesIO()

@@ -46,6 +46,12 @@ def chats(count: int = 40) -> list[Row]:
     ]
 
 
+def prompted(rows: Sequence[Row]) -> list[Row]:
+    """Return conversations with one long system message before each."""
+    system = {"role": "system", "content": " ".join(WORDS * 3)}
+    return [{"messages": [system, *row["messages"]]} for row in rows]
+
+
 def pairs(count: int = 20) -> list[Row]:
     """Return preferences of two replies of different lengths."""
     return [

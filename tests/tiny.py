@@ -183,7 +183,7 @@ def random_rows(trained: Sequence[int], prompt: int = 3) -> list[TokenRow]:
 
 def row_log_probs(values_S: np.ndarray, batch: PackedBatch) -> list[np.ndarray]:
     """Return a pack's per-target values, row by row."""
-    return [values_S[batch.segment_S == index] for index in range(len(batch.lengths))]
+    return [values_S[batch.segment_S == index] for index in range(len(batch.rows))]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -30,7 +30,8 @@ class Case:
     """One configuration of one side, and the group of the table it belongs to.
 
     `rows` make one step; the first of `steps` is not measured. `device_batch` rows per pass (and
-    `rows / device_batch` accumulated passes), `padding_free` and `out_of_the_box` are TRL's.
+    `rows / device_batch` accumulated passes), `padding_free` and `out_of_the_box` are TRL's; `packed`, ours, keeps weights as
+    products read them.
     """
 
     group: str
@@ -50,6 +51,7 @@ class Case:
     malloc_tuned: bool = False
     learning_rate: float = 1e-3
     max_grad_norm: float = 1.0
+    packed: bool = True
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,6 +100,7 @@ def full_cases() -> list[Case]:
         *_compared("two_threads", "71m", steps=6, rows=16, rounds=3, threads=2),
         *_compared("wide", "wide", steps=4, rows=8, rounds=3),
         Case("wide", "ours-nf4", "ours", "wide", "nf4", 4, 8, 3),
+        *(Case("wide", f"ours-{name}-unpacked", "ours", "wide", name, 4, 8, 3, packed=False) for name in ("bf16", "fp32")),
         *_trajectories("accuracy", "small", steps=20, rows=16),
         *_trajectories("accuracy_71m", "71m", steps=20, rows=16),
         *_extras("extras", "71m", steps=9, rows=16, rounds=3),

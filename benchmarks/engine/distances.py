@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.engine import ours
 from benchmarks.engine.cases import Case
 from benchmarks.engine.workload import MODELS, adapter_folder, draw_rows, model_folder, write_workload
+from kivnun.data.packing import pack
 
 Step = tuple[float, Tensor]  # a step's loss, and all its gradients in one vector
 SIDES = (("ours", "fp32"), ("peft", "bf16"), ("ours", "bf16"))
@@ -68,7 +69,7 @@ def _ours(work: Path, model: str, precision: str, steps: int) -> Iterator[Step]:
     assert isinstance(side, ours.Opened), side
     trainee, parameters = side.trainee, side.trainee.weights.parameters()
     for (row,) in side.steps:
-        loss = trainee.forward_backward(trainee.objective.pack([row]), trainee.objective.weight_of(row))
+        loss = trainee.forward_backward(pack([row]), trainee.objective.weight_of(row))
         yield loss, _taken(parameters)
 
 

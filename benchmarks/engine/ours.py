@@ -24,7 +24,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(cases[0].threads)
-    bases: dict[str, Any] = {}
+    bases: dict[tuple[str, bool], Any] = {}
     sides = [_opened(case, Path(work), bases) for case in cases]
     for number in range(cases[0].steps):
         for side in sides:
@@ -50,8 +50,8 @@ class Opened:
     meter: Meter = field(default_factory=Meter)
 
 
-def _opened(case: Case, work: Path, bases: dict[str, Any]) -> Opened | str:
-    """Return the case made ready, or why it cannot run. Bases are shared by their precision."""
+def _opened(case: Case, work: Path, bases: dict[tuple[str, bool], Any]) -> Opened | str:
+    """Return the case made ready, or why it cannot run. Bases are shared by their precision and form."""
     from kivnun.model.adapters import load_peft
     from kivnun.model.load import load_base
     from kivnun.spec.resolve import WEIGHT_BYTES
@@ -60,9 +60,10 @@ def _opened(case: Case, work: Path, bases: dict[str, Any]) -> Opened | str:
     from kivnun.train.weights import AdapterWeights
 
     try:
-        if case.precision not in bases:
-            bases[case.precision] = load_base(model_folder(work, case.model), case.precision, packed=case.precision in WEIGHT_BYTES)
-        base = bases[case.precision]
+        packed = case.packed and case.precision in WEIGHT_BYTES
+        if (case.precision, packed) not in bases:
+            bases[case.precision, packed] = load_base(model_folder(work, case.model), case.precision, packed=packed)
+        base = bases[case.precision, packed]
         weights = AdapterWeights(base, load_peft(base, adapter_folder(work, case.model, case.variant)))
         steps = [_items(case, number) for number in range(case.steps)]
         objective = _objective(case, [item for items in steps for item in items])
@@ -73,7 +74,7 @@ def _opened(case: Case, work: Path, bases: dict[str, Any]) -> Opened | str:
 
 
 def _step(side: Opened, number: int) -> None:
-    from kivnun.data.packing import micro_batches
+    from kivnun.data.packing import micro_batches, pack
 
     case, trainee, items = side.case, side.trainee, side.steps[number]
     objective = trainee.objective
@@ -81,7 +82,7 @@ def _step(side: Opened, number: int) -> None:
     total = sum(objective.weight_of(item) for item in items)
     loss = 0.0
     for part in micro_batches(items, _pass_tokens(side)):
-        loss += trainee.forward_backward(objective.pack(part), total)
+        loss += trainee.forward_backward(pack(part), total)
     result = trainee.optim_step(case.learning_rate)
     side.meter.end_step(sum(item.length for item in items), loss, result.grad_norm)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.engine.workload import Model
 from benchmarks.gpu.shapes import config_of
+from kivnun.data.packing import pack
 from kivnun.data.rows import TokenRow, Where
 from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_targets
 from kivnun.model.attention import Rows
@@ -64,7 +65,7 @@ def _checks(name: str, longrope: bool, precision: str, kind: Literal["lora", "do
     rows = [_row(length, number) for number, length in enumerate(LENGTHS)]
     trainee = TorchEngine(base).open(AdapterWeights(base, adapter), LikelihoodObjective(), AdamWSettings(0.9, 0.999, 1e-8, 0.0))
     total = sum(row.total_weight for row in rows)
-    loss = trainee.forward_backward(trainee.objective.pack(rows), total)
+    loss = trainee.forward_backward(pack(rows), total)
     packed, alone = _logits(base, adapter, rows), [_logits(base, adapter, [row])[0] for row in rows]
 
     twin = _twin(base, adapter, longrope)

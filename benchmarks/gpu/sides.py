@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.engine.workload import ALPHA, RANK, Model
 from benchmarks.gpu.shapes import config_of
-from kivnun.data.packing import micro_batches
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import TokenRow
 from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.load import base_from_model
@@ -86,7 +86,7 @@ class Ours:
         trainee, began = self._trainee, now()
         total = sum(row.total_weight for row in rows)
         parts = micro_batches(rows, pass_tokens)
-        loss = sum(trainee.forward_backward(trainee.objective.pack(part), total) for part in parts)
+        loss = sum(trainee.forward_backward(pack(part), total) for part in parts)
         trainee.optim_step(RATE)
         return Step(loss, now() - began)
 

@@ -313,17 +313,13 @@ def _overlap_warning(overlap: int, num_held_out: int) -> Iterable[str]:
 
 
 def _num_trained(rows: Iterable[Trainable]) -> int:
-    return sum(int(np.count_nonzero(side.weights)) for row in rows for side in _sides(row))
-
-
-def _sides(row: Trainable) -> tuple[TokenRow, ...]:
-    return (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row,)
+    return sum(int(np.count_nonzero(side.weights)) for row in rows for side in row.sides)
 
 
 def _content_hash(name: str, train: Sources, validation: Sequence[Trainable]) -> str:
     digest = hashlib.sha256(f"{name} {train.sizes} {train.shares} {len(validation)}".encode())
     for row in (*train.rows, *validation):
-        for side in _sides(row):
+        for side in row.sides:
             digest.update(f"|{side.row} {side.length} {side.prompt_len}|".encode())
             digest.update(side.ids.astype("<i4").tobytes())
             digest.update(side.weights.astype("<f4").tobytes())

@@ -86,6 +86,11 @@ class TokenRow:
     def total_weight(self) -> float:
         return float(self.weights.sum(dtype=np.float64))
 
+    @property
+    def sides(self) -> tuple[TokenRow, ...]:
+        """Return the token rows that are trained together: this one."""
+        return (self,)
+
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
@@ -99,6 +104,11 @@ class PreferencePair:
     @property
     def length(self) -> int:
         return self.chosen.length + self.rejected.length
+
+    @property
+    def sides(self) -> tuple[TokenRow, ...]:
+        """Return the token rows that are trained together, the chosen one first."""
+        return (self.chosen, self.rejected)
 
 
 Trainable: TypeAlias = TokenRow | PreferencePair

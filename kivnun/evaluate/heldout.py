@@ -89,9 +89,9 @@ def _score(
     log_probs: list[np.ndarray] = []
     done = 0
     for run in micro_batches(rows, micro_batch_tokens):
-        batch_rows = [row for item in run for row in _token_rows(item)]
+        batch_rows = [row for item in run for row in item.sides]
         ends = np.cumsum([len(_target_weights(row)) for row in batch_rows])
-        values = scorer.forward(pack(batch_rows)).astype(np.float64)
+        values = scorer.forward(pack(run)).astype(np.float64)
         assert len(values) == ends[-1], (len(values), ends[-1])
         scored.extend(batch_rows)
         log_probs.extend(np.split(values, ends[:-1]))
@@ -99,10 +99,6 @@ def _score(
         if on_progress is not None:
             on_progress(done, len(rows))
     return scored, log_probs
-
-
-def _token_rows(item: Trainable) -> tuple[TokenRow, ...]:
-    return (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item,)
 
 
 def _target_weights(row: TokenRow) -> np.ndarray:

@@ -298,8 +298,12 @@ def _training_facts(events: Sequence[Event]) -> dict[str, str]:
         "last loss": f"{steps[-1].loss:.4f}",
         "time in steps": _duration(seconds),
     }
+    tokens, computed = sum(step.tokens for step in steps), sum(step.computed_tokens for step in steps)
+    if computed < tokens:
+        facts["tokens of rows"] = f"{tokens:,}"
+        facts["of them computed"] = f"{computed:,}{_share(computed, tokens)}: what rows begin with once"
     if seconds > 0:
-        facts["tokens per second"] = f"{sum(step.tokens for step in steps) / seconds:,.0f}"
+        facts["tokens per second"] = f"{tokens / seconds:,.0f}"
     finished = _last(events, RunFinished)
     if finished is not None:
         facts |= {"whole run": _duration(finished.seconds), "peak memory": f"{finished.peak_bytes / 2**20:,.0f} MiB"}

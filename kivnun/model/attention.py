@@ -1,4 +1,5 @@
-"""Attention over packed rows: each row attends to itself alone, by itself, whatever else is in the pack.
+"""Attention over packed rows: each row attends to itself alone, by itself, whatever else is in the pack. Rows that begin alike
+may lie there as branches of a tree (`data/prefixes.py`): what they share is there once, and a branch sees what it goes on from.
 
 Our own decoder calls it by itself; for other families it is registered in transformers' attention interface under one name, and the
 row lengths travel with the call. Since every row is computed with its own shapes, its result does not depend on its neighbours, to
@@ -74,13 +75,22 @@ def _grown(old: Tensor | None, like_GLK: Tensor, filled: int, needed: int) -> Te
 
 @dataclass(slots=True)
 class Rows:
-    """The rows of one pass. `lengths` sums to T; with a cache, `slots[i]` is row i's place in it (None: not cached)."""
+    """The rows of one pass. `lengths` sums to T; with a cache, `slots[i]` is row i's place in it (None: not cached).
+
+    With `parents` they are branches: i goes on from `parents[i]`, an earlier one, or begins a row (-1). A cache knows rows alone.
+    """
 
     lengths: list[int]
     cache: KVCache | None = None
     slots: list[int | None] = field(default_factory=list)
     kernels: Kernels = field(default_factory=TorchKernels)
+    parents: list[int] | None = None
     _bounds: Bounds | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Return whether each row is by itself: no cache, no branches."""
+        return self.cache is None and self.parents is None
 
     def bounds_on(self, device: torch.device) -> Bounds:
         """Return where rows begin and end, brought to the device once for all layers."""
@@ -124,9 +134,9 @@ def rows_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if rows.cache is None and softcap is None and isinstance(rows.kernels, NativeKernels):
         turned = (x[0].transpose(0, 1) for x in (query, key, value))
-        out_THK = _RowsAttention.apply(*turned, rows.lengths, scale, sliding_window, rows.kernels)
+        out_THK = _RowsAttention.apply(*turned, rows, scale, sliding_window)
         return out_THK[None], None  # type: ignore[index]
-    if rows.cache is None and softcap is None and (whole := serving(query, sliding_window)) is not None:
+    if rows.plain and softcap is None and (whole := serving(query, sliding_window)) is not None:
         q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(query.device), scale, sliding_window)[None], None
     q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -138,14 +148,18 @@ def _row_by_row(
 ) -> Tensor:
     """Return attention [T, H, K] of each row over itself, and over what the cache holds of it."""
     outs: list[Tensor] = []
+    told: list[tuple[Tensor, Tensor]] = []  # each branch's keys and values, those it goes on from first
     # split, not slices: its backward is one concatenation, where a slice's backward writes a full-size tensor of zeros.
     parts = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True)
     for index, (q_HLK, k_GLK, v_GLK) in enumerate(parts):
         slot = rows.slots[index] if rows.cache is not None else None
         if rows.cache is not None and slot is not None:
             k_GCK, v_GCK = rows.cache.append(layer, slot, k_GLK, v_GLK)
+        elif rows.parents is not None and (parent := rows.parents[index]) >= 0:
+            k_GCK, v_GCK = (torch.cat(pair, dim=1) for pair in zip(told[parent], (k_GLK, v_GLK), strict=True))
         else:
             k_GCK, v_GCK = k_GLK, v_GLK
+        told.append((k_GCK, v_GCK))
         outs.append(_one_row(q_HLK, k_GCK, v_GCK, scale, window, softcap))
     return torch.cat(outs, dim=1).transpose(0, 1)
 
@@ -216,11 +230,11 @@ class HeadShape:
 
 def fused_attention(qkv_TO: Tensor, shape: HeadShape, rows: Rows, angles: Angles) -> Tensor:
     """Return causal attention [T, H * K] of each row over itself, from projections side by side, [T, (H + 2 G) * K]."""
-    widths, scale, window, kernels = shape.widths, shape.scale, shape.window, rows.kernels
+    scale, window, kernels = shape.scale, shape.window, rows.kernels
     if rows.cache is None and isinstance(kernels, NativeKernels):
-        return _FusedAttention.apply(qkv_TO, widths, shape.width, rows.lengths, scale, window, angles, kernels)  # type: ignore[no-any-return]
-    q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, widths, shape.width, angles, kernels)
-    if rows.cache is None and (whole := serving(q_THK, window)) is not None:
+        return _FusedAttention.apply(qkv_TO, shape, rows, angles)  # type: ignore[no-any-return]
+    q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, shape.widths, shape.width, angles, kernels)
+    if rows.plain and (whole := serving(q_THK, window)) is not None:
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(qkv_TO.device), scale, window).flatten(1)
     return _row_by_row(q_THK, k_TGK, v_TGK, rows, shape.layer, scale, window, None).flatten(1)
 
@@ -261,42 +275,44 @@ class _FusedAttention(torch.autograd.Function):
     """Rotation and attention in one kernel that reads the projections where they are and writes their gradient in one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_TO, widths, head_dim, lengths, scale, window, angles, kernels):  # type: ignore[override]
-        out_THK, lse_HT = kernels.attention(*_heads(qkv_TO, widths, head_dim), lengths, scale, window, angles)
+    def forward(ctx: Any, qkv_TO, shape: HeadShape, rows: Rows, angles):  # type: ignore[override]
+        q, k, v = _heads(qkv_TO, shape.widths, shape.width)
+        out_THK, lse_HT = rows.kernels.attention(q, k, v, rows.lengths, shape.scale, shape.window, angles, rows.parents)
         ctx.save_for_backward(qkv_TO, out_THK, lse_HT)
-        ctx.given = (widths, head_dim, lengths, scale, window, angles, kernels)
+        ctx.given = (shape, rows, angles)
         return out_THK.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, dout_TO):  # type: ignore[override]
         qkv_TO, out_THK, lse_HT = ctx.saved_tensors
-        widths, head_dim, lengths, scale, window, angles, kernels = ctx.given
+        shape, rows, angles = ctx.given
         dqkv_TO = rows_apart(qkv_TO, len(qkv_TO), qkv_TO.shape[1], qkv_TO.dtype)
-        q, k, v = _heads(qkv_TO, widths, head_dim)
-        into = _heads(dqkv_TO, widths, head_dim)
-        dout_THK = dout_TO.reshape(out_THK.shape)
-        kernels.attention_backward(dout_THK, q, k, v, out_THK, lse_HT, lengths, scale, window, angles, into)
-        return dqkv_TO, None, None, None, None, None, None, None
+        q, k, v = _heads(qkv_TO, shape.widths, shape.width)
+        into = _heads(dqkv_TO, shape.widths, shape.width)
+        given = (dout_TO.reshape(out_THK.shape), q, k, v, out_THK, lse_HT, rows.lengths, shape.scale, shape.window, angles, into)
+        rows.kernels.attention_backward(*given, rows.parents)
+        return dqkv_TO, None, None, None
 
 
 class _RowsAttention(torch.autograd.Function):
     """The same for queries, keys and values [T, heads, K] that a model has rotated itself."""
 
     @staticmethod
-    def forward(ctx: Any, q_THK, k_TGK, v_TGK, lengths, scale, window, kernels):  # type: ignore[override]
+    def forward(ctx: Any, q_THK, k_TGK, v_TGK, rows: Rows, scale, window):  # type: ignore[override]
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THK, k_TGK, v_TGK))
-        out_THK, lse_HT = kernels.attention(q, k, v, lengths, scale, window, None)
+        out_THK, lse_HT = rows.kernels.attention(q, k, v, rows.lengths, scale, window, None, rows.parents)
         ctx.save_for_backward(q, k, v, out_THK, lse_HT)
-        ctx.given = (lengths, scale, window, kernels)
+        ctx.given = (rows, scale, window)
         return out_THK
 
     @staticmethod
     def backward(ctx: Any, dout_THK):  # type: ignore[override]
         q, k, v, out_THK, lse_HT = ctx.saved_tensors
-        lengths, scale, window, kernels = ctx.given
+        rows, scale, window = ctx.given
         into = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        kernels.attention_backward(dout_THK, q, k, v, out_THK, lse_HT, lengths, scale, window, None, into)
-        return *into, None, None, None, None
+        given = (dout_THK, q, k, v, out_THK, lse_HT, rows.lengths, scale, window, None, into)
+        rows.kernels.attention_backward(*given, rows.parents)
+        return *into, None, None, None
 
 
 class MatmulAttention(torch.autograd.Function):

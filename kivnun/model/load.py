@@ -90,21 +90,35 @@ class Base:
         """Return the final hidden states [T, D] of packed rows, or those of the selected tokens alone, [S, D].
 
         `positions_T` are positions within rows. Packs are padded to whole numbers of rows by a row of their own
-        (`products.whole`), selections by tokens whose states nobody sees.
+        (`products.whole`), selections by tokens whose states nobody sees. Raises BaseModelError for branches that belong to rows
+        which turn them by different factors.
         """
+        self._refuse_two_rotations(rows, positions_T)
         num_tokens = len(ids_T)
         short = whole(num_tokens, self.kernels, self.dtype) - num_tokens
         if short > 0:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
-            rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None])
+            parents = None if rows.parents is None else [*rows.parents, -1]
+            rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None], parents=parents)
         # Of this pass alone: what its layers share (bounds) must not outlive it.
-        rows = Rows(rows.lengths, rows.cache, rows.slots, self.kernels)
+        rows = Rows(rows.lengths, rows.cache, rows.slots, self.kernels, rows.parents)
         if select_S is None:
             return self.trunk(ids_T, positions_T, rows, None)[:num_tokens]
         num_selected = len(select_S)
         filled_S = torch.cat([select_S, select_S.new_zeros(whole(num_selected, self.kernels, self.dtype) - num_selected)])
         return self.trunk(ids_T, positions_T, rows, filled_S)[:num_selected]
+
+    def _refuse_two_rotations(self, rows: Rows, positions_T: Tensor) -> None:
+        if rows.parents is None or self.rotary is None:
+            return
+        longest = int(positions_T.max()) + 1
+        if self.rotary.turns_by_length(longest):
+            raise BaseModelError(
+                f"rows of more than {self.rotary.original_length:,} tokens are rotated by other factors than shorter ones, so that "
+                f"what they begin with cannot be shared; the longest has {longest:,}",
+                hint="set base.rope_factors to long or short, or leave compute.share_prefixes out",
+            )
 
     def save(self, folder: Path) -> None:
         """Write the weights as they are now, as a folder that transformers loads."""

@@ -54,6 +54,10 @@ class RowRotary(nn.Module):
         """Return whether a row of this many tokens, cached ones included, takes the long factors."""
         return self.factors == "long" or (self.factors == "per_row" and length > self.original_length)
 
+    def turns_by_length(self, longest: int) -> bool:
+        """Return whether rows of up to this many tokens may be rotated by different factors."""
+        return self.is_long(longest) and not self.is_long(1)
+
     @torch.no_grad()
     def forward(self, positions_T: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Angles:
         """Return the rotation of rows of these lengths, its cosines and sines rounded to `dtype`."""
@@ -78,6 +82,12 @@ def rotary_of(config: Any, model: str, factors: str) -> Rotary | RowRotary:
         return Rotary(_frequencies(config), 1.0)
     frequencies_R, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return Rotary(frequencies_R, float(scaling))
+
+
+def rows_turn_from(config: Any) -> int | None:
+    """Return the length above which a row takes LongRoPE's long factors; None where a configuration has one set."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def refuse_rotation_by_batch(model: str, kind: object) -> None:

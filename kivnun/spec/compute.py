@@ -36,6 +36,13 @@ class LocalSpec(Section, frozen=True):
         default=False,
         description="Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time.",
     )
+    share_prefixes: Annotated[
+        bool, Why("it changes the order of sums, and so the last bits; turn it on where rows begin with the same long prompt")
+    ] = Field(
+        default=False,
+        description="Compute what rows of one pass begin with once: less time for long common prompts and for preference pairs. "
+        "Needs an adapter without dropout.",
+    )
     packed_weights: Annotated[
         bool | None, Why("where kernels in C train an adapter, while it takes no more than an eighth of the machine's memory")
     ] = Field(

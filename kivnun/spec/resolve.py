@@ -45,7 +45,8 @@ class ResolveFacts:
     `data_format` the format the rows turned out to have (auto: not told), `stored_precision` the codes that the base's files hold
     (None: plain weights), `no_native_reason` and `no_triton_reason` why the kernels in C or in
     Triton cannot be used here (None: they can), `memory_bytes` the machine's memory (0: not known),
-    `packs` the precisions whose weights the kernels in C read packed on this processor.
+    `packs` the precisions whose weights the kernels in C read packed on this processor, `rows_turn_from` the length above which
+    rows take LongRoPE's long factors (None: no row of the data is so long).
     """
 
     objective_kind: ObjectiveKind
@@ -60,6 +61,7 @@ class ResolveFacts:
     no_triton_reason: str | None = None
     memory_bytes: int = 0
     packs: frozenset[str] = frozenset()
+    rows_turn_from: int | None = None
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -116,6 +118,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         )
     yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
+    yield from _sharing_mismatches(spec, facts)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
@@ -140,6 +143,20 @@ def _kernel_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]
 def _packing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
     if spec.compute.packed_weights and (reason := _never_packed(spec, facts)) is not None:
         yield Problem("compute.packed_weights", f"compute.packed_weights is true, but {reason}", "leave it out")
+
+
+def _sharing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
+    if not spec.compute.share_prefixes:
+        return
+    path, off = "compute.share_prefixes", "leave compute.share_prefixes out"
+    dropout = 0.0 if isinstance(spec.adapter, FullSpec) else spec.adapter.dropout
+    if dropout:
+        text = f"{path} is true, but adapter.dropout is {dropout:g}: every row draws for itself, so that no two begin alike"
+        yield Problem(path, text, f"set adapter.dropout to 0, or {off}")
+    turns = facts.rows_turn_from
+    if turns is not None and spec.base.rope_factors == "per_row":
+        text = f"{path} is true, but rows of more than {turns:,} tokens take other rope factors than shorter ones"
+        yield Problem(path, text, f"set base.rope_factors to long or short, lower data.max_seq_len to {turns}, or {off}")
 
 
 def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:

@@ -198,7 +198,8 @@ class TorchEngine:
 def _hidden(base: Base, batch: PackedBatch) -> Tensor:
     """Return the final hidden states [S, D] at the supervised positions."""
     ids_T, positions_T, select_S = (_on(base, array) for array in (batch.ids_T, batch.positions_T, batch.select_S))
-    return base.hidden(ids_T, positions_T, Rows(list(batch.lengths)), select_S)
+    parents = list(batch.parents) if max(batch.parents) >= 0 else None
+    return base.hidden(ids_T, positions_T, Rows(list(batch.lengths), parents=parents), select_S)
 
 
 @torch.no_grad()
@@ -212,7 +213,7 @@ def _on(base: Base, array: np.ndarray) -> Tensor:
 
 def _token_places(base: Base, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Return each token's row number and position (int64 [T] each), padded as the pass pads: what dropout is keyed by."""
-    rows_T = np.repeat(np.asarray(batch.rows, dtype=np.int64), batch.lengths)
+    rows_T = np.repeat(np.asarray(batch.owners, dtype=np.int64), batch.lengths)
     return _on(base, base.padded(rows_T)), _on(base, base.padded(batch.positions_T))
 
 

@@ -16,13 +16,15 @@ from typing import Protocol
 import numpy as np
 
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import PackedBatch, micro_batches
-from kivnun.data.rows import PreferencePair, Trainable
+from kivnun.data.packing import PackedBatch, micro_batches, pack
+from kivnun.data.rows import Trainable
 from kivnun.errors import InterruptedRun
 from kivnun.events import Event, RunInterrupted, StepDone
 from kivnun.train.engine import Trainee
 from kivnun.train.objectives import Objective
 from kivnun.train.schedule import Schedule
+
+LOOKED_AT = 8  # steps from which `shareable` judges
 
 
 class Saver(Protocol):
@@ -40,6 +42,7 @@ def fit(
     schedule: Schedule,
     micro_batch_tokens: int,
     *,
+    share_prefixes: bool = False,
     emit: Callable[[Event], object],
     evaluate: Callable[[int], object],
     evaluate_every_steps: int | None,
@@ -54,7 +57,11 @@ def fit(
     """
     objective, began = trainee.objective, time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
-    for step, work in one_ahead(steps, lambda step: prepared(step, objective, rows, order, micro_batch_tokens)):
+
+    def prepare(step: int) -> StepWork:
+        return prepared(step, objective, rows, order, micro_batch_tokens, share_prefixes)
+
+    for step, work in one_ahead(steps, prepare):
         items = work.items
         loss = sum(trainee.forward_backward(batch, work.total_weight) for batch in work.packs)
         learning_rate = schedule.learning_rate(step)
@@ -70,6 +77,7 @@ def fit(
                 rows=len(items),
                 tokens=sum(item.length for item in items),
                 trained_tokens=sum(map(trained_tokens, items)),
+                computed_tokens=sum(batch.num_tokens for batch in work.packs),
                 seconds=time.monotonic() - began,
             )
         )
@@ -99,12 +107,29 @@ class StepWork:
     ends_epoch: bool
 
 
-def prepared(step: int, objective: Objective, rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> StepWork:
+def prepared(
+    step: int,
+    objective: Objective,
+    rows: Sequence[Trainable],
+    order: RowOrder,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
+) -> StepWork:
     """Return the work of a step. Nobody else asks the order anything meanwhile: it remembers the epoch it was last asked for."""
     items = [rows[row] for row in order.rows_of(step)]
-    packs = [objective.pack(part) for part in micro_batches(items, micro_batch_tokens)]
+    packs = [pack(part, share_prefixes) for part in micro_batches(items, micro_batch_tokens, share_prefixes)]
     total_weight = sum(objective.weight_of(item) for item in items)
     return StepWork(items, packs, total_weight, order.epoch_of(step), order.ends_epoch(step))
+
+
+def shareable(rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> float:
+    """Return which part of the tokens of the first steps `share_prefixes` would spare, between 0 and 1."""
+    tokens = computed = 0
+    for step in range(1, min(order.steps, LOOKED_AT) + 1):
+        items = [rows[row] for row in order.rows_of(step)]
+        tokens += sum(item.length for item in items)
+        computed += sum(pack(part, True).num_tokens for part in micro_batches(items, micro_batch_tokens, True))
+    return 1 - computed / tokens
 
 
 def one_ahead(steps: range, prepare: Callable[[int], StepWork]) -> Iterator[tuple[int, StepWork]]:
@@ -120,5 +145,4 @@ def one_ahead(steps: range, prepare: Callable[[int], StepWork]) -> Iterator[tupl
 
 def trained_tokens(item: Trainable) -> int:
     """Return how many tokens of an item carry weight in the loss."""
-    sides = (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item,)
-    return sum(int(np.count_nonzero(side.weights)) for side in sides)
+    return sum(int(np.count_nonzero(side.weights)) for side in item.sides)

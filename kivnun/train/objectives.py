@@ -1,12 +1,12 @@
 """What is made small: the likelihood of replies or text, or DPO's preference loss. Each turns a pack into weights per token.
 
-An objective says how items are packed, how much an item counts in its step, and which weight each supervised token's NLL gets;
+An objective says how much an item counts in its step, and which weight each supervised token's NLL gets;
 the engine does the rest, the same for all. Next: `engine.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kivnun.data.packing import PackedBatch, pack, pack_pairs
-from kivnun.data.rows import PreferencePair, TokenRow, Trainable
+from kivnun.data.packing import PackedBatch
+from kivnun.data.rows import TokenRow, Trainable
 from kivnun.model.loss import dpo_weights
 
 
 class Objective(Protocol):
     """A loss over packed rows, written as weights per token."""
-
-    def pack(self, items: Sequence[Trainable]) -> PackedBatch: ...
 
     def weight_of(self, item: Trainable) -> float:
         """Return what an item adds to its step's total weight."""
@@ -38,9 +36,6 @@ class Objective(Protocol):
 
 class LikelihoodObjective:
     """Supervised replies and running text: the mean NLL per trained token of the step."""
-
-    def pack(self, items: Sequence[Trainable]) -> PackedBatch:
-        return pack(cast(Sequence[TokenRow], items))
 
     def weight_of(self, item: Trainable) -> float:
         return cast(TokenRow, item).total_weight
@@ -62,9 +57,6 @@ class DpoObjective:
     beta: float
     reference: Mapping[int, tuple[float, float]]
 
-    def pack(self, items: Sequence[Trainable]) -> PackedBatch:
-        return pack_pairs(cast(Sequence[PreferencePair], items))
-
     def weight_of(self, item: Trainable) -> float:
         return 1.0
 
@@ -80,5 +72,5 @@ class DpoObjective:
 
 def row_sums(values_S: Tensor, batch: PackedBatch) -> Tensor:
     """Return the sum of the values of each row of the pack, float64."""
-    sums = torch.zeros(len(batch.lengths), dtype=torch.float64)
+    sums = torch.zeros(len(batch.rows), dtype=torch.float64)
     return sums.index_add_(0, torch.from_numpy(batch.segment_S), values_S.double())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.model.attention import _one_row
 from kivnun.model.dropout import Mask, dropped, token_keys
 from kivnun.model.generate import SamplingParams, generate
@@ -64,7 +65,7 @@ def _losses(trainee: Trainee, steps: int, rate: float = 1e-3) -> list[float]:
     for step in range(steps):
         rows = [tiny.token_row(tiny.random_ids(length, step), at) for at, length in enumerate((2, 9, 60))]
         total = sum(row.total_weight for row in rows)
-        losses.append(sum(trainee.forward_backward(trainee.objective.pack(part), total) for part in (rows[:1], rows[1:])))
+        losses.append(sum(trainee.forward_backward(pack(part), total) for part in (rows[:1], rows[1:])))
         trainee.optim_step(rate)
     return losses
 
@@ -84,7 +85,7 @@ def test_gradients_are_those_of_the_cpu(tiny_base: TinyBase):
     both: list[dict[str, Tensor]] = []
     for device in (DEVICE, "cpu"):
         trainee = _trainee(tiny_base("phi3"), "dora", "fp32", device)
-        trainee.forward_backward(trainee.objective.pack(rows), 58.0)
+        trainee.forward_backward(pack(rows), 58.0)
         both.append(tiny.gradients(trainee))
     for name, gradient in both[0].items():
         assert tiny.relative_difference(gradient, both[1][name]) < 1e-4, name
@@ -182,7 +183,7 @@ def test_kernels_in_triton_train_as_torchs_do(kind: str, precision: str, tiny_ba
     for kernels in ("auto", "torch"):
         base = load_base(tiny_base("phi4_mini"), precision, DEVICE, kernels=kernels)
         trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.2))  # type: ignore[arg-type]
-        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found.append(tiny.gradients(trainee))
     for name, gradient in found[0].items():
         assert tiny.relative_difference(gradient, found[1][name]) < (1e-4 if precision == "fp32" else 6e-2), name
@@ -194,7 +195,7 @@ def test_activation_checkpointing_changes_no_gradient_beyond_rounding(precision:
     for recompute in (False, True):
         base = load_base(tiny_base("phi3"), precision, DEVICE, recompute=recompute)
         trainee = tiny.new_trainee(base, tiny.new_weights(base, "lora", dropout=0.2))
-        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found.append(tiny.gradients(trainee))
     for name, gradient in found[0].items():
         assert tiny.relative_difference(gradient, found[1][name]) < 1e-2, name

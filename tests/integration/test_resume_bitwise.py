@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kivnun.errors import IntegrityError
-from kivnun.events import CheckpointSaved, Evaluated, Event, Resumed, RunFinished, Warned, read_events
+from kivnun.events import CheckpointSaved, Evaluated, Event, Resumed, RunFinished, StepDone, Warned, read_events
 from runs import (
     Tree,
     at_step,
@@ -29,6 +29,7 @@ from runs import (
     newest_checkpoint,
     numbers_of,
     pairs,
+    prompted,
     result_hashes,
     run_spec,
     state_hashes,
@@ -38,6 +39,11 @@ from runs import (
 KINDS: dict[str, Tree] = {
     "lora": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}},
     "dora": {"adapter": {"kind": "dora", "rank": 2, "dropout": 0.1}, "schedule": {"batch_rows": None, "batch_tokens": 160}},
+    "shared": {
+        "base": {"precision": "bf16"},
+        "adapter": {"kind": "lora", "rank": 4},
+        "compute": {"share_prefixes": True, "micro_batch_tokens": 256},
+    },
     "full_bf16_muon": {
         "base": {"precision": "bf16"},
         "adapter": {"kind": "full"},
@@ -72,7 +78,8 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             sections: dict[str, Any] = dict(KINDS[kind])
             sections["base"] = {"model": str(base), **sections.get("base", {})}
             sections["checkpoints"] = {"every_steps": every_steps, "every_epoch": False, "every_seconds": None}
-            spec = write_spec(folder, base, pairs() if kind.startswith("dpo") else chats(), **sections)
+            rows = pairs() if kind.startswith("dpo") else prompted(chats()) if kind == "shared" else chats()
+            spec = write_spec(folder, base, rows, **sections)
             run_spec(spec, folder / "run")
             made[kind, every_steps] = Whole(spec, folder / "run")
         return made[kind, every_steps]
@@ -95,7 +102,7 @@ def scores_of(run: Path) -> list[tuple[str, int, float]]:
     ("kind", "step", "every_steps"),
     [
         ("lora", 1, 1), ("lora", 2, 2), ("lora", 5, 3), ("lora", 16, 1),
-        ("dora", 4, 3), ("dora", 7, 1),
+        ("dora", 4, 3), ("dora", 7, 1), ("shared", 3, 2),
         ("full_bf16_muon", 3, 2), ("full_bf16_muon", 12, 3), ("full_fp32", 6, 2),
         ("dpo", 2, 1), ("dpo", 9, 2), ("dpo_full", 5, 2),
     ],
@@ -111,6 +118,11 @@ def test_killed_once_and_resumed(
 
 
 @pytest.mark.slow
+def test_the_shared_run_computes_its_system_prompt_once(whole: Callable[[str, int], Whole]) -> None:
+    steps = [event for event in read_events(whole("shared", 2).run / "events.jsonl") if isinstance(event, StepDone)]
+    assert sum(step.computed_tokens for step in steps) < 0.7 * sum(step.tokens for step in steps)
+
+
 @pytest.mark.parametrize("every_steps", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_step(whole: Callable[[str, int], Whole], tmp_path: Path, kind: str, every_steps: int) -> None:

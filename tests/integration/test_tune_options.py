@@ -103,6 +103,7 @@ CASES = (
     Case("compute.device", "cuda", REFUSED),
     Case("compute.micro_batch_tokens", "256", ANY),
     Case("compute.activation_checkpointing", "true", SAME),
+    Case("compute.share_prefixes", "true", ANY),
     Case("compute.packed_weights", "false", SAME),
     Case("compute.kernels", "torch", ANY),
 )

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from kivnun.artifacts import check_manifest
 from kivnun.errors import RunFolderError
-from kivnun.events import DataLoaded, Evaluated, read_events
+from kivnun.events import DataLoaded, Evaluated, Warned, read_events
 from kivnun.opened import open_run
 from kivnun.pipeline import row_order
-from runs import chats, numbers_of, pairs, result_hashes, run_spec, steps_of, write_rows, write_spec
+from runs import chats, numbers_of, pairs, prompted, result_hashes, run_spec, steps_of, write_rows, write_spec
 from tiny_task import HEBREW, WORDS
 
 
@@ -114,6 +114,21 @@ def test_micro_batches_and_checkpoints_change_no_loss(base: Path, done: Path, tm
 
 
 # --- rows ---
+
+
+def test_a_run_tells_of_prompts_that_could_be_shared_and_sharing_changes_no_loss(base: Path, tmp_path: Path) -> None:
+    losses, told = {}, {}
+    for name, share, dropout in (("apart", False, 0.0), ("shared", True, 0.0), ("dropped", False, 0.1)):
+        compute, adapter = {"share_prefixes": share}, {"kind": "lora", "rank": 4, "dropout": dropout}
+        spec = write_spec(tmp_path / name, base, prompted(chats()), compute=compute, adapter=adapter)
+        run_spec(spec, tmp_path / name / "run")
+        events = read_events(tmp_path / name / "run" / "events.jsonl")
+        told[name] = [event.message for event in events if isinstance(event, Warned) and "share_prefixes" in event.message]
+        losses[name] = [step.loss for step in steps_of(tmp_path / name / "run")[:4]]
+    assert len(told["apart"]) == 1
+    assert told["shared"] == told["dropped"] == []
+    assert losses["shared"] == pytest.approx(losses["apart"], rel=1e-5)
+    assert all(step.computed_tokens < step.tokens for step in steps_of(tmp_path / "shared" / "run"))
 
 
 def test_text_is_pretraining_of_every_token_and_one_eos(base: Path, tmp_path: Path) -> None:

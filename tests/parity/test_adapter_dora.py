@@ -12,6 +12,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.model.dropout import Mask, dropped
 from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, TunableLinear, dora_row_norm, row_squares
@@ -49,7 +50,7 @@ def test_every_magnitude_moves_and_stays_float32(precision: str, tiny_base: Tiny
     trainee = tiny.new_trainee(base, tiny.new_weights(base, "dora", stirred=False))
     parameters = trainee.weights.parameters()
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    batch = trainee.objective.pack(tiny.random_rows((5, 20)))
+    batch = pack(tiny.random_rows((5, 20)))
     for _ in range(20):
         trainee.forward_backward(batch, 25.0)
         trainee.optim_step(1e-4)
@@ -64,7 +65,7 @@ def test_a_small_rate_still_moves_every_element_on_a_bfloat16_base(kind: str, ti
     trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, targets=["down_proj"]))  # type: ignore[arg-type]
     parameters = trainee.weights.parameters()
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    batch = trainee.objective.pack(tiny.random_rows((10,)))
+    batch = pack(tiny.random_rows((10,)))
     for _ in range(200):
         trainee.forward_backward(batch, 10.0)
         trainee.optim_step(1e-5)
@@ -153,7 +154,7 @@ def test_dropout_is_the_same_in_any_pack_and_changes_with_the_step(kind: str, ti
         trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.4))  # type: ignore[arg-type]
         trainee.steps = after
         for part in parts:
-            trainee.forward_backward(trainee.objective.pack([rows[at] for at in part]), 43.0)
+            trainee.forward_backward(pack([rows[at] for at in part]), 43.0)
         return tiny.gradients(trainee)
 
     together, apart, later = gathered([[0, 1, 2]], 0), gathered([[2], [1, 0]], 0), gathered([[0, 1, 2]], 1)
@@ -165,7 +166,7 @@ def test_dropout_is_the_same_in_any_pack_and_changes_with_the_step(kind: str, ti
 def test_scoring_and_sampling_never_drop(tiny_base: TinyBase):
     base = load_base(tiny_base("phi3"), "fp32")
     with_dropout, without = (tiny.new_trainee(base, tiny.new_weights(base, dropout=rate)) for rate in (0.5, 0.0))
-    batch = with_dropout.objective.pack(tiny.random_rows((9,)))
+    batch = pack(tiny.random_rows((9,)))
     with_dropout.forward_backward(batch, 9.0)
     assert (with_dropout.forward(batch) == without.forward(batch)).all()
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.errors import IntegrityError
 from kivnun.model.adapters import load_peft, save_peft
 from kivnun.model.load import Base, load_base
@@ -78,7 +79,7 @@ def test_gradients_equal_pefts(options: dict[str, Any], tiny_base: TinyBase):
     trainee = tiny.new_trainee(base, weights)
     rows = tiny.random_rows((1, 7, 30))
     total = sum(row.total_weight for row in rows)
-    loss = trainee.forward_backward(trainee.objective.pack(rows), total)
+    loss = trainee.forward_backward(pack(rows), total)
     twin = tiny.peft_twin(folder, weights.adapter)
     expected = tiny.reference_loss(twin, rows)
     expected.backward()
@@ -149,7 +150,7 @@ def test_an_adapter_on_an_untied_head_trains_as_in_peft(tiny_base: TinyBase):
     weights = tiny.new_weights(base, targets=["lm_head", "down_proj"])
     trainee = tiny.new_trainee(base, weights)
     rows = tiny.random_rows((5, 40))
-    trainee.forward_backward(trainee.objective.pack(rows), 45.0)
+    trainee.forward_backward(pack(rows), 45.0)
     twin = tiny.peft_twin(folder, weights.adapter)
     tiny.reference_loss(twin, rows).backward()
     theirs = dict(twin.named_parameters())

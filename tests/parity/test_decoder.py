@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.errors import BaseModelError
 from kivnun.model.attention import Rows
 from kivnun.model.decoder import Decoder
@@ -39,7 +40,7 @@ def test_gradients_of_all_weights_are_transformers(name: str, recompute: bool, t
     folder, rows = tiny_base(name), tiny.random_rows(TRAINED)
     total = sum(row.total_weight for row in rows)
     trainee = tiny.new_trainee(base := load_base(folder, "fp32", recompute=recompute), FullWeights(base))
-    loss = trainee.forward_backward(trainee.objective.pack(rows), total)
+    loss = trainee.forward_backward(pack(rows), total)
     model: Any = tiny.reference(folder)
     # Row by row: in a batch, transformers chooses LongRoPE's factors by the longest row.
     theirs = torch.stack([tiny.reference_loss(model, [row]) * (row.total_weight / total) for row in rows]).sum()
@@ -101,7 +102,7 @@ def test_selected_tokens_have_the_states_they_have_among_all_to_the_bit(name: st
 
 def _step(trainee: Trainee) -> tuple[float, dict[str, Tensor]]:
     rows = tiny.random_rows((1, 7, 50, 2), prompt=20)
-    loss = sum(trainee.forward_backward(trainee.objective.pack(part), 60.0) for part in (rows[:1], rows[1:]))
+    loss = sum(trainee.forward_backward(pack(part), 60.0) for part in (rows[:1], rows[1:]))
     return loss, tiny.gradients(trainee)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.errors import BaseModelError
 from kivnun.model import kernels as kernels_package
 from kivnun.model.blocks import Stream, normed_sum
@@ -359,7 +360,7 @@ def test_the_fast_path_has_the_gradients_of_torchs_kernels(name: str, tiny_base:
         base = load_base(tiny_base(name), "fp32", kernels=which)
         assert base.slow == []
         trainee = tiny.new_trainee(base, tiny.new_weights(base))
-        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found[which] = tiny.gradients(trainee)
     for site, gradient in found["auto"].items():
         assert tiny.relative_difference(gradient, found["torch"][site]) < 1e-5, site
@@ -375,7 +376,7 @@ def test_activation_checkpointing_changes_no_bit(
     for recompute in (False, True):
         base = load_base(tiny_base(name), precision, recompute=recompute)
         trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.2))  # type: ignore[arg-type]
-        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found.append(tiny.gradients(trainee))
     for site, gradient in found[0].items():
         assert torch.equal(gradient, found[1][site]), site

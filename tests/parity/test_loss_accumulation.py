@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from kivnun.data.packing import micro_batches
+from kivnun.data.packing import micro_batches, pack
 from kivnun.errors import NonFiniteLossError
 from kivnun.model.load import load_base
 from kivnun.train.engine import Trainee
@@ -29,7 +29,7 @@ def _trainee(folder: Path, kind: str) -> Trainee:
 def _step(trainee: Trainee, split: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
     rows = tiny.random_rows(TRAINED)
     total = float(sum(TRAINED))
-    loss = sum(trainee.forward_backward(trainee.objective.pack([rows[at] for at in part]), total) for part in split)
+    loss = sum(trainee.forward_backward(pack([rows[at] for at in part]), total) for part in split)
     return loss, tiny.gradients(trainee)
 
 
@@ -55,7 +55,7 @@ def test_weights_of_single_tokens_weigh(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), "lora")
     row = tiny.random_rows((4,))[0]
     row.weights[-4:] = [1.0, 0.25, 0.0, 2.0]
-    batch = trainee.objective.pack([row])
+    batch = pack([row])
     nll = -trainee.forward(batch)
     assert len(nll) == 3
     loss = trainee.forward_backward(batch, row.total_weight)
@@ -65,7 +65,7 @@ def test_weights_of_single_tokens_weigh(tiny_base: TinyBase):
 def test_scores_before_training_are_transformers_log_probabilities(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), "lora")
     rows = tiny.random_rows((5, 9))
-    batch = trainee.objective.pack(rows)
+    batch = pack(rows)
     twin = tiny.peft_twin(tiny_base("phi3"), trainee.weights.adapter)  # type: ignore[attr-defined]
     for row, found in zip(rows, tiny.row_log_probs(trainee.forward(batch), batch), strict=True):
         scores = torch.log_softmax(tiny.reference_logits(twin, row.ids), 1)
@@ -76,9 +76,9 @@ def test_scores_before_training_are_transformers_log_probabilities(tiny_base: Ti
 def test_a_rows_scores_do_not_depend_on_its_pack(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), "dora")
     rows = tiny.random_rows((1, 7, 50))
-    together = trainee.objective.pack(rows)
+    together = pack(rows)
     for row, found in zip(rows, tiny.row_log_probs(trainee.forward(together), together), strict=True):
-        alone = trainee.forward(trainee.objective.pack([row]))
+        alone = trainee.forward(pack([row]))
         np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_an_end_token_that_is_the_pad_token_is_trained(tmp_path: Path):
     trainee = tiny.new_trainee(base, FullWeights(base))
     end = config.eos_token_id
     row = tiny.token_row([5, end, 7, end])
-    trainee.forward_backward(trainee.objective.pack([row]), 3.0)
+    trainee.forward_backward(pack([row]), 3.0)
     gradients = tiny.gradients(trainee)
     assert gradients["model.embed_tokens.weight"][end].any()
     assert gradients["lm_head.weight"][end].any()
@@ -99,7 +99,7 @@ def test_an_end_token_that_is_the_pad_token_is_trained(tmp_path: Path):
 def test_a_micro_batch_without_trained_tokens_adds_nothing(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), "lora")
     mute = tiny.token_row(tiny.random_ids(9), trained=0)
-    assert trainee.forward_backward(trainee.objective.pack([mute]), 1.0) == 0.0
+    assert trainee.forward_backward(pack([mute]), 1.0) == 0.0
     assert all(not gradient.any() for gradient in tiny.gradients(trainee).values())
 
 
@@ -125,14 +125,14 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_updates_nothing(tiny_base:
         rows[0].ids[rows[0].ids == 99] = 3
         base.model.get_input_embeddings().weight[99] = float("nan")
     with pytest.raises(NonFiniteLossError, match=r"step 1 is nan; rows in it: rows\.jsonl:2\n"):
-        trainee.forward_backward(trainee.objective.pack(rows), 8.0)
+        trainee.forward_backward(pack(rows), 8.0)
     assert all(torch.equal(p, before[name]) for name, p in trainee.weights.parameters().items())
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_base: TinyBase):
     base = load_base(tiny_base("phi3"), "fp32")
     trainee = tiny.new_trainee(base, tiny.new_weights(base))
-    trainee.forward_backward(trainee.objective.pack(tiny.random_rows((3,))), 3.0)
+    trainee.forward_backward(pack(tiny.random_rows((3,))), 3.0)
     parameters = trainee.weights.parameters()
     before = {name: p.detach().clone() for name, p in parameters.items()}
     next(iter(parameters.values())).grad[0, 0] = float("inf")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.model.kernels import TorchKernels, choose
 from kivnun.model.linear import TunableLinear
 from kivnun.model.load import load_base
@@ -149,7 +150,7 @@ def test_every_weights_gradient_is_transformers_own(name: str, tiny_base: Callab
     base = load_base(folder, "fp32")
     trainee = tiny.new_trainee(base, FullWeights(base))
     rows = tiny.random_rows((1, 7, 15))  # within LongRoPE's original length: transformers' batch takes one set of factors
-    loss = trainee.forward_backward(trainee.objective.pack(rows), 23.0)
+    loss = trainee.forward_backward(pack(rows), 23.0)
     model = tiny.reference(folder)
     expected = tiny.reference_loss(model, rows)
     expected.backward()

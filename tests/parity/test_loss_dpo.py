@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from kivnun.data.packing import micro_batches, pack_pairs
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Where
 from kivnun.model.load import load_base
 from kivnun.model.loss import dpo_weights
@@ -37,7 +37,7 @@ def _pairs() -> list[PreferencePair]:
 
 
 def _reference(trainee: Trainee, pairs: list[PreferencePair]) -> dict[int, tuple[float, float]]:
-    batch = pack_pairs(pairs)
+    batch = pack(pairs)
     sums = row_sums(torch.from_numpy(trainee.forward(batch)), batch).view(-1, 2).tolist()
     return {row: (chosen, rejected) for row, (chosen, rejected) in zip(batch.rows[::2], sums, strict=True)}
 
@@ -53,14 +53,14 @@ def _trainee(folder: Path, reference: dict[int, tuple[float, float]] | None = No
 
 def test_the_loss_of_the_first_step_is_ln_2(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), stirred=False)
-    loss = trainee.forward_backward(trainee.objective.pack(_pairs()), 3.0)
+    loss = trainee.forward_backward(pack(_pairs()), 3.0)
     assert loss == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_loss_and_gradient_are_autograd_of_the_formula(tiny_base: TinyBase):
     folder = tiny_base("phi3")
     trainee = _trainee(folder)
-    loss = trainee.forward_backward(trainee.objective.pack(_pairs()), 3.0)
+    loss = trainee.forward_backward(pack(_pairs()), 3.0)
     twin = tiny.peft_twin(folder, trainee.weights.adapter)  # type: ignore[attr-defined]
     plain = tiny.reference(folder)
 
@@ -84,8 +84,8 @@ def test_loss_and_gradient_are_autograd_of_the_formula(tiny_base: TinyBase):
 
 def test_packed_pairs_and_pairs_one_by_one_have_one_loss_and_gradient(tiny_base: TinyBase):
     packed, single = _trainee(tiny_base("phi3")), _trainee(tiny_base("phi3"))
-    loss = packed.forward_backward(packed.objective.pack(_pairs()), 3.0)
-    losses = [single.forward_backward(single.objective.pack([pair]), 3.0) for pair in reversed(_pairs())]
+    loss = packed.forward_backward(pack(_pairs()), 3.0)
+    losses = [single.forward_backward(pack([pair]), 3.0) for pair in reversed(_pairs())]
     assert sum(losses) == pytest.approx(loss, rel=1e-6)
     apart = tiny.gradients(single)
     for name, gradient in tiny.gradients(packed).items():
@@ -97,7 +97,7 @@ def test_a_pair_is_never_split():
     for budget in (1, 20, 50, 1000):
         parts = micro_batches(pairs, budget)
         assert [pair for part in parts for pair in part] == pairs
-    batch = pack_pairs(pairs)
+    batch = pack(pairs)
     assert batch.rows == (0, 1, 2, 3, 4, 5)
     assert set(batch.segment_S.tolist()) == set(range(6))
 
@@ -106,7 +106,7 @@ def test_training_widens_the_margin(tiny_base: TinyBase):
     trainee = _trainee(tiny_base("phi3"), stirred=False)
     losses = []
     for _ in range(12):
-        losses.append(trainee.forward_backward(trainee.objective.pack(_pairs()), 3.0))
+        losses.append(trainee.forward_backward(pack(_pairs()), 3.0))
         trainee.optim_step(1e-2)
     assert losses[-1] < 0.1 < losses[0]
 

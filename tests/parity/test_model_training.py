@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.data.rows import TokenRow
 from kivnun.errors import IntegrityError
 from kivnun.model.load import load_base
@@ -34,7 +35,7 @@ def _train(trainee: Trainee, batches: Sequence[list[TokenRow]], rate: float) -> 
     for rows in batches:
         total = sum(row.total_weight for row in rows)
         parts = ([rows[0]], rows[1:])  # two micro-batches, as memory would have it
-        losses.append(sum(trainee.forward_backward(trainee.objective.pack(part), total) for part in parts))
+        losses.append(sum(trainee.forward_backward(pack(part), total) for part in parts))
         trainee.optim_step(rate)
     return losses
 
@@ -91,7 +92,7 @@ def test_a_bfloat16_base_adds_up_updates_too_small_for_it(tiny_base: TinyBase):
     assert live.dtype == torch.bfloat16
     assert master.dtype == torch.float32
     before = master.detach().clone()
-    batch = trainee.objective.pack(tiny.random_rows((6,)))
+    batch = pack(tiny.random_rows((6,)))
     trainee.forward_backward(batch, 6.0)
     trainee.optim_step(1e-5)
     assert torch.equal(live, before.bfloat16())
@@ -107,7 +108,7 @@ def test_a_bfloat16_base_adds_up_updates_too_small_for_it(tiny_base: TinyBase):
 def test_gradients_of_a_bfloat16_base_are_added_in_float32(tiny_base: TinyBase):
     base = load_base(tiny_base("phi3"), "bf16")
     trainee = tiny.new_trainee(base, FullWeights(base))
-    batch = trainee.objective.pack(tiny.random_rows((6,)))
+    batch = pack(tiny.random_rows((6,)))
     trainee.forward_backward(batch, 6.0)
     once = tiny.gradients(trainee)
     trainee.forward_backward(batch, 6.0)
@@ -185,7 +186,7 @@ def test_training_an_adapter_leaves_the_base_as_it_was(tiny_base: TinyBase):
     before = copy.deepcopy(base.model.state_dict())
     trainee = tiny.new_trainee(base, tiny.new_weights(base, "dora"))
     plain = TorchEngine(base).base_model()
-    batch = trainee.objective.pack(_batches(1)[0])
+    batch = pack(_batches(1)[0])
     scores = plain.forward(batch)
     _train(trainee, _batches(3), 1e-2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from kivnun.data.packing import pack
 from kivnun.model import attention
 from kivnun.model.attention import Rows
 from kivnun.model.load import base_from_model, load_base
@@ -42,7 +43,7 @@ def test_one_call_gives_the_gradients_of_rows_alone(
     for whole in (None, VariableLength(masked, groups, True)):
         monkeypatch.setattr(attention, "serving", lambda _q, _window, whole=whole: whole)
         trainee = tiny.new_trainee(base := load_base(tiny_base(name), "fp32", kernels="torch"), tiny.new_weights(base))
-        trainee.forward_backward(trainee.objective.pack(tiny.random_rows((5, 30, 2))), 37.0)
+        trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found.append(tiny.gradients(trainee))
     for site, gradient in found[0].items():
         assert tiny.relative_difference(found[1][site], gradient) < 1e-5, site

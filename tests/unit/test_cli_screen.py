@@ -28,7 +28,7 @@ STEPS = 40
 
 
 def step(number: int, seconds: float = 1.0) -> StepDone:
-    return StepDone(number, STEPS, 0, 2.5 / number, 1.0, 1e-3, 8, 800, 400, seconds)
+    return StepDone(number, STEPS, 0, 2.5 / number, 1.0, 1e-3, 8, 800, 400, 800, seconds)
 
 
 def events() -> Iterator[Event]:

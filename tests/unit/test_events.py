@@ -47,7 +47,7 @@ def clock() -> datetime:
 
 
 def step(number: int, loss: float = 1.5) -> StepDone:
-    return StepDone(number, 10, 0, loss, 0.25, 1e-3, 8, 100, 40, 0.5)
+    return StepDone(number, 10, 0, loss, 0.25, 1e-3, 8, 100, 40, 100, 0.5)
 
 
 def evaluated(which: str, number: int) -> Evaluated:

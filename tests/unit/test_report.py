@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -62,7 +63,7 @@ def evaluated(which: str, step: int, nll: float, intervals: Intervals, **scores:
 def step_done(step: int, steps: int) -> StepDone:
     loss = 0.19 + 2.3 * math.exp(-step / 60) + 0.05 * math.sin(step * 1.7)
     rate = 4e-3 * min(step / 11, (steps - step) / (steps - 11))
-    return StepDone(step, steps, step // 90, loss, 0.8 + 0.2 * math.cos(step), rate, 32, 1210, 305, 0.11)
+    return StepDone(step, steps, step // 90, loss, 0.8 + 0.2 * math.cos(step), rate, 32, 1210, 305, 1210, 0.11)
 
 
 def whole_run(steps: int = 360) -> list[Event]:
@@ -156,6 +157,14 @@ def test_page_tells_verdict_figures_and_samples(tmp_path: Path) -> None:
         "(lines 17 and 40)",
     ):
         assert text in page.text
+
+
+def test_page_tells_what_was_computed_once(tmp_path: Path) -> None:
+    shared = [replace(event, computed_tokens=847) if isinstance(event, StepDone) else event for event in whole_run()]
+    page = checked_page(write_run(tmp_path / "shared", shared))
+    assert "435,600" in page.text
+    assert "304,920 (70.00 %): what rows begin with once" in page.text
+    assert "of them computed" not in checked_page(write_run(tmp_path / "plain", whole_run())).text
 
 
 def test_report_json_holds_what_the_page_shows(tmp_path: Path) -> None:

@@ -263,6 +263,7 @@ CHANGES: dict[str, list[str]] = {
     "compute.threads": ["compute.threads=1"],
     "compute.micro_batch_tokens": ["compute.micro_batch_tokens=512"],
     "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
+    "compute.share_prefixes": ["compute.share_prefixes=true"],
     "compute.kernels": ["compute.kernels=torch"],
 }
 ELSEWHERE = {
@@ -293,6 +294,20 @@ def test_a_pass_on_a_cpu_is_as_small_as_is_fast(precision: str, parameters: int,
     assert resolved(f"base.precision={precision}", facts=replace(facts, device="cuda"))[0].compute.micro_batch_tokens == 4096
     longer = replace(facts, longest_row=6000)
     assert resolved(f"base.precision={precision}", facts=longer)[0].compute.micro_batch_tokens == 6000
+
+
+@pytest.mark.parametrize(
+    ("change", "facts", "told"),
+    [
+        ("adapter.dropout=0.1", FACTS, r"adapter.dropout is 0.1: every row draws for itself"),
+        ("seed=1", replace(FACTS, rows_turn_from=4096), r"rows of more than 4,096 tokens take other rope factors"),
+    ],
+)
+def test_prefixes_are_not_shared_where_rows_that_begin_alike_differ(change: str, facts: ResolveFacts, told: str) -> None:
+    resolved(change, facts=facts)
+    with pytest.raises(SpecError, match=told):
+        resolved(change, "compute.share_prefixes=true", facts=facts)
+    resolved("base.rope_factors=long", "compute.share_prefixes=true", facts=facts)
 
 
 def test_weights_are_packed_where_that_serves_and_there_is_room() -> None:

@@ -24,6 +24,21 @@ struct attention {
   float scale;
 };
 
+/* A run of tokens that rows have in common, or what one row has alone. Its queries see the keys of the branches it continues, up to
+ * the root, and its own up to themselves. `begin` and `depth` are its first token's place in the tree and in its rows; `keys` is
+ * where its keys begin in the scratch, at a whole vector. */
+struct branch {
+  int64_t begin, length, depth, keys;
+  const struct branch *continues; /* 0: it is a root */
+};
+
+/* Branches laid end to end, each after the one it continues: rows that begin alike, or one row by itself. */
+struct tree {
+  const struct branch *branches;
+  int64_t start, count, keys; /* its first token in the pack, how many branches, its keys in whole vectors */
+};
+
+/* Queries and keys are counted from the start of the branch of the keys, wherever the queries are. */
 static inline int64_t lowest_key(const struct attention *a, int64_t query) {
   return a->window ? most(query - a->window + 1, 0) : 0;
 }
@@ -36,24 +51,26 @@ static inline void *take(char **scratch, int64_t cells) {
   return here;
 }
 
-/* What a strip of queries sees of a block of keys. Row r sees the keys [low + r, high + r), counted from `first`; where there is
- * no window, `low` does not count. Computed are `count` keys from `first` on, whole vectors, and none where that is not positive. */
+/* What a strip of queries sees of a block of keys. Row r sees the keys [low + r, high + r) and none from `limit` on, counted from
+ * `first`; where there is no window, `low` does not count. Computed are `count` keys from `first` on, whole vectors, and none where
+ * that is not positive. */
 struct sight {
-  int64_t rows, first, end, count, low, high;
+  int64_t rows, first, end, count, low, high, limit;
   int windowed;
 };
 
-static inline struct sight sight_of(const struct attention *a, int64_t query, int64_t rows, int64_t block) {
-  int64_t first = most(first_key(a, query), block), end = least(query + rows, block + KEYS);
-  return (struct sight){rows, first, end, whole(end - first), query + 1 - a->window - first, query + 1 - first, a->window != 0};
+static inline struct sight sight_of(const struct attention *a, const struct branch *p, int64_t query, int64_t rows, int64_t block) {
+  int64_t first = most(first_key(a, query), block), end = least(least(query + rows, p->length), block + KEYS);
+  int64_t low = query + 1 - a->window - first, high = query + 1 - first;
+  return (struct sight){rows, first, end, whole(end - first), low, high, p->length - first, a->window != 0};
 }
 
 static inline int all_see(const struct sight *s, int64_t j) {
-  return j + LANES <= s->high && (!s->windowed || j >= s->low + s->rows - 1);
+  return j + LANES <= least(s->high, s->limit) && (!s->windowed || j >= s->low + s->rows - 1);
 }
 
 static inline vec as_seen(const struct sight *s, int64_t row, int64_t j, vec x, float otherwise) {
-  return within(x, s->windowed ? s->low + row - j : 0, s->high + row - j, otherwise);
+  return within(x, s->windowed ? s->low + row - j : 0, least(s->high + row, s->limit) - j, otherwise);
 }
 
 /* Scores become 2^(scale * (score - highest)) as cells, zero where not seen, with the highest of each row so far. When that rises,
@@ -115,40 +132,52 @@ ALWAYS void put_strip(const int grain, const struct sight *s, float *p, float *d
     }
 }
 
-static int64_t scratch_bytes(int64_t longest, int width) {
-  int64_t of_row = 5 * whole(longest) * width, of_block = QUERIES * (3 * width + 2 * PITCH);
+static int64_t scratch_bytes(int64_t keys, int width) {
+  int64_t of_tree = 5 * keys * width, of_block = QUERIES * (3 * width + 2 * PITCH);
   int64_t of_strip = 3 * TILE_ROWS * PITCH + LANES * width;
-  return (int64_t)sizeof(float) * (of_row + of_block + of_strip) + 16 * 64;
+  return (int64_t)sizeof(float) * (of_tree + of_block + of_strip) + 16 * 64;
 }
 
-typedef void (*row_kernel)(const struct attention *, int64_t, int64_t, int, char *);
-
-/* Runs a kernel over every (row, key/value head). Returns 1 when there is no memory for its scratch. */
-static int over_rows(const struct attention *a, const int64_t *lengths, int64_t rows, int threads, row_kernel kernel) {
-  int64_t longest = 0;
-  int failed = 0;
-  int64_t *starts = malloc(sizeof(int64_t) * (rows + 1));
-  if (!starts) return 1;
-  starts[0] = 0;
-  for (int64_t row = 0; row < rows; row++) {
-    starts[row + 1] = starts[row] + lengths[row];
-    longest = lengths[row] > longest ? lengths[row] : longest;
+/* Lays out the branches, each after its parent, -1 for none (parents 0: none has one), as trees. Returns how many. */
+static int64_t trees_of(const int64_t *lengths, const int64_t *parents, int64_t count, struct branch *branches, struct tree *trees) {
+  int64_t found = 0;
+  for (int64_t i = 0, start = 0; i < count; start += lengths[i++]) {
+    int64_t parent = parents ? parents[i] : -1;
+    if (parent < 0) trees[found++] = (struct tree){branches + i, start, 0, 0};
+    struct tree *t = trees + found - 1;
+    struct branch *p = branches + i;
+    *p = (struct branch){.begin = start - t->start, .length = lengths[i], .keys = t->keys};
+    if (parent >= 0) p->continues = branches + parent, p->depth = p->continues->depth + p->continues->length;
+    t->count++;
+    t->keys += whole(p->length);
   }
+  return found;
+}
+
+typedef void (*tree_kernel)(const struct attention *, const struct tree *, int, char *);
+
+/* Runs a kernel over every (tree, key/value head). Returns 1 when there is no memory for its scratch. */
+static int over_trees(const struct attention *a, const int64_t *lengths, const int64_t *parents, int64_t count, int threads,
+                      tree_kernel kernel) {
+  struct branch *branches = malloc(sizeof(struct branch) * (count + 1));
+  struct tree *trees = malloc(sizeof(struct tree) * (count + 1));
+  int failed = !branches || !trees;
+  int64_t found = failed ? 0 : trees_of(lengths, parents, count, branches, trees), keys = 0;
+  for (int64_t i = 0; i < found; i++) keys = most(keys, trees[i].keys);
 #pragma omp parallel num_threads(threads)
   {
-    char *scratch = aligned_alloc(64, (scratch_bytes(longest, a->width) + 63) / 64 * 64);
+    char *scratch = aligned_alloc(64, (scratch_bytes(keys, a->width) + 63) / 64 * 64);
     if (!scratch) {
 #pragma omp atomic write
       failed = 1;
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < rows * a->groups; task++) {
-      int64_t row = task / a->groups;
-      if (scratch) kernel(a, starts[row], lengths[row], (int)(task % a->groups), scratch);
-    }
+    for (int64_t task = 0; task < found * a->groups; task++)
+      if (scratch) kernel(a, trees + task / a->groups, (int)(task % a->groups), scratch);
     free(scratch);
   }
-  free(starts);
+  free(branches);
+  free(trees);
   return failed;
 }
 

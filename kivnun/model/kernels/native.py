@@ -167,12 +167,13 @@ class NativeKernels:
         scale: float,
         window: int | None,
         angles: Angles | None,
+        parents: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         tokens, heads, head_dim = q_THK.shape
         out_THK = q_THK.new_empty(tokens, heads, head_dim)
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32)
         given = _pass(q_THK, k_TGK, v_TGK, out_THK, lse_HT, scale, window, angles)
-        self._over_rows("attention", given, q_THK, lengths)
+        self._over_rows("attention", given, q_THK, lengths, parents)
         return out_THK, lse_HT
 
     def attention_backward(
@@ -188,13 +189,14 @@ class NativeKernels:
         window: int | None,
         angles: Angles | None,
         into: tuple[Tensor, Tensor, Tensor],
+        parents: Sequence[int] | None = None,
     ) -> None:
         dout_THK = dout_THK.contiguous()
         given = _pass(q_THK, k_TGK, v_TGK, out_THK, lse_HT, scale, window, angles)
         given.dout = dout_THK.data_ptr()
         for name, tensor in zip(("dq", "dk", "dv"), into, strict=True):
             _place(given, name, tensor)
-        self._over_rows("attention_backward", given, q_THK, lengths)
+        self._over_rows("attention_backward", given, q_THK, lengths, parents)
 
     def multiplies(self, dtype: torch.dtype, depth: int) -> bool:
         """Return whether this processor has products of its own for this type and this many summed numbers."""
@@ -298,11 +300,13 @@ class NativeKernels:
     def int8_decode(self, codes_OI: Tensor, absmax_O: Tensor, out: Tensor) -> None:
         self._call("int8_decode", out, codes_OI, absmax_O, out, *out.shape)
 
-    def _over_rows(self, name: str, given: _Pass, like: Tensor, lengths: Sequence[int]) -> None:
-        counts = (ctypes.c_int64 * len(lengths))(*lengths)
+    def _over_rows(self, name: str, given: _Pass, like: Tensor, lengths: Sequence[int], parents: Sequence[int] | None) -> None:
+        count = len(lengths)
+        numbers = ctypes.c_int64 * count
         kernel = getattr(self._library, f"{name}_{ENDING[like.dtype]}")
-        if kernel(ctypes.byref(given), counts, ctypes.c_int64(len(lengths)), torch.get_num_threads()):
-            raise MemoryError(f"no memory for the scratch of attention over rows of up to {max(lengths)} tokens")
+        before = None if parents is None else numbers(*parents)
+        if kernel(ctypes.byref(given), numbers(*lengths), before, ctypes.c_int64(count), torch.get_num_threads()):
+            raise MemoryError(f"no memory for the scratch of attention over rows of {sum(lengths):,} tokens")
 
     def _call(self, name: str, like: Tensor, *arguments: Tensor | _Rows | int | ctypes.c_float | None) -> None:
         passed: list[Any] = []

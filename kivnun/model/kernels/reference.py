@@ -6,8 +6,9 @@ F inner width of the MLP, C positions of a chunk, V vocabulary, H query heads, G
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,14 +135,20 @@ class TorchKernels:
         scale: float,
         window: int | None,
         angles: Angles | None,
+        parents: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return softmax(scale * q k^T) v of each row over itself, causal, within `window` keys, q and k rotated by `angles`:
-        [T, H, K], and the log of each score row's sum of exponentials, float32 [H, T]."""
+        [T, H, K], and the log of each score row's sum of exponentials, float32 [H, T].
+
+        With `parents`, `lengths` are those of branches: i goes on from `parents[i]`, an earlier one, or begins a row (-1).
+        """
         outs, sums = [], []
-        for q, k, v, _ in _rows(q_THK, k_TGK, v_TGK, lengths, angles):
-            scores_HLL = _scores(q, k, scale, window)
-            sums.append(torch.logsumexp(scores_HLL, dim=-1).float())
-            outs.append((torch.softmax(scores_HLL, dim=-1) @ _per_query_head(v, q)).transpose(0, 1).to(q_THK.dtype))
+        q_THK, k_TGK, dtype = *_turned(q_THK, k_TGK, angles), q_THK.dtype
+        for here, seen in branches(lengths, parents):
+            q, k, v = (_wide(x).transpose(0, 1) for x in (q_THK[here], k_TGK[seen], v_TGK[seen]))
+            scores_HLC = _scores(q, k, scale, window)
+            sums.append(torch.logsumexp(scores_HLC, dim=-1).float())
+            outs.append((torch.softmax(scores_HLC, dim=-1) @ _per_query_head(v, q)).transpose(0, 1).to(dtype))
         return torch.cat(outs), torch.cat(sums, dim=1)
 
     def attention_backward(
@@ -157,23 +164,27 @@ class TorchKernels:
         window: int | None,
         angles: Angles | None,
         into: tuple[Tensor, Tensor, Tensor],
+        parents: Sequence[int] | None = None,
     ) -> None:
         """Write the gradients of q, k and v into three given tensors of their shapes.
 
         With p the probabilities, again from the scores: dv = p^T dout, ds = p * (dout v^T - dout . out) * scale,
         dq = ds k, dk = ds^T q (Dao et al. 2022, FlashAttention, algorithm 4).
         """
-        start = 0
-        for q, k, v, turn in _rows(q_THK, k_TGK, v_TGK, lengths, angles):
-            here = slice(start, start := start + q.shape[1])
+        q_THK, k_TGK = _turned(q_THK, k_TGK, angles)
+        dq_THK, dk_TGK, dv_TGK = (torch.zeros_like(_wide(x)) for x in (q_THK, k_TGK, v_TGK))
+        for here, seen in branches(lengths, parents):
+            q, k, v = (_wide(x).transpose(0, 1) for x in (q_THK[here], k_TGK[seen], v_TGK[seen]))
             dout, out = (_wide(x[here]).transpose(0, 1) for x in (dout_THK, out_THK))
-            p_HLL = torch.exp(_scores(q, k, scale, window) - lse_HT[:, here, None])
-            dp_HLL = dout @ _per_query_head(v, q).transpose(1, 2) - (dout * out).sum(-1, keepdim=True)
-            ds_HLL = p_HLL * dp_HLL * scale
-            dq = ds_HLL @ _per_query_head(k, q)
-            dk, dv = (_sum_of_group(x, k) for x in (ds_HLL.transpose(1, 2) @ q, p_HLL.transpose(1, 2) @ dout))
-            into[0][here], into[1][here] = turn(dq.transpose(0, 1)), turn(dk.transpose(0, 1))
-            into[2][here] = dv.transpose(0, 1)
+            p_HLC = torch.exp(_scores(q, k, scale, window) - lse_HT[:, here, None])
+            dp_HLC = dout @ _per_query_head(v, q).transpose(1, 2) - (dout * out).sum(-1, keepdim=True)
+            ds_HLC = p_HLC * dp_HLC * scale
+            dq_THK[here] = (ds_HLC @ _per_query_head(k, q)).transpose(0, 1)
+            dk, dv = (_sum_of_group(x, k) for x in (ds_HLC.transpose(1, 2) @ q, p_HLC.transpose(1, 2) @ dout))
+            dk_TGK[seen] += dk.transpose(0, 1)
+            dv_TGK[seen] += dv.transpose(0, 1)
+        for gradient, of in zip(into, (*_turned(dq_THK, dk_TGK, angles, -1), dv_TGK), strict=True):
+            gradient.copy_(of)
 
     def nf4_encode(self, values_N: Tensor, block: int, codes: Tensor, scales: Tensor) -> None:
         """Write each value's nearest of `NF4` times its block's scale, two codes a byte and the first in the high half, and the
@@ -240,26 +251,36 @@ def _silu(g: Tensor) -> Tensor:
     return g / (1 + torch.exp(-g))  # of torch's own sigmoid the last elements of a tensor have other last bits
 
 
-def _rows(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], angles: Angles | None):
-    """Yield each row's rotated queries, keys and values [heads, L, K], wide, and the rotation back."""
-    start = 0
-    for length in lengths:
-        here = slice(start, start := start + length)
-        of_row = Angles(angles.cos_TR[here], angles.sin_TR[here]) if angles is not None else None
-        q, k, v = (_wide(x[here]) for x in (q_THK, k_TGK, v_TGK))
-        if of_row is not None:
-            q, k = of_row.turned(q), of_row.turned(k)
-        back = (lambda x, by=of_row: by.turned(x, -1)) if of_row is not None else (lambda x: x)
-        yield q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), back
+def branches(lengths: Sequence[int], parents: Sequence[int] | None) -> Iterator[tuple[slice, slice | list[int]]]:
+    """Yield where each branch's tokens are in the pack, and where those it sees are: its ancestors' and its own."""
+    ends = list(itertools.accumulate(lengths))
+    for number, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        here, parent = slice(end - length, end), -1 if parents is None else parents[number]
+        if parents is None or parent < 0:
+            yield here, here
+            continue
+        seen = list(range(here.start, here.stop))
+        while parent >= 0:
+            seen[:0] = range(ends[parent] - lengths[parent], ends[parent])
+            parent = parents[parent]
+        yield here, seen
 
 
-def _scores(q_HLK: Tensor, k_GLK: Tensor, scale: float, window: int | None) -> Tensor:
-    at = torch.arange(q_HLK.shape[1], device=q_HLK.device)
-    hidden_LL = at[None, :] > at[:, None]
+def _turned(q_THK: Tensor, k_TGK: Tensor, angles: Angles | None, direction: int = 1) -> tuple[Tensor, Tensor]:
+    """Return queries and keys, or their gradients, wide and rotated."""
+    q_THK, k_TGK = _wide(q_THK), _wide(k_TGK)
+    return (q_THK, k_TGK) if angles is None else (angles.turned(q_THK, direction), angles.turned(k_TGK, direction))
+
+
+def _scores(q_HLK: Tensor, k_GCK: Tensor, scale: float, window: int | None) -> Tensor:
+    """Return the scores [H, L, C] of the last L of C tokens, those that are not seen at minus infinity."""
+    context = k_GCK.shape[1]
+    keys, queries = (torch.arange(first, context, device=q_HLK.device) for first in (0, context - q_HLK.shape[1]))
+    hidden_LC = keys[None, :] > queries[:, None]
     if window is not None:
-        hidden_LL |= at[None, :] <= at[:, None] - window
-    scores_HLL = q_HLK @ _per_query_head(k_GLK, q_HLK).transpose(1, 2) * scale
-    return scores_HLL.masked_fill(hidden_LL, -math.inf)
+        hidden_LC |= keys[None, :] <= queries[:, None] - window
+    scores_HLC = q_HLK @ _per_query_head(k_GCK, q_HLK).transpose(1, 2) * scale
+    return scores_HLC.masked_fill(hidden_LC, -math.inf)
 
 
 def _per_query_head(x_GLK: Tensor, q_HLK: Tensor) -> Tensor:
