@@ -65,7 +65,7 @@ def _distances(found: Step, exact: Step) -> tuple[float, float, float]:
 
 
 def _ours(work: Path, model: str, precision: str, steps: int) -> Iterator[Step]:
-    side = ours._opened(Case("", "", "ours", model, precision, steps, 1, 1), work, {})  # type: ignore[arg-type]
+    side = ours.opened(Case("", "", "ours", model, precision, steps, 1, 1), work, {})
     assert isinstance(side, ours.Opened), side
     trainee, parameters = side.trainee, side.trainee.weights.parameters()
     for (row,) in side.steps:

@@ -24,12 +24,12 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(threads)
-    rates = {precision: max(_rates(name, precision)) for precision in ("bf16", "fp32")}
+    rates = {precision: max(floor(name, precision)) for precision in ("bf16", "fp32")}
     print(json.dumps(rates), flush=True)
 
 
-def _rates(name: str, precision: str) -> Iterator[float]:
-    """Yield operations per second of each product."""
+def floor(name: str, precision: str) -> Iterator[float]:
+    """Yield operations per second of each product of a model, "bf16" or "fp32", by torch's present number of threads."""
     import torch
 
     inputs, outputs = MODELS[name].linears["mlp.gate_up_proj"]

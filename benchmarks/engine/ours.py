@@ -25,11 +25,11 @@ def main() -> None:
 
     torch.set_num_threads(cases[0].threads)
     bases: dict[tuple[str, bool], Any] = {}
-    sides = [_opened(case, Path(work), bases) for case in cases]
+    sides = [opened(case, Path(work), bases) for case in cases]
     for number in range(cases[0].steps):
         for side in sides:
             if isinstance(side, Opened):
-                _step(side, number)
+                step(side, number)
     facts: dict[str, object] = {"keeps_freed_memory": kept}
     print_runs(
         [
@@ -50,7 +50,7 @@ class Opened:
     meter: Meter = field(default_factory=Meter)
 
 
-def _opened(case: Case, work: Path, bases: dict[tuple[str, bool], Any]) -> Opened | str:
+def opened(case: Case, work: Path, bases: dict[tuple[str, bool], Any]) -> Opened | str:
     """Return the case made ready, or why it cannot run. Bases are shared by their precision and form."""
     from kivnun.model.adapters import load_peft
     from kivnun.model.load import load_base
@@ -73,7 +73,7 @@ def _opened(case: Case, work: Path, bases: dict[tuple[str, bool], Any]) -> Opene
     return Opened(case, base, trainee, steps)
 
 
-def _step(side: Opened, number: int) -> None:
+def step(side: Opened, number: int) -> None:
     from kivnun.data.packing import micro_batches, pack
 
     case, trainee, items = side.case, side.trainee, side.steps[number]
