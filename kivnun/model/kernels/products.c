@@ -38,7 +38,8 @@ enum {
   MAX_PANELS = 12,
   AHEAD_BYTES = 4096,      /* how far ahead the right factor is fetched */
   ALIASED_BYTES = 4096,    /* rows that lie this far apart fall into the same few lines of the first-level cache */
-  OUTER_TOKENS = 128
+  OUTER_TOKENS = 128,
+  ROWS_AHEAD = 8           /* of a matrix that is packed: at least as many as are multiplied in one instruction */
 };
 
 /* How the right factor is given: in panels, or as a matrix that is packed block by block on the way. */
@@ -123,6 +124,7 @@ static void pack_turned(const int32_t *from, int64_t N, int64_t K, int64_t row, 
       __m512i block[16];
       for (int i = 0; i < 16; i++)
         block[i] = i < rows ? _mm512_maskz_loadu_epi32(columns_mask(units), from + (n + i) * row + k) : _mm512_setzero_si512();
+      for (int i = 0; i < rows; i++) _mm_prefetch((const char *)(from + (n + i) * row + k + 4 * LANES), _MM_HINT_T0);
       turn(block);
       for (int i = 0; i < units; i++) _mm512_storeu_si512(panel + (k + i) * width, block[i]);
     }
