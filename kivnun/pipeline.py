@@ -70,6 +70,7 @@ from kivnun.model.read_model import open_config
 from kivnun.model.rope import rows_turn_from
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.spec.resolve import MIN_MICRO_BATCH
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 from kivnun.train.engine import FixedModel, TorchEngine, Trainee
@@ -426,7 +427,8 @@ def _spared(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
     drops = not isinstance(spec.adapter, FullSpec) and spec.adapter.dropout > 0
     if spec.compute.share_prefixes or turns or drops:
         return 0.0
-    return shareable(rows, row_order(spec, dataset), cast(int, spec.compute.micro_batch_tokens))
+    tokens = max(cast(int, spec.compute.micro_batch_tokens), MIN_MICRO_BATCH)  # which a run that shares would take
+    return shareable(rows, row_order(spec, dataset), tokens)
 
 
 def schedule_of(spec: TuneSpec, steps: int) -> Schedule:

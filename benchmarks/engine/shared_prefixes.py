@@ -28,7 +28,7 @@ from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable, Where
 from kivnun.model.adapters import load_peft
 from kivnun.model.load import load_base
-from kivnun.spec.resolve import CPU_MICRO_BATCH
+from kivnun.spec.resolve import CPU_MICRO_BATCH, MIN_MICRO_BATCH
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective
 from kivnun.train.optim import AdamWSettings
@@ -54,11 +54,13 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     write_workload(options.work, options.model)
-    table = Table("rows", "prompt", "precision", "tokens computed", "speed", "loss apart", "gradient apart", title=options.model)
+    table = Table("rows", "prompt", "precision", "computed", "speed", "loss apart", "gradient apart", title=options.model)
+    for column in table.columns:
+        column.no_wrap = True
     for precision in options.precisions:
         base = load_base(model_folder(options.work, options.model), precision, packed=True)
         weights = AdapterWeights(base, load_peft(base, adapter_folder(options.work, options.model, "lora")))
-        for kind, make in (("one system prompt", _of_one_prompt), ("preference pairs", _pairs)):
+        for kind, make in (("a system prompt", _of_one_prompt), ("preference pairs", _pairs)):
             for prompt in options.prompts:
                 steps = [make(prompt, step) for step in range(options.steps + 1)]
                 dpo = DpoObjective(0.1, {item.sides[0].row: (-10.4 * REPLY, -10.4 * REPLY) for step in steps for item in step})
@@ -94,7 +96,7 @@ def _compared(trainee: Trainee, steps: list[list[Trainable]], precision: str, to
 
 
 def _step(trainee: Trainee, items: Sequence[Trainable], precision: str, share: bool) -> Way:
-    budget = max(CPU_MICRO_BATCH[precision], *(item.length for item in items))
+    budget = max(MIN_MICRO_BATCH if share else CPU_MICRO_BATCH[precision], *(item.length for item in items))
     total = sum(trainee.objective.weight_of(item) for item in items)
     parameters = trainee.weights.parameters().values()
     began = time.process_time()

@@ -24,7 +24,10 @@ class LocalSpec(Section, frozen=True):
     )
     micro_batch_tokens: Annotated[
         int | None,
-        Why("the longest row or, if larger, 4096; on a CPU 768 (fp32: 512) from 50 M parameters on: as fast there, in less memory"),
+        Why(
+            "the longest row or, if larger, 4096; on a CPU 768 (fp32: 512) from 50 M parameters on, unless prefixes are shared: as "
+            "fast there, in less memory"
+        ),
     ] = Field(
         default=None,
         ge=1,

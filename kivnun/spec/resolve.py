@@ -161,7 +161,7 @@ def _sharing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem
 
 def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     """Yield a value and a reason for each option that was left open."""
-    device, precision = _device(spec, facts), _precision_of(spec, facts)
+    device = _device(spec, facts)
     if spec.base.revision is None and is_hub_id(spec.base.model):
         yield _Choice("base.revision", "main", "the hub's default branch; the manifest records the hash of the weights themselves")
     if spec.base.precision == "auto":
@@ -184,7 +184,7 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
     if spec.compute.threads is None:
         yield _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
     if spec.compute.micro_batch_tokens is None:
-        yield _micro_batch(device, precision, facts)
+        yield _micro_batch(spec, facts)
     if spec.compute.packed_weights is None:
         yield _packed_weights(spec, facts)
 
@@ -197,10 +197,11 @@ def _precision_of(spec: TuneSpec, facts: ResolveFacts) -> str:
     return str(_precision(_device(spec, facts), facts).value) if spec.base.precision == "auto" else spec.base.precision
 
 
-def _micro_batch(device: str, precision: str, facts: ResolveFacts) -> _Choice:
-    small = device == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM
-    least = CPU_MICRO_BATCH[precision] if small else MIN_MICRO_BATCH
-    why = "; more are no faster on a CPU" if least < MIN_MICRO_BATCH else ""
+def _micro_batch(spec: TuneSpec, facts: ResolveFacts) -> _Choice:
+    share = spec.compute.share_prefixes
+    small = _device(spec, facts) == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM and not share
+    least = CPU_MICRO_BATCH[_precision_of(spec, facts)] if small else MIN_MICRO_BATCH
+    why = "; more are no faster on a CPU" if small else "; each pass computes shared beginnings anew" if share else ""
     tokens = max(least, facts.longest_row)
     return _Choice(
         "compute.micro_batch_tokens", tokens, f"the larger of {least} and the longest row ({facts.longest_row} tokens){why}"

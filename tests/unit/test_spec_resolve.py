@@ -292,6 +292,9 @@ def test_a_pass_on_a_cpu_is_as_small_as_is_fast(precision: str, parameters: int,
     facts = replace(FACTS, base_parameters=parameters)
     assert resolved(f"base.precision={precision}", facts=facts)[0].compute.micro_batch_tokens == tokens
     assert resolved(f"base.precision={precision}", facts=replace(facts, device="cuda"))[0].compute.micro_batch_tokens == 4096
+    shared, reasons = resolved(f"base.precision={precision}", "compute.share_prefixes=true", facts=facts)
+    assert shared.compute.micro_batch_tokens == 4096
+    assert reasons["compute.micro_batch_tokens"].endswith("; each pass computes shared beginnings anew")
     longer = replace(facts, longest_row=6000)
     assert resolved(f"base.precision={precision}", facts=longer)[0].compute.micro_batch_tokens == 6000
 
