@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder
-from kivnun.errors import RunFolderError
+from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
+from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.events import Event, RunStarted
 from kivnun.spec import TuneSpec, load_spec, resolved_yaml
 
@@ -80,8 +80,13 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the run came to its end: the result and the manifest are written last."""
-        return self.result.is_file() and (self.path / MANIFEST).is_file()
+        """Return whether the run came to its end: the manifest that lists the result is written last."""
+        if not (self.result.is_file() and (self.path / MANIFEST).is_file()):
+            return False
+        try:
+            return self.result.name in read_manifest(self.path)["files"]
+        except IntegrityError:  # damaged since: verifying tells of it
+            return True
 
     def read_spec(self) -> TuneSpec:
         """Return the resolved spec. Raises RunFolderError when the folder is not a run."""

@@ -25,7 +25,7 @@ class LocalSpec(Section, frozen=True):
     micro_batch_tokens: Annotated[
         int | None,
         Why(
-            "the longest row or, if larger, 4096; on a CPU 768 (fp32: 512) from 50 M parameters on, unless prefixes are shared: as "
+            "the longest row or, if larger, 4096; on a CPU 640 (fp32: 512) from 50 M parameters on, unless prefixes are shared: as "
             "fast there, in less memory"
         ),
     ] = Field(

@@ -29,7 +29,7 @@ RSLORA_ALPHA = 8.0
 KERNELS_OF = {"cpu": "native", "cuda": "triton"}
 MIN_MICRO_BATCH = 4096
 # Tokens of a pass on a CPU: products over more are no faster (docs/LOG.md, 2026-11-25). A pass of a small base is all overhead.
-CPU_MICRO_BATCH = {"fp32": 512, "bf16": 768, "nf4": 4096, "int8": 4096}  # codes are decoded anew for each pass
+CPU_MICRO_BATCH = {"fp32": 512, "bf16": 640, "nf4": 4096, "int8": 4096}  # codes are decoded anew for each pass
 CPU_MICRO_BATCH_FROM = 50_000_000  # parameters
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 MEMORY_SHARE = 8  # packed weights may take this part of the machine's memory

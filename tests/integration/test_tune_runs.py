@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from kivnun.artifacts import check_manifest
+from kivnun.artifacts import check_manifest, read_manifest, write_manifest
 from kivnun.errors import RunFolderError
 from kivnun.events import DataLoaded, Evaluated, Warned, read_events
 from kivnun.opened import open_run
@@ -251,6 +251,20 @@ def test_a_run_that_is_there_is_refused_and_with_resume_a_finished_one_gives_its
         run_spec(spec, done)
     assert run_spec(spec, done, resume=True) == json.loads((done / "result.json").read_text(encoding="utf-8"))
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
+
+
+def test_a_run_without_its_last_manifest_is_not_finished_and_resuming_writes_it(base: Path, tmp_path: Path) -> None:
+    """As after a kill while the manifest that lists report and result was being written."""
+    spec = write_spec(tmp_path, base, chats())
+    run_spec(spec, tmp_path / "run")
+    fields = read_manifest(tmp_path / "run")
+    whole = set(fields.pop("files"))
+    kept = {name.partition("/")[0] for name in whole} - {"report.html", "report.json", "result.json"}
+    write_manifest(tmp_path / "run", fields, sorted(kept))
+    (tmp_path / "run" / ".tmp-manifest.json-0123abcd").write_text("{", encoding="utf-8")
+    run_spec(spec, tmp_path / "run", resume=True)
+    assert set(check_manifest(tmp_path / "run")["files"]) == whole
+    assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
 def test_a_finished_run_is_not_given_as_the_result_of_another_spec(done: Path) -> None:
