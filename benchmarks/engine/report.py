@@ -201,7 +201,9 @@ def machine() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    # What an earlier benchmark wrote is no change of what is measured.
+    code = ("--", ":/", ":(top,exclude)benchmarks/results")
+    changed = " with changes" if _git("status", "--porcelain", "--untracked-files=no", *code) else ""
     return {
         "CPU": cpu.get("model name", "unknown"),
         "cores": str(sum(line.startswith("processor") for line in lines)),
