@@ -17,7 +17,7 @@ from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.evaluate.evaluation import Evaluation, StageProgress, evaluate_scorer
-from kivnun.model.adapters import load_peft
+from kivnun.model.adapter_folder import load_peft
 from kivnun.model.families import find_base
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder

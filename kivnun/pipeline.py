@@ -62,7 +62,6 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
 from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
 from kivnun.model.load import Base, load_base
@@ -70,15 +69,16 @@ from kivnun.model.read_model import open_config
 from kivnun.model.rope import rows_turn_from
 from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
 from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.spec.adapters import dropout_of
 from kivnun.spec.resolve import MIN_MICRO_BATCH
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, CheckpointStore
 from kivnun.train.engine import FixedModel, TorchEngine, Trainee
 from kivnun.train.loop import fit, shareable
+from kivnun.train.new_weights import check_targets, new_weights
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.schedule import Schedule
-from kivnun.train.weights import AdapterWeights, FullWeights, Weights
 
 Emit = Callable[[Event], None]
 WORTH_TELLING = 0.2  # of a step's tokens, which an option that is off would spare
@@ -143,8 +143,7 @@ class _Run:
         self._tell_data(dataset, tokenizer)
 
         base = self._load_base(spec, base_folder)
-        if not isinstance(spec.adapter, FullSpec):
-            resolve_targets(base, spec.adapter.target_modules)  # a wrong name is told before the base is scored, which takes long
+        check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
         same = _sameness(spec, dataset, base)
         check_start(self.folder, self.spec, same)
         engine = TorchEngine(base)
@@ -238,7 +237,7 @@ class _Run:
     def _open_trainee(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset) -> Trainee:
         # The reference of DPO is the state at the start: taken before full tuning takes the base over.
         objective = open_objective(spec, engine, dataset, self.folder.reference)
-        weights = open_weights(spec, engine.base)
+        weights = new_weights(spec.adapter, engine.base, dataset.train.rows, row_order(spec, dataset).steps, spec.seed)
         optimizer = optimizer_settings(spec.schedule.optimizer)
         trainee = engine.open(weights, objective, optimizer, spec.schedule.max_grad_norm)
         sites = list(weights.sites())
@@ -424,8 +423,7 @@ def _spared(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
     rows = dataset.train.rows
     longest = max(side.length for row in rows for side in row.sides)
     turns = base.rotary is not None and base.rotary.turns_by_length(longest)
-    drops = not isinstance(spec.adapter, FullSpec) and spec.adapter.dropout > 0
-    if spec.compute.share_prefixes or turns or drops:
+    if spec.compute.share_prefixes or turns or dropout_of(spec.adapter):
         return 0.0
     tokens = max(cast(int, spec.compute.micro_batch_tokens), MIN_MICRO_BATCH)  # which a run that shares would take
     return shareable(rows, row_order(spec, dataset), tokens)
@@ -443,22 +441,6 @@ def optimizer_settings(spec: OptimizerSpec) -> AdamWSettings | MuonSettings:
     if isinstance(spec, MuonSpec):
         return MuonSettings(spec.momentum, spec.weight_decay, spec.adamw_share, adamw)
     return adamw
-
-
-def open_weights(spec: TuneSpec, base: Base) -> Weights:
-    """Return what the spec trains, at its start."""
-    adapter = spec.adapter
-    if isinstance(adapter, FullSpec):
-        return FullWeights(base)
-    shape = AdapterShape(
-        kind=adapter.kind,
-        rank=adapter.rank,
-        alpha=cast(float, adapter.alpha),
-        dropout=adapter.dropout,
-        rslora=adapter.rslora,
-        sites=resolve_targets(base, adapter.target_modules),
-    )
-    return AdapterWeights(base, new_adapter(base, shape, adapter.init, spec.seed))
 
 
 def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path) -> Objective:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kivnun.data.packing import PackedBatch
 from kivnun.data.rows import TokenRow, Where
-from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_targets
+from kivnun.model.adapters import AdapterShape, LowRankAdapter, new_adapter, resolve_targets
 from kivnun.model.attention import Rows
 from kivnun.model.load import Base
 from kivnun.train.engine import TorchEngine, Trainee
@@ -216,7 +216,7 @@ def new_weights(
 
 
 @torch.no_grad()
-def stir(adapter: Adapter) -> None:
+def stir(adapter: LowRankAdapter) -> None:
     """Move B and the magnitudes away from their start, the same every time."""
     draws = torch.Generator().manual_seed(11)
     for name, parameter in adapter.parameters().items():
@@ -237,7 +237,7 @@ def gradients(trainee: Trainee) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in trainee.weights.parameters().items() if p.grad is not None}
 
 
-def peft_twin(folder: Path, adapter: Adapter, dropout: float = 0.0) -> nn.Module:
+def peft_twin(folder: Path, adapter: LowRankAdapter, dropout: float = 0.0) -> nn.Module:
     """Return transformers' model under PEFT's adapter with the same shape and the same tensors."""
     shape = adapter.shape
     config = peft.LoraConfig(

@@ -52,7 +52,7 @@ class Opened:
 
 def opened(case: Case, work: Path, bases: dict[tuple[str, bool], Any]) -> Opened | str:
     """Return the case made ready, or why it cannot run. Bases are shared by their precision and form."""
-    from kivnun.model.adapters import load_peft
+    from kivnun.model.adapter_folder import load_peft
     from kivnun.model.load import load_base
     from kivnun.spec.resolve import WEIGHT_BYTES
     from kivnun.train.engine import TorchEngine

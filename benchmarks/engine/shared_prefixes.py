@@ -26,7 +26,7 @@ from benchmarks.engine.workload import MODELS, adapter_folder, draw_rows, model_
 from kivnun.cli.process import keep_freed_memory
 from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable, Where
-from kivnun.model.adapters import load_peft
+from kivnun.model.adapter_folder import load_peft
 from kivnun.model.load import load_base
 from kivnun.spec.resolve import CPU_MICRO_BATCH, MIN_MICRO_BATCH
 from kivnun.train.engine import TorchEngine, Trainee

@@ -17,7 +17,7 @@ from benchmarks.engine.workload import Model
 from benchmarks.gpu.shapes import config_of
 from kivnun.data.packing import pack
 from kivnun.data.rows import TokenRow, Where
-from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_targets
+from kivnun.model.adapters import AdapterShape, LowRankAdapter, new_adapter, resolve_targets
 from kivnun.model.attention import Rows
 from kivnun.model.load import Base, base_from_model
 from kivnun.train.engine import TorchEngine
@@ -110,7 +110,7 @@ def _row(length: int, number: int) -> TokenRow:
 
 
 @torch.no_grad()
-def _adapter(base: Base, kind: Literal["lora", "dora"]) -> Adapter:
+def _adapter(base: Base, kind: Literal["lora", "dora"]) -> LowRankAdapter:
     """Return an adapter as after some training: B is not zero, magnitudes are not the rows' lengths."""
     adapter = new_adapter(base, AdapterShape(kind, 8, 16.0, 0.0, False, resolve_targets(base, "all-linear")), "kaiming", 0)
     draws = torch.Generator().manual_seed(1)
@@ -124,7 +124,7 @@ def _adapter(base: Base, kind: Literal["lora", "dora"]) -> Adapter:
 
 
 @torch.no_grad()
-def _twin(base: Base, adapter: Adapter, longrope: bool) -> Any:
+def _twin(base: Base, adapter: LowRankAdapter, longrope: bool) -> Any:
     """Return transformers' model under PEFT, in float64 on the CPU, with the weights that the base computes with."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -152,7 +152,7 @@ def _site(name: str) -> str:
 
 
 @torch.no_grad()
-def _logits(base: Base, adapter: Adapter, rows: list[TokenRow]) -> list[Tensor]:
+def _logits(base: Base, adapter: LowRankAdapter, rows: list[TokenRow]) -> list[Tensor]:
     lengths = [row.length for row in rows]
     ids_T = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)).to(base.device)
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(base.device)

@@ -21,11 +21,12 @@ from kivnun.artifacts import atomic_folder, check_manifest, hash_folder
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable
 from kivnun.errors import IntegrityError, RunFolderError
-from kivnun.model.adapters import load_peft
+from kivnun.model.adapter_folder import load_peft
 from kivnun.model.attention import Rows
 from kivnun.model.families import copy_tokenizer, stored_dtype
-from kivnun.model.linear import AdapterSite
+from kivnun.model.linear import ScalesBias
 from kivnun.model.load import DTYPES, Base, load_base, load_decoded
+from kivnun.model.sites import NormSite, PrefixSite, PromptSite, Site
 from kivnun.opened import OpenedRun, open_run
 from kivnun.spec.base import QUANTISED
 
@@ -124,17 +125,30 @@ def _base_in_float32(run: OpenedRun) -> Base:
 
 def _write_merged(base: Base, adapter_folder: Path, place: Path, precision: str) -> None:
     """Fold the adapter into the base, which is not the pretrained one any more, and save it."""
-    fold_in(base, load_peft(base, adapter_folder).sites)
+    adapter = load_peft(base, adapter_folder)
+    if adapter.no_merge is not None:
+        raise RunFolderError(
+            f"the adapter cannot be merged: {adapter.no_merge}", hint="export it as it is (--to peft), or tune with lora or dora"
+        )
+    fold_in(base, adapter.sites)
     base.model.to(DTYPES[precision])
     base.save(place)
 
 
 @torch.no_grad()
-def fold_in(base: Base, sites: Mapping[str, AdapterSite]) -> None:
+def fold_in(base: Base, sites: Mapping[str, Site]) -> None:
     """Change the base's weights in place to what base plus adapter computes."""
     for name, site in sites.items():
-        weight = base.linears[name].dense()
+        if isinstance(site, NormSite):
+            for tensor, trained in site.tensors.items():
+                base.model.get_submodule(name).get_parameter(tensor).copy_(trained)
+            continue
+        assert not isinstance(site, PromptSite | PrefixSite), "adapters that say why they cannot be merged are refused before"
+        linear = base.linears[name]
+        weight = linear.dense()
         weight.copy_(site.merged(weight))
+        if linear.bias is not None and isinstance(site, ScalesBias):
+            linear.bias.copy_(site.merged_bias(linear.bias))
 
 
 def _refuse_second_merge(base_folder: Path, adapter_hash: str) -> None:
@@ -165,7 +179,7 @@ def _likeness(run: OpenedRun, merged: Path) -> Likeness | None:
 
 
 @torch.no_grad()
-def _log_probs(base: Base, sites: Mapping[str, AdapterSite], batch: PackedBatch) -> Tensor:
+def _log_probs(base: Base, sites: Mapping[str, Site], batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [S, V] of every token at each supervised position, float64."""
     with base.using(sites):
         ids_T, positions_T, select_S = map(torch.from_numpy, (batch.ids_T, batch.positions_T, batch.select_S))

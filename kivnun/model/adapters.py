@@ -8,25 +8,67 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kivnun.data.packing import PackedBatch
 from kivnun.errors import BaseModelError, IntegrityError
 from kivnun.model.dropout import site_key, token_keys
 from kivnun.model.families import FUSED_PARTS
-from kivnun.model.linear import AdapterSite, DoraSite, DropoutDraw, LoraSite
+from kivnun.model.linear import DoraSite, DropoutDraw, LoraSite, LowRankSite, Start, whole_factors
 from kivnun.model.load import Base
-from kivnun.randomness import generator
+from kivnun.model.sites import Site
+from kivnun.model.starts import eva, gaussian, kaiming, olora, pissa, refuse_higher_rank
 
 ALL_LINEAR = "all-linear"
+Init: TypeAlias = Literal["kaiming", "gaussian", "pissa", "olora", "eva"]
+
+
+class Adapter(Protocol):
+    """A trained delta in memory: what it lends to a base for a pass, and what of it is trained."""
+
+    @property
+    def no_merge(self) -> str | None:
+        """Return why it cannot be folded into the base's weights; None: it can."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, Site]: ...
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors by name, float32."""
+        ...
+
+    def draw_dropout(self, step: int, rows_T: Tensor, positions_T: Tensor) -> None: ...
+
+    def stop_dropout(self) -> None: ...
+
+    def before_update(self) -> None:
+        """Add, once per step, the gradient of what is made small beside the loss."""
+        ...
+
+    def after_update(self, step: int) -> None:
+        """Change, once per step (counted from 1), what the optimizer does not: gradients are still there."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what an exact resume needs beside the trained tensors and their moments."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        ...
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """Write PEFT's folder."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +89,13 @@ class AdapterShape:
 
 
 @dataclass(slots=True)
-class Adapter:
-    """An adapter in memory: its shape, one site per adapted layer, and the seed of its dropout."""
+class LowRankAdapter:
+    """A LoRA or DoRA adapter in memory: its shape, one site per adapted layer, and the seed of its dropout."""
 
     shape: AdapterShape
-    sites: dict[str, AdapterSite]
+    sites: dict[str, LowRankSite]
     seed: int
+    no_merge: None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name: `SITE.lora_A`, `SITE.lora_B`, `SITE.lora_magnitude_vector`."""
@@ -75,6 +118,47 @@ class Adapter:
     def stop_dropout(self) -> None:
         for site in self.sites.values():
             site.dropout.keys_T = None
+
+    def before_update(self) -> None:
+        """Nothing but the loss gives A, B and the magnitudes a gradient."""
+
+    def after_update(self, step: int) -> None:
+        """The optimizer's update is all."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what an exact resume needs beside the trained tensors: what sites started from, where they take it off again."""
+        named: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            if site.start is not None:
+                named |= {f"{name}.start_A": site.start.a_RI, f"{name}.start_B": site.start.b_OR}
+        return named
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        for name, site in self.sites.items():
+            if site.start is not None:
+                site.start.a_RI.copy_(state[f"{name}.start_A"])
+                site.start.b_OR.copy_(state[f"{name}.start_B"])
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """Write PEFT's folder. An adapter that takes its start off again becomes plain LoRA or DoRA of twice the rank and the same
+        scaling: it loads on the base as it is, where PEFT's own PiSSA and OLoRA would change the base first."""
+        tensors = {_peft_name(name): tensor for name, tensor in _whole_tensors(self).items()}
+        write_peft(folder, _config_of(_whole_shape(self)), base_name, tensors)
+
+
+def _config_of(shape: AdapterShape) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "r": shape.rank,
+        "lora_alpha": int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha,
+        "lora_dropout": shape.dropout,
+        "target_modules": list(shape.sites),
+        "use_rslora": shape.rslora,
+        "use_dora": shape.kind == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
 
 
 def resolve_targets(base: Base, target_modules: Literal["all-linear"] | Sequence[str]) -> tuple[str, ...]:
@@ -133,31 +217,40 @@ def _fused_names(base: Base, targets: list[str]) -> list[str]:
     return targets
 
 
-def new_adapter(base: Base, shape: AdapterShape, init: Literal["kaiming", "gaussian"], seed: int) -> Adapter:
-    """Return an adapter that changes nothing yet: A random, B zero, magnitudes the rows' own lengths."""
+def new_adapter(base: Base, shape: AdapterShape, init: Init, seed: int, looked_at: Iterable[PackedBatch] = ()) -> LowRankAdapter:
+    """Return an adapter that changes nothing yet. Magnitudes start as the rows' own lengths; `looked_at` is what EVA looks at.
+
+    Raises BaseModelError for a rank above a weight's own (PiSSA, OLoRA), DataError where EVA finds too few directions.
+    """
     if base.head_name in shape.sites and shape.dropout > 0.0:
         raise BaseModelError(
             f"adapter.dropout is {shape.dropout} and the adapter covers {base.head_name}, which sees chosen positions only",
             hint="set adapter.dropout to 0, or leave the language head out of target_modules",
         )
-    return Adapter(shape, {name: _new_site(base, name, shape, init, seed) for name in shape.sites}, seed)
+    directions = eva(base, shape.sites, looked_at, shape.rank) if init == "eva" else {}
+    return LowRankAdapter(
+        shape, {name: _new_site(base, name, shape, init, seed, directions.get(name)) for name in shape.sites}, seed
+    )
 
 
-def _new_site(base: Base, name: str, shape: AdapterShape, init: str, seed: int) -> AdapterSite:
+def _new_site(base: Base, name: str, shape: AdapterShape, init: Init, seed: int, directions_RI: Tensor | None) -> LowRankSite:
     linear = base.linears[name]
-    draw = generator(seed, "init", name)
-    size = (shape.rank, linear.in_features)
-    if init == "gaussian":  # PEFT's "gaussian": standard deviation 1 / rank
-        a = draw.standard_normal(size, dtype=np.float32) / np.float32(shape.rank)
-    else:  # Kaiming uniform with a = sqrt(5), the start of Hu et al.'s code: bound 1 / sqrt(inputs)
-        bound = np.float32(1.0 / math.sqrt(linear.in_features))
-        a = (draw.random(size, dtype=np.float32) * 2 - 1) * bound
-    return _site(base, name, shape, seed, torch.from_numpy(a), torch.zeros(linear.out_features, shape.rank), None)
+    if init in ("pissa", "olora"):
+        weight_OI = linear.dense()
+        refuse_higher_rank(name, weight_OI, shape.rank, init)
+        a_RI, b_OR = pissa(weight_OI, shape.rank, shape.scaling) if init == "pissa" else olora(weight_OI, shape.rank)
+        site = _site(base, name, shape, seed, a_RI, b_OR, None)
+        site.start = Start(site.a_RI.detach().clone(), site.b_OR.detach().clone())
+        return site
+    if directions_RI is None:
+        draw = gaussian if init == "gaussian" else kaiming
+        directions_RI = draw(seed, name, shape.rank, linear.in_features)
+    return _site(base, name, shape, seed, directions_RI, torch.zeros(linear.out_features, shape.rank), None)
 
 
 def _site(
     base: Base, name: str, shape: AdapterShape, seed: int, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None
-) -> AdapterSite:
+) -> LowRankSite:
     a, b = _parameter(a_RI, base.device), _parameter(b_OR, base.device)
     dropout = DropoutDraw(shape.dropout, site_key(seed, name))
     if shape.kind == "lora":
@@ -170,44 +263,47 @@ def _parameter(tensor: Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device=device, dtype=torch.float32, copy=True).contiguous())
 
 
-def save_peft(adapter: Adapter, folder: Path, base_name: str, revision: str | None = None) -> None:
-    """Write the adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors, float32."""
+MODULE_PREFIX = "base_model.model."  # of the names of modules in PEFT's files
+
+
+def write_peft(folder: Path, config: Mapping[str, object], base_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors, in the tensors' own types."""
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": None, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps({**common, **config}, indent=2) + "\n", encoding="utf-8")
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _whole_shape(adapter: LowRankAdapter) -> AdapterShape:
     shape = adapter.shape
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": revision,
-        "r": shape.rank,
-        "lora_alpha": int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha,
-        "lora_dropout": shape.dropout,
-        "target_modules": list(shape.sites),
-        "use_rslora": shape.rslora,
-        "use_dora": shape.kind == "dora",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {_peft_name(name): parameter.detach().cpu().contiguous() for name, parameter in adapter.parameters().items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if all(site.start is None for site in adapter.sites.values()):
+        return shape
+    rank = 2 * shape.rank
+    return replace(shape, rank=rank, alpha=shape.scaling * (math.sqrt(rank) if shape.rslora else rank))
+
+
+def _whole_tensors(adapter: LowRankAdapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(adapter.parameters())
+    for name, site in adapter.sites.items():
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = whole_factors(site)
+    return tensors
 
 
 def _peft_name(name: str) -> str:
     suffix = "" if name.endswith("lora_magnitude_vector") else ".weight"
-    return f"base_model.model.{name}{suffix}"
+    return f"{MODULE_PREFIX}{name}{suffix}"
 
 
-def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
+def load_low_rank(base: Base, folder: Path, seed: int = 0) -> LowRankAdapter:
     """Return the adapter in a PEFT folder, on this base.
 
     Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
     fit the base: every tensor must be used, every site complete.
     """
-    config = _read_peft_config(folder)
-    tensors = _read_peft_tensors(folder)
+    config = _read_low_rank_config(folder)
+    tensors = read_peft_tensors(folder)
     ending = ".lora_A.weight"
-    found = {name.removeprefix("base_model.model.").removesuffix(ending) for name in tensors if name.endswith(ending)}
+    found = {name.removeprefix(MODULE_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)}
     shape = AdapterShape(
         kind="dora" if config.get("use_dora") else "lora",
         rank=int(_number(folder, config, "r")),
@@ -216,7 +312,7 @@ def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
         rslora=bool(config.get("use_rslora")),
         sites=tuple(name for name in base.linears if name in found),
     )
-    sites: dict[str, AdapterSite] = {}
+    sites: dict[str, LowRankSite] = {}
     for name in shape.sites:
         linear = base.linears[name]
         a = _taken(folder, tensors, f"{name}.lora_A", (shape.rank, linear.in_features))
@@ -229,7 +325,7 @@ def load_peft(base: Base, folder: Path, seed: int = 0) -> Adapter:
             f"{folder}: {len(tensors)} tensors fit no layer of the base, for example {next(iter(tensors), 'none')}",
             hint="load the adapter on the base it was trained on",
         )
-    return Adapter(shape, sites, seed)
+    return LowRankAdapter(shape, sites, seed)
 
 
 # Fields of PEFT's configuration that change what an adapter computes, in ways that Kivnun does not follow.
@@ -242,13 +338,21 @@ _UNUSUAL = (
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def _read_peft_config(folder: Path) -> Mapping[str, object]:
+def read_peft_config(folder: Path) -> Mapping[str, object]:
+    """Return the configuration in PEFT's folder. Raises IntegrityError when it cannot be read."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntegrityError(
             f"{folder} holds no readable adapter_config.json: {error}", hint="give a PEFT adapter folder"
         ) from error
+    if not isinstance(config, dict):
+        raise IntegrityError(f"{folder}: adapter_config.json holds no object", hint="give a PEFT adapter folder")
+    return config
+
+
+def _read_low_rank_config(folder: Path) -> Mapping[str, object]:
+    config = read_peft_config(folder)
     unusual = [f"{key} {config[key]!r}" for key in _UNUSUAL if config.get(key)]
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
         unusual.append(f"init_lora_weights {config['init_lora_weights']!r}")
@@ -261,7 +365,8 @@ def _read_peft_config(folder: Path) -> Mapping[str, object]:
     return config
 
 
-def _read_peft_tensors(folder: Path) -> dict[str, Tensor]:
+def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's folder by their names there. Raises IntegrityError when they cannot be read."""
     path = folder / "adapter_model.safetensors"
     try:
         return load_file(path)

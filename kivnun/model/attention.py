@@ -12,8 +12,9 @@ of a head. Next: `decoder.py` (who calls this), `foreign.py` (who has it called)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,11 @@ class KVCache:
         self._filled[at] = end
         return self._keys[at][:, :end], self._values[at][:, :end]
 
+    def held(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Return a row's keys and values so far ([G, C, K] each)."""
+        at, end = (layer, slot), self._filled[layer, slot]
+        return self._keys[at][:, :end], self._values[at][:, :end]
+
     def drop(self, slot: int) -> None:
         """Forget a row: its slot may be filled again from the start."""
         for store in (self._keys, self._values, self._filled):
@@ -73,11 +79,20 @@ def _grown(old: Tensor | None, like_GLK: Tensor, filled: int, needed: int) -> Te
     return new
 
 
+class Prefix(Protocol):
+    """Keys and values that no token has (`sites.PrefixSite`)."""
+
+    def keys_and_values(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, [P, G * K] each."""
+        ...
+
+
 @dataclass(slots=True)
 class Rows:
     """The rows of one pass. `lengths` sums to T; with a cache, `slots[i]` is row i's place in it (None: not cached).
 
     With `parents` they are branches: i goes on from `parents[i]`, an earlier one, or begins a row (-1). A cache knows rows alone.
+    With `prefix` the tokens from each of `prefix_at` on, as many as it has, are no tokens: it gives their keys and values.
     """
 
     lengths: list[int]
@@ -85,6 +100,8 @@ class Rows:
     slots: list[int | None] = field(default_factory=list)
     kernels: Kernels = field(default_factory=TorchKernels)
     parents: list[int] | None = None
+    prefix: Prefix | None = None
+    prefix_at: list[int] = field(default_factory=list)
     _bounds: Bounds | None = None
 
     @property
@@ -132,6 +149,9 @@ def rows_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if rows.prefix is not None:
+        keys_PO, values_PO = rows.prefix.keys_and_values(layer, key.dtype)
+        key, value = _heads_with_prefix(key, keys_PO, rows), _heads_with_prefix(value, values_PO, rows)
     if rows.cache is None and softcap is None and isinstance(rows.kernels, NativeKernels):
         turned = (x[0].transpose(0, 1) for x in (query, key, value))
         out_THK = _RowsAttention.apply(*turned, rows, scale, sliding_window)
@@ -231,12 +251,41 @@ class HeadShape:
 def fused_attention(qkv_TO: Tensor, shape: HeadShape, rows: Rows, angles: Angles) -> Tensor:
     """Return causal attention [T, H * K] of each row over itself, from projections side by side, [T, (H + 2 G) * K]."""
     scale, window, kernels = shape.scale, shape.window, rows.kernels
+    if rows.prefix is not None:
+        qkv_TO = _prefixed(qkv_TO, shape, rows, angles)
     if rows.cache is None and isinstance(kernels, NativeKernels):
         return _FusedAttention.apply(qkv_TO, shape, rows, angles)  # type: ignore[no-any-return]
     q_THK, k_TGK, v_TGK = _turned_heads(qkv_TO, shape.widths, shape.width, angles, kernels)
     if rows.plain and (whole := serving(q_THK, window)) is not None:
         return whole(q_THK, k_TGK, v_TGK, rows.bounds_on(qkv_TO.device), scale, window).flatten(1)
     return _row_by_row(q_THK, k_TGK, v_TGK, rows, shape.layer, scale, window, None).flatten(1)
+
+
+def _prefixed(qkv_TO: Tensor, shape: HeadShape, rows: Rows, angles: Angles) -> Tensor:
+    """Return projections with those of a prefix in their places; nobody asks what its queries find."""
+    assert rows.prefix is not None
+    keys_PO, values_PO = rows.prefix.keys_and_values(shape.layer, qkv_TO.dtype)
+    # At its position, 0, the rotation to come multiplies by LongRoPE's factor alone, which a prefix does without.
+    keys_PO = keys_PO / angles.cos_TR[rows.prefix_at[0], 0].to(keys_PO.dtype) if rows.prefix_at else keys_PO
+    return _with_prefix(
+        qkv_TO, torch.cat([keys_PO.new_zeros(len(keys_PO), shape.widths[0]), keys_PO, values_PO], 1), rows.prefix_at
+    )
+
+
+def _heads_with_prefix(x_1GTK: Tensor, new_PO: Tensor, rows: Rows) -> Tensor:
+    """Return keys or values [1, G, T, K] with those of a prefix in their places."""
+    _, heads, tokens, width = x_1GTK.shape
+    x_TO = x_1GTK[0].transpose(0, 1).reshape(tokens, heads * width)
+    return _with_prefix(x_TO, new_PO, rows.prefix_at).view(tokens, heads, width).transpose(0, 1)[None]
+
+
+def _with_prefix(x_TO: Tensor, new_PO: Tensor, places: Sequence[int]) -> Tensor:
+    """Return x with the new rows in the place of those from each of these places on."""
+    pieces, at = [], 0
+    for place in places:
+        pieces += [x_TO[at:place], new_PO]
+        at = place + len(new_PO)
+    return torch.cat([*pieces, x_TO[at:]])
 
 
 def _turned_heads(

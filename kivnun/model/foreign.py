@@ -84,7 +84,7 @@ def _install_activations(model: nn.Module) -> None:
     known = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     for name, module in list(model.named_modules()):
         if type(module) in known and not any(True for _ in module.parameters()):
-            replace(model, name, WholeVectors(module))
+            replace_module(model, name, WholeVectors(module))
 
 
 def _install_rotary(model: nn.Module, rope_factors: str) -> PackedRotary | None:
@@ -102,11 +102,11 @@ def _install_rotary(model: nn.Module, rope_factors: str) -> PackedRotary | None:
     ((name, module),) = found
     device: torch.device = module.original_inv_freq.device  # type: ignore[assignment]
     packed = PackedRotary(RowRotary.from_config(module.config, rope_factors, device))
-    replace(model, name, packed)
+    replace_module(model, name, packed)
     return packed
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the model's module of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

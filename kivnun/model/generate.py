@@ -108,11 +108,7 @@ def decode_step(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
     A row that has just crossed LongRoPE's original length is filled again from its start: its cached keys were rotated with the
     short factors.
     """
-    crossing = [
-        row
-        for row in rows
-        if base.rotary is not None and base.rotary.is_long(len(row.ids)) != base.rotary.is_long(len(row.ids) - 1)
-    ]
+    crossing = [row for row in rows if base.is_long(len(row.ids)) != base.is_long(len(row.ids) - 1)]
     for row in crossing:
         cache.drop(row.slot)
     new = [row.ids if row in crossing else row.ids[-1:] for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,23 @@ class Factors:
     a_RI: Matrix | None = None
     b_OR: Matrix | None = None
 
-    def of(self, site: AdapterSite, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
+    def of(self, site: LowRankSite, dtype: torch.dtype, kernels: Kernels) -> tuple[Matrix, Matrix]:
         a_RI, b_OR = site.a_RI.detach(), site.b_OR.detach()
         made_of = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), site.scaling, dtype)
         if self.a_RI is None or self.b_OR is None or self.made_of != made_of:
             self.made_of = made_of
+            a_RI, b_OR = whole_factors(site)
             self.a_RI, self.b_OR = packed(a_RI.to(dtype), kernels), packed((b_OR * site.scaling).to(dtype), kernels)
         return self.a_RI, self.b_OR
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an adapter that starts away from zero takes off again: the delta is B A - B0 A0, so that the tuned model starts as the
+    base. It is the same as taking B0 A0 out of the base (PiSSA, OLoRA), but leaves the base alone, whatever holds it."""
+
+    a_RI: Tensor
+    b_OR: Tensor
 
 
 @dataclass(slots=True)
@@ -65,6 +75,7 @@ class LoraSite:
     b_OR: nn.Parameter
     scaling: float
     dropout: DropoutDraw
+    start: Start | None = None
     factors: Factors = field(default_factory=Factors)
 
     def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
@@ -73,7 +84,7 @@ class LoraSite:
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return W + scaling * B A in float32."""
-        return weight_OI.float() + self.scaling * (self.b_OR.detach().float() @ self.a_RI.detach().float())
+        return weight_OI.float() + delta_of(self)
 
 
 class _Lora(torch.autograd.Function):
@@ -112,11 +123,16 @@ def _lora_gradients(ctx: Any, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor):
     kernels = ctx.linear.kernels
     a, scaled_b = ctx.site.factors.of(ctx.site, dy_TO.dtype, kernels)
     u_TR = times(dy_TO, scaled_b, kernels)
-    db_OR = over_tokens(xa_TR, dy_TO, kernels).t().to(ctx.site.b_OR.dtype) * ctx.site.scaling
-    da_RI = over_tokens(u_TR, x_TI, kernels, ctx.mask).to(ctx.site.a_RI.dtype)
+    db_OR = over_tokens(_trained(xa_TR, ctx.site), dy_TO, kernels).t().to(ctx.site.b_OR.dtype) * ctx.site.scaling
+    da_RI = over_tokens(_trained(u_TR, ctx.site), x_TI, kernels, ctx.mask).to(ctx.site.a_RI.dtype)
     if not ctx.needs_input_grad[0]:
         return None, da_RI, db_OR
     return times(dy_TO, ctx.linear.operand(), kernels, LowRank(u_TR, a, ctx.mask)), da_RI, db_OR
+
+
+def _trained(columns_TR: Tensor, site: LowRankSite) -> Tensor:
+    """Return the columns that belong to A and B, without those of a start."""
+    return columns_TR if site.start is None else columns_TR[:, : len(site.a_RI)].contiguous()
 
 
 @dataclass(slots=True)
@@ -133,6 +149,7 @@ class DoraSite:
     magnitude_O: nn.Parameter
     scaling: float
     dropout: DropoutDraw
+    start: Start | None = None
     _squares_O: Tensor | None = None
     factors: Factors = field(default_factory=Factors)
 
@@ -148,11 +165,11 @@ class DoraSite:
         """Return the row norms of W + scaling * B A, float32 [O]. |W_o|^2 is taken once: a base never changes under an adapter."""
         if self._squares_O is None:
             self._squares_O = row_squares(weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dense())
-        return dora_row_norm(weight_OI, self.a_RI, self.b_OR, self.scaling, self._squares_O, kernels)
+        return dora_row_norm(weight_OI, *whole_factors(self), self.scaling, self._squares_O, kernels)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """Return m / c * (W + scaling * B A) in float32."""
-        direction_OI = weight_OI.float() + self.scaling * (self.b_OR.detach().float() @ self.a_RI.detach().float())
+        direction_OI = weight_OI.float() + delta_of(self)
         return direction_OI * (self.magnitude_O.detach().float() / direction_OI.norm(dim=1))[:, None]
 
 
@@ -195,7 +212,43 @@ class _Dropped(torch.autograd.Function):
         return ctx.kernels.dropped(dout_TI, ctx.mask), None, None
 
 
-AdapterSite = LoraSite | DoraSite
+LowRankSite: TypeAlias = LoraSite | DoraSite
+
+
+class AdapterSite(Protocol):
+    """What may be lent to a linear layer for a pass."""
+
+    def __call__(self, x_TI: Tensor, linear: TunableLinear, again: Again = None, select_S: Tensor | None = None) -> Tensor:
+        """Return the layer's output [T, O] with the adapter's part. `again` and `select_S` as in `TunableLinear.forward`."""
+        ...
+
+    def merged(self, weight_OI: Tensor) -> Tensor:
+        """Return the weight, float32, of a plain layer that computes the same."""
+        ...
+
+
+@runtime_checkable
+class ScalesBias(Protocol):
+    """A site that changes what its layer's bias is."""
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        """Return the bias of a plain layer that computes the same."""
+        ...
+
+
+def whole_factors(site: LowRankSite) -> tuple[Tensor, Tensor]:
+    """Return (A, B), float32, whose product is the site's delta before scaling: A and B themselves, or twice their rank where the
+    adapter started away from zero."""
+    a_RI, b_OR = site.a_RI.detach().float(), site.b_OR.detach().float()
+    if site.start is None:
+        return a_RI, b_OR
+    return torch.cat([a_RI, site.start.a_RI]), torch.cat([b_OR, -site.start.b_OR], dim=1)
+
+
+def delta_of(site: LowRankSite) -> Tensor:
+    """Return scaling * B A, float32 [O, I], less what the adapter started from."""
+    a_RI, b_OR = whole_factors(site)
+    return site.scaling * (b_OR @ a_RI)
 
 
 @torch.no_grad()
@@ -288,9 +341,14 @@ class TunableEmbedding(nn.Module):
         self.weight = embedding.weight
         self.padding_idx = None  # a pad id that is also an end-of-text token must keep its gradient; packs hold no padding
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.prompt_PD: Tensor | None = None  # lent for a pass: ids from num_embeddings on are its rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _Lookup.apply(ids, self.weight)  # type: ignore[no-any-return]
+        if self.prompt_PD is None:
+            return _Lookup.apply(ids, self.weight)  # type: ignore[no-any-return]
+        virtual = ids >= self.num_embeddings
+        out: Tensor = _Lookup.apply(ids.masked_fill(virtual, 0), self.weight)  # type: ignore[assignment]
+        return out.index_put((virtual,), self.prompt_PD.to(out.dtype)[ids[virtual] - self.num_embeddings])
 
 
 class _Lookup(torch.autograd.Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from kivnun.model import attention
 from kivnun.model.attention import Rows
 from kivnun.model.decoder import BlankLinear, Decoder, design_of
 from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision
-from kivnun.model.foreign import ForeignTrunk, replace
+from kivnun.model.foreign import ForeignTrunk, replace_module
 from kivnun.model.kernels import Kernels, choose
-from kivnun.model.linear import AdapterSite, TunableEmbedding, TunableLinear
+from kivnun.model.linear import TunableEmbedding, TunableLinear
 from kivnun.model.loss import FrozenHead, GraphHead
 from kivnun.model.probe import refuse_unlike_transformers
 from kivnun.model.products import whole
@@ -34,6 +34,7 @@ from kivnun.model.quantised import FORMS, DecodeBuffer, FrozenMatrix, QuantisedM
 from kivnun.model.read_decoder import as_transformers, read_decoder, taken_over
 from kivnun.model.read_model import ReadModel, decoded, hide_bars, open_config, read_model
 from kivnun.model.rope import RowRotary
+from kivnun.model.sites import NormSite, Opened, PrefixSite, PromptSite, Site, Virtual, with_virtual_tokens
 
 # What a base computes in. Quantised ones do so in bfloat16, as QLoRA does: half the memory of a decoded matrix and of activations,
 # and digits enough beside those the codes leave out.
@@ -64,6 +65,7 @@ class Base:
     rotary: RowRotary | None
     kernels: Kernels
     slow: list[str]  # one line for each kind of layer that is not on the fast path, and why
+    virtual: Virtual | None = None  # lent: tokens before each row
 
     @property
     def num_parameters(self) -> int:
@@ -76,43 +78,93 @@ class Base:
         return plain + sum(linear.in_features * linear.out_features for linear in elsewhere)
 
     @contextmanager
-    def using(self, sites: Mapping[str, AdapterSite]) -> Iterator[None]:
-        """Lend adapter sites to the linear layers of these names, and take them back whatever happens."""
+    def using(self, sites: Mapping[str, Site]) -> Iterator[None]:
+        """Lend sites to the layers of these names (virtual tokens to the base itself), and take them back whatever happens."""
+        taken: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
         for name, site in sites.items():
-            self.linears[name].site = site
+            if isinstance(site, PromptSite | PrefixSite):
+                self.virtual = site
+                if isinstance(site, PromptSite):
+                    self.embedding.prompt_PD = site.embeddings_PD
+            elif isinstance(site, NormSite):
+                norm = self.model.get_submodule(name)
+                taken.append((norm, site.lend(norm)))
+            else:
+                self.linears[name].site = site
         try:
             yield
         finally:
-            for name in sites:
-                self.linears[name].site = None
+            for norm, tensors in taken:
+                norm._parameters.update(tensors)
+            for name, site in sites.items():
+                if isinstance(site, PromptSite | PrefixSite):
+                    self.virtual = None
+                    if isinstance(site, PromptSite):
+                        self.embedding.prompt_PD = None
+                elif not isinstance(site, NormSite):
+                    self.linears[name].site = None
+
+    @property
+    def embedding(self) -> TunableEmbedding:
+        """Return the table of token embeddings. Raises BaseModelError for a base whose table does more than look up."""
+        table = self.model.get_input_embeddings()  # type: ignore[operator]
+        if not isinstance(table, TunableEmbedding):
+            raise BaseModelError(
+                f"{self.name} embeds tokens by a layer of its own ({type(table).__name__}), which takes no virtual tokens",
+                hint="use another adapter, such as lora or prefix",
+            )
+        return table
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, rows: Rows, select_S: Tensor | None = None) -> Tensor:
         """Return the final hidden states [T, D] of packed rows, or those of the selected tokens alone, [S, D].
 
-        `positions_T` are positions within rows. Packs are padded to whole numbers of rows by a row of their own
-        (`products.whole`), selections by tokens whose states nobody sees. Raises BaseModelError for branches that belong to rows
-        which turn them by different factors.
+        `positions_T` are positions within rows. Virtual tokens that were lent come before each row, and are not among the tokens
+        returned. Packs are padded to whole numbers of rows by a row of their own (`products.whole`), selections by tokens whose
+        states nobody sees. Raises BaseModelError for branches that belong to rows which turn them by different factors.
         """
         self._refuse_two_rotations(rows, positions_T)
+        if self.virtual is not None:
+            opened = self._with_virtual(ids_T, positions_T, rows)
+            ids_T, positions_T, rows = opened.ids_T, opened.positions_T, opened.rows
+            select_S = opened.places_T if select_S is None else opened.places_T[select_S]
         num_tokens = len(ids_T)
         short = whole(num_tokens, self.kernels, self.dtype) - num_tokens
         if short > 0:
             ids_T = torch.cat([ids_T, ids_T.new_zeros(short)])
             positions_T = torch.cat([positions_T, torch.arange(short, device=positions_T.device)])
             parents = None if rows.parents is None else [*rows.parents, -1]
-            rows = Rows([*rows.lengths, short], rows.cache, [*rows.slots, None], parents=parents)
+            rows = replace(rows, lengths=[*rows.lengths, short], slots=[*rows.slots, None], parents=parents)
         # Of this pass alone: what its layers share (bounds) must not outlive it.
-        rows = Rows(rows.lengths, rows.cache, rows.slots, self.kernels, rows.parents)
+        rows = replace(rows, kernels=self.kernels, _bounds=None)
         if select_S is None:
             return self.trunk(ids_T, positions_T, rows, None)[:num_tokens]
         num_selected = len(select_S)
         filled_S = torch.cat([select_S, select_S.new_zeros(whole(num_selected, self.kernels, self.dtype) - num_selected)])
         return self.trunk(ids_T, positions_T, rows, filled_S)[:num_selected]
 
+    def _with_virtual(self, ids_T: Tensor, positions_T: Tensor, rows: Rows) -> Opened:
+        assert self.virtual is not None
+        longest = int(positions_T.max()) + 1 + self.virtual.count
+        # Virtual tokens of a prompt are turned as their row is, those of a prefix never.
+        by_length = self.rotary is not None and self.rotary.turns_by_length(longest) and isinstance(self.virtual, PromptSite)
+        return with_virtual_tokens(
+            self.virtual, self.vocabulary, ids_T, positions_T, rows, one_branch=rows.cache is None and not by_length
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Return how many tokens the embedding knows: the first id of virtual ones."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator, union-attr]
+
+    def is_long(self, length: int) -> bool:
+        """Return whether a row of so many tokens, virtual ones not counted, takes LongRoPE's long factors."""
+        count = 0 if self.virtual is None else self.virtual.count
+        return self.rotary is not None and self.rotary.is_long(length + count)
+
     def _refuse_two_rotations(self, rows: Rows, positions_T: Tensor) -> None:
         if rows.parents is None or self.rotary is None:
             return
-        longest = int(positions_T.max()) + 1
+        longest = int(positions_T.max()) + 1 + (0 if self.virtual is None else self.virtual.count)
         if self.rotary.turns_by_length(longest):
             raise BaseModelError(
                 f"rows of more than {self.rotary.original_length:,} tokens are rotated by other factors than shorter ones, so that "
@@ -319,10 +371,10 @@ def _install_tunables(
     for at, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module) in (nn.Linear, BlankLinear):
             linears[at] = TunableLinear(module, kernels, matrices.get(at))
-            replace(model, at, linears[at])
+            replace_module(model, at, linears[at])
             head_name = at if module is head else head_name
         elif type(module) is nn.Embedding:
-            replace(model, at, TunableEmbedding(module))
+            replace_module(model, at, TunableEmbedding(module))
     if not head_name:
         raise BaseModelError(f"{name} has no linear language head", hint="use a causal language model")
     return linears, head_name

@@ -1,6 +1,19 @@
 """What a run is: one frozen, versioned `TuneSpec`. Start reading at `tune.py`."""
 
-from kivnun.spec.adapters import AdapterSpec, DoraSpec, FullSpec, LoraSpec
+from kivnun.spec.adapters import (
+    AdaloraSpec,
+    AdapterSpec,
+    DoraSpec,
+    FullSpec,
+    Ia3Spec,
+    LnTuningSpec,
+    LohaSpec,
+    LokrSpec,
+    LoraSpec,
+    PrefixSpec,
+    PromptSpec,
+    VeraSpec,
+)
 from kivnun.spec.base import BaseSpec, is_hub_id
 from kivnun.spec.catalogue import Option, count_options, options
 from kivnun.spec.compute import ComputeSpec, LocalSpec
@@ -14,6 +27,7 @@ from kivnun.spec.schema import json_schema
 from kivnun.spec.tune import TuneSpec
 
 __all__ = [
+    "AdaloraSpec",
     "AdamWSpec",
     "AdapterSpec",
     "BaseSpec",
@@ -24,7 +38,11 @@ __all__ = [
     "DpoSpec",
     "EvaluationSpec",
     "FullSpec",
+    "Ia3Spec",
+    "LnTuningSpec",
     "LocalSpec",
+    "LohaSpec",
+    "LokrSpec",
     "LoraSpec",
     "Metric",
     "MuonSpec",
@@ -32,12 +50,15 @@ __all__ = [
     "ObjectiveSpec",
     "OptimizerSpec",
     "Option",
+    "PrefixSpec",
     "PretrainingSpec",
+    "PromptSpec",
     "ResolveFacts",
     "ScheduleSpec",
     "SourceSpec",
     "SupervisedSpec",
     "TuneSpec",
+    "VeraSpec",
     "count_options",
     "is_hub_id",
     "json_schema",

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from pydantic import ValidationError
 
-from kivnun.spec.adapters import FullSpec
+from kivnun.spec.adapters import AdaloraSpec, FullSpec, LohaSpec, LokrSpec, LowRank, dropout_of
 from kivnun.spec.base import is_hub_id
 from kivnun.spec.catalogue import fields_of, why_of
 from kivnun.spec.data import DataFormat
@@ -34,6 +34,13 @@ CPU_MICRO_BATCH_FROM = 50_000_000  # parameters
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 MEMORY_SHARE = 8  # packed weights may take this part of the machine's memory
 WHOLE_MODEL_RATE: dict[ObjectiveKind, float] = {"supervised": 2e-5, "pretraining": 2e-5, "dpo": 1e-6}
+# A low-rank adapter's best rate is about ten times that of the whole model (Schulman et al. 2025, "LoRA Without Regret"). The fewer
+# numbers are trained, the larger it is: measured on the built-in base (docs/LOG.md, 2026-11-27).
+RATE_FACTOR = {
+    **dict.fromkeys(("full",), 1),
+    **dict.fromkeys(("lora", "dora", "adalora", "loha", "lokr"), 10),
+    **dict.fromkeys(("vera", "ia3", "ln_tuning", "prompt", "prefix"), 50),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         yield Problem("base.precision", text, f"leave it out or set it to {stored}, or use the model it was made from")
     if stored is not None and isinstance(spec.adapter, FullSpec):
         text = f"adapter is full, but the base is stored in {stored}, which cannot be trained"
-        yield Problem("adapter", text, "choose lora or dora, or use the model it was made from")
+        yield Problem("adapter", text, "choose an adapter such as lora, or use the model it was made from")
     if spec.compute.device == "cuda" and facts.device != "cuda":
         yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
 
@@ -149,7 +156,7 @@ def _sharing_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem
     if not spec.compute.share_prefixes:
         return
     path, off = "compute.share_prefixes", "leave compute.share_prefixes out"
-    dropout = 0.0 if isinstance(spec.adapter, FullSpec) else spec.adapter.dropout
+    dropout = dropout_of(spec.adapter)
     if dropout:
         text = f"{path} is true, but adapter.dropout is {dropout:g}: every row draws for itself, so that no two begin alike"
         yield Problem(path, text, f"set adapter.dropout to 0, or {off}")
@@ -247,9 +254,9 @@ def _precision(device: str, facts: ResolveFacts) -> _Choice:
 
 def _adapter_choices(spec: TuneSpec) -> Iterator[_Choice]:
     adapter = spec.adapter
-    if isinstance(adapter, FullSpec) or adapter.alpha is not None:
+    if not isinstance(adapter, LowRank | LohaSpec | LokrSpec | AdaloraSpec) or adapter.alpha is not None:
         return
-    if adapter.rslora:
+    if isinstance(adapter, LowRank) and adapter.rslora:
         reason = "with rslora alpha does not follow the rank; 8 scales rank 16 as plain LoRA's default does, by 2"
         yield _Choice("adapter.alpha", RSLORA_ALPHA, reason)
     else:
@@ -266,34 +273,34 @@ def _schedule_choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _learning_rate(spec, facts)
 
 
-def default_rate(objective: ObjectiveKind, *, low_rank: bool, tiny: bool) -> float:
+def default_rate(objective: ObjectiveKind, kind: str, *, tiny: bool) -> float:
     """Return the learning rate used when none is given.
 
-    The usual one for tuning a whole model; ten times that for a low-rank adapter (Schulman et al. 2025, "LoRA Without Regret":
-    the best rates differ by about ten); ten times more for a base below 100 M parameters (the built-in base's best with LoRA
-    was measured near 4e-3).
+    The usual one for tuning a whole model, times the adapter's factor, times ten for a base below 100 M parameters (the built-in
+    base's best with LoRA was measured near 4e-3).
     """
-    return float(f"{WHOLE_MODEL_RATE[objective] * (10 if low_rank else 1) * (10 if tiny else 1):.3g}")
+    return float(f"{WHOLE_MODEL_RATE[objective] * RATE_FACTOR[kind] * (10 if tiny else 1):.3g}")
 
 
 def rate_table() -> list[tuple[str, str, float, float]]:
     """Return (objective, adapters, rate, rate for a tiny base) for every default there is."""
     rows: list[tuple[str, str, float, float]] = []
     for objective in WHOLE_MODEL_RATE:
-        for adapters, low_rank in (("full", False), ("lora, dora", True)):
-            large, small = (default_rate(objective, low_rank=low_rank, tiny=tiny) for tiny in (False, True))
-            rows.append((objective, adapters, large, small))
+        for factor in dict.fromkeys(RATE_FACTOR.values()):
+            kinds = [kind for kind, its in RATE_FACTOR.items() if its == factor]
+            large, small = (default_rate(objective, kinds[0], tiny=tiny) for tiny in (False, True))
+            rows.append((objective, ", ".join(kinds), large, small))
     return rows
 
 
 def _learning_rate(spec: TuneSpec, facts: ResolveFacts) -> _Choice:
-    low_rank, tiny = not isinstance(spec.adapter, FullSpec), facts.base_parameters < TINY_BASE
+    kind, tiny = spec.adapter.kind, facts.base_parameters < TINY_BASE
     why = [f"the usual rate for {facts.objective_kind} tuning of a whole model"]
-    if low_rank:
-        why.append(f"times 10 for {spec.adapter.kind}")
+    if RATE_FACTOR[kind] != 1:
+        why.append(f"times {RATE_FACTOR[kind]} for {kind}")
     if tiny:
         why.append("times 10 for a base below 100 M parameters")
-    return _Choice("schedule.learning_rate", default_rate(facts.objective_kind, low_rank=low_rank, tiny=tiny), ", ".join(why))
+    return _Choice("schedule.learning_rate", default_rate(facts.objective_kind, kind, tiny=tiny), ", ".join(why))
 
 
 def _default_reasons(section: Section, prefix: str) -> Iterator[tuple[str, str]]:

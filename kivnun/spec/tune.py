@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec
+from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec, LowRank
 from kivnun.spec.base import QUANTISED, BaseSpec
 from kivnun.spec.compute import ComputeSpec, LocalSpec
 from kivnun.spec.data import DataSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec
 from kivnun.spec.objectives import ObjectiveKind, ObjectiveSpec
-from kivnun.spec.schedule import ScheduleSpec
+from kivnun.spec.schedule import MuonSpec, ScheduleSpec
 from kivnun.spec.section import Section, Why, broken_rule, wrong_value
 from kivnun.spec.yaml_text import write_yaml
 
@@ -73,7 +73,8 @@ class TuneSpec(Section, frozen=True):
         base = info.data.get("base")
         if isinstance(adapter, FullSpec) and isinstance(base, BaseSpec) and base.precision in QUANTISED:
             raise broken_rule(
-                f"is full, but weights held in {base.precision} cannot be trained", "choose lora or dora, or base.precision bf16"
+                f"is full, but weights held in {base.precision} cannot be trained",
+                "choose an adapter such as lora, or base.precision bf16",
             )
         return adapter
 
@@ -87,6 +88,17 @@ class TuneSpec(Section, frozen=True):
         if objective.kind != fitting:
             raise broken_rule(f"is {objective.kind}, but rows in the format {data.format} are for {fitting}", "leave objective out")
         return objective
+
+    @field_validator("schedule")
+    @classmethod
+    def _rates_of_their_own(cls, schedule: ScheduleSpec, info: ValidationInfo) -> ScheduleSpec:
+        adapter = info.data.get("adapter")
+        if isinstance(adapter, LowRank) and adapter.loraplus_lr_ratio != 1 and isinstance(schedule.optimizer, MuonSpec):
+            raise broken_rule(
+                "has the optimizer muon, which takes no rates of their own for adapter.loraplus_lr_ratio",
+                "choose adamw, or leave adapter.loraplus_lr_ratio out",
+            )
+        return schedule
 
     @field_validator("evaluation")
     @classmethod

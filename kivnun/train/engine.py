@@ -23,9 +23,9 @@ from kivnun.errors import IntegrityError, NonFiniteLossError
 from kivnun.model.adapters import Adapter
 from kivnun.model.attention import Rows
 from kivnun.model.generate import OnToken, SamplingParams, generate
-from kivnun.model.linear import AdapterSite
 from kivnun.model.load import Base
 from kivnun.model.loss import token_log_probs, weighted_nll
+from kivnun.model.sites import Site
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings, Optimizer, build_optimizer
 from kivnun.train.weights import Weights
@@ -42,7 +42,7 @@ class StepResult:
 class FixedModel:
     """A base with an adapter, or with none, and the two verbs that need no training."""
 
-    def __init__(self, base: Base, sites: Mapping[str, AdapterSite]) -> None:
+    def __init__(self, base: Base, sites: Mapping[str, Site]) -> None:
         self._base = base
         self._sites = sites
 
@@ -73,7 +73,7 @@ class Trainee:
         self.objective = objective
         self._max_grad_norm = max_grad_norm
         self._parameters = weights.parameters()
-        self._optimizer: Optimizer = build_optimizer(self._parameters, optimizer, _not_matrices(base))
+        self._optimizer: Optimizer = build_optimizer(self._parameters, optimizer, _not_matrices(base), weights.rate_shares())
         self._rows_of_step: list[Where] = []
         self.steps = 0
 
@@ -113,6 +113,7 @@ class Trainee:
 
     def optim_step(self, learning_rate: float) -> StepResult:
         """Clip the gathered gradient, update, clear. Raises NonFiniteLossError before the update if the gradient is not finite."""
+        self.weights.before_update()
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if not np.isfinite(norm):
@@ -123,6 +124,7 @@ class Trainee:
             for gradient in gradients:
                 gradient.mul_(factor)
         self._optimizer.step(learning_rate)
+        self.weights.after_update(self.steps + 1)
         self.weights.publish()
         self._clear()
         self.steps += 1
@@ -137,6 +139,9 @@ class Trainee:
         """Write the complete state into an existing folder: tensors, moments, counters. `load` restores it to the bit."""
         save_file(_contiguous(self._parameters), folder / "state.safetensors")
         save_file(_contiguous(self._optimizer.state()), folder / "optimizer.safetensors")
+        rest = self.weights.state()
+        if rest:
+            save_file(_contiguous(rest), folder / "rest.safetensors")
         (folder / "trainee.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
 
     @torch.no_grad()
@@ -153,12 +158,14 @@ class Trainee:
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
         self._optimizer.load(load_file(folder / "optimizer.safetensors"))
+        if (folder / "rest.safetensors").is_file():
+            self.weights.load_state(load_file(folder / "rest.safetensors"))
         self.weights.publish()
         self._clear()
         self.steps = int(json.loads((folder / "trainee.json").read_text(encoding="utf-8"))["steps"])
 
     def export(self, folder: Path, base_name: str) -> None:
-        """Write what others load: a PEFT adapter folder (LoRA, DoRA) or a transformers model folder (full)."""
+        """Write what others load: a PEFT adapter folder, or a transformers model folder (full)."""
         self.weights.export(folder, base_name)
 
     def _clear(self) -> None:

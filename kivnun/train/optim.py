@@ -53,11 +53,18 @@ class MuonSettings:
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: AdamWSettings | MuonSettings, not_matrices: frozenset[str]
+    parameters: Mapping[str, nn.Parameter],
+    settings: AdamWSettings | MuonSettings,
+    not_matrices: frozenset[str],
+    rate_shares: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """Return the optimizer for these float32 parameters. `not_matrices` names those Muon must leave to AdamW although 2-D."""
+    """Return the optimizer for these float32 parameters. `not_matrices` names those Muon must leave to AdamW although 2-D,
+    `rate_shares` by what AdamW multiplies the learning rate for some (1 for those not named)."""
     if isinstance(settings, AdamWSettings):
-        return _Rules([_AdamW(parameters, settings, 1.0)])
+        shares = {name: (rate_shares or {}).get(name, 1.0) for name in parameters}
+        groups = {share: {name: p for name, p in parameters.items() if shares[name] == share} for share in shares.values()}
+        return _Rules([_AdamW(members, settings, share) for share, members in groups.items()])
+    assert not rate_shares, "the spec refuses rates of their own under Muon"
     matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and name not in not_matrices}
     others = {name: p for name, p in parameters.items() if name not in matrices}
     rules: list[Optimizer] = [_Muon(matrices, settings)] if matrices else []

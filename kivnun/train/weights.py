@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kivnun.model.adapters import Adapter, save_peft
-from kivnun.model.linear import AdapterSite
+from kivnun.model.adapters import Adapter
 from kivnun.model.load import Base
+from kivnun.model.sites import Site
 
 
 class Weights(Protocol):
@@ -25,7 +25,7 @@ class Weights(Protocol):
         """Return the float32 tensors the optimizer updates, by name."""
         ...
 
-    def sites(self) -> Mapping[str, AdapterSite]:
+    def sites(self) -> Mapping[str, Site]:
         """Return what is lent to the base for a pass."""
         ...
 
@@ -45,22 +45,44 @@ class Weights(Protocol):
         """Make the base compute with the updated `parameters()`."""
         ...
 
+    def rate_shares(self) -> Mapping[str, float]:
+        """Return by what the learning rate is multiplied for some of `parameters()`; 1 for those not named."""
+        ...
+
+    def before_update(self) -> None:
+        """Add, once per step, the gradient of what is made small beside the loss."""
+        ...
+
+    def after_update(self, step: int) -> None:
+        """Change, once per step (counted from 1), what the optimizer does not: gradients are still there."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what an exact resume needs beside `parameters()` and their moments."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        ...
+
     def export(self, folder: Path, base_name: str) -> None:
         """Write what others load: a PEFT adapter folder, or a transformers model folder."""
         ...
 
 
 class AdapterWeights:
-    """LoRA or DoRA tensors; the base stays as it is."""
+    """An adapter's tensors; the base stays as it is. `loraplus_lr_ratio` multiplies the rate of each B (Hayou et al. 2024,
+    arXiv:2402.12354)."""
 
-    def __init__(self, base: Base, adapter: Adapter) -> None:
+    def __init__(self, base: Base, adapter: Adapter, loraplus_lr_ratio: float = 1.0) -> None:
         self._base = base
         self.adapter = adapter
+        self._ratio = loraplus_lr_ratio
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.adapter.parameters()
 
-    def sites(self) -> Mapping[str, AdapterSite]:
+    def sites(self) -> Mapping[str, Site]:
         return self.adapter.sites
 
     def head_parameters(self) -> list[Tensor]:
@@ -78,8 +100,25 @@ class AdapterWeights:
     def publish(self) -> None:
         """The sites' tensors are the optimizer's: nothing to copy."""
 
+    def rate_shares(self) -> Mapping[str, float]:
+        if self._ratio == 1.0:
+            return {}
+        return {name: self._ratio for name in self.adapter.parameters() if name.endswith("lora_B")}
+
+    def before_update(self) -> None:
+        self.adapter.before_update()
+
+    def after_update(self, step: int) -> None:
+        self.adapter.after_update(step)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.adapter.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.adapter.load_state(state)
+
     def export(self, folder: Path, base_name: str) -> None:
-        save_peft(self.adapter, folder, base_name)
+        self.adapter.save(folder, base_name)
 
 
 class FullWeights:
@@ -96,7 +135,7 @@ class FullWeights:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._masters
 
-    def sites(self) -> Mapping[str, AdapterSite]:
+    def sites(self) -> Mapping[str, Site]:
         return {}
 
     def head_parameters(self) -> list[Tensor]:
@@ -123,6 +162,21 @@ class FullWeights:
         for name, live in self._live.items():
             if live is not self._masters[name]:
                 live.copy_(self._masters[name])
+
+    def rate_shares(self) -> Mapping[str, float]:
+        return {}
+
+    def before_update(self) -> None:
+        """Nothing but the loss gives the weights a gradient."""
+
+    def after_update(self, step: int) -> None:
+        """The optimizer's update is all."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """There is none beside the weights."""
 
     def export(self, folder: Path, base_name: str) -> None:
         self._base.save(folder)

@@ -16,7 +16,7 @@ from torch import nn
 import tiny
 from kivnun.data.packing import pack
 from kivnun.errors import IntegrityError
-from kivnun.model.adapters import load_peft, save_peft
+from kivnun.model.adapter_folder import load_peft
 from kivnun.model.load import Base, load_base
 
 TinyBase = Callable[[str], Path]
@@ -125,7 +125,7 @@ def test_our_folder_opens_in_peft_with_the_same_logits(options: dict[str, Any], 
     folder = tiny_base("phi3")
     base = load_base(folder, "fp32")
     weights = tiny.new_weights(base, **options)
-    save_peft(weights.adapter, tmp_path, str(folder))
+    weights.adapter.save(tmp_path, str(folder))
     theirs = peft.PeftModel.from_pretrained(tiny.reference(folder), tmp_path).eval()
     for ids, logits in zip(ROWS, _adapted_logits(base, weights), strict=True):
         assert tiny.relative_difference(logits, tiny.reference_logits(theirs, ids)) < _near(options)
@@ -190,7 +190,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
 @pytest.mark.parametrize("what", DAMAGES)
 def test_an_adapter_folder_that_cannot_be_used_is_refused_in_words(what: str, tiny_base: TinyBase, tmp_path: Path):
     base = load_base(tiny_base("phi3"), "fp32")
-    save_peft(tiny.new_weights(base, "dora").adapter, tmp_path, "base")
+    tiny.new_weights(base, "dora").adapter.save(tmp_path, "base")
     change, words = DAMAGES[what]
     _damage(tmp_path, change)
     with pytest.raises(IntegrityError, match=words):
@@ -200,7 +200,7 @@ def test_an_adapter_folder_that_cannot_be_used_is_refused_in_words(what: str, ti
 @pytest.mark.parametrize("content", [None, b"", b"torn"])
 def test_a_missing_or_torn_tensor_file_is_refused_in_words(content: bytes | None, tiny_base: TinyBase, tmp_path: Path):
     base = load_base(tiny_base("phi3"), "fp32")
-    save_peft(tiny.new_weights(base).adapter, tmp_path, "base")
+    tiny.new_weights(base).adapter.save(tmp_path, "base")
     (tmp_path / "adapter_model.safetensors").unlink()
     if content is not None:
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
