@@ -72,7 +72,7 @@ class AdapterOpened:
     """The trainee is ready: what will be trained, and where it sits in the base."""
 
     name: ClassVar[str] = "adapter_opened"
-    kind: Annotated[str, "full, lora or dora"]
+    kind: Annotated[str, "kind of adapter, as in the spec"]
     trainable_parameters: Annotated[int, "number of parameters that training changes"]
     modules: Annotated[dict[str, int], "target module's name -> how many of them were matched"]
     sites: Annotated[int, "modules adapted in all"]

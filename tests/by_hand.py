@@ -16,7 +16,7 @@ def nll_by_hand(model: torch.nn.Module, opened: OpenedRun) -> float:
     for item in opened.dataset.validation:
         for row in (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item,):
             ids = torch.from_numpy(row.ids.astype("int64"))[None]
-            log_probs: Tensor = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            log_probs: Tensor = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
             picked = log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0]
             weights = torch.from_numpy(row.weights[1:]).double()
             total -= float((picked * weights).sum())

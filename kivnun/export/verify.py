@@ -175,10 +175,11 @@ def _plain_model(run: OpenedRun) -> nn.Module:
         dtype = DTYPES[precision]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
     if not run.is_full:
-        from peft import PeftModel
+        from kivnun.model.peft_layers import peft, peft_is_right
 
         # An adapter stays in float32, as the run computes with it.
-        model = PeftModel.from_pretrained(model, str(run.folder.adapter), autocast_adapter_dtype=True)
+        with peft_is_right():
+            model = peft().PeftModel.from_pretrained(model, str(run.folder.adapter), autocast_adapter_dtype=True)
     return model.eval()
 
 
@@ -186,7 +187,8 @@ def _plain_model(run: OpenedRun) -> nn.Module:
 def _plain_nll(model: nn.Module, row: TokenRow) -> float:
     """Return the row's summed weighted loss, from logits of the row alone."""
     ids_T = torch.from_numpy(row.ids).long()
-    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
+    # Of a prompt of virtual tokens PEFT gives the logits too, first.
+    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, -len(ids_T) : -1].float()
     log_probs_T = torch.log_softmax(logits_TV, dim=1).gather(1, ids_T[1:, None])[:, 0]
     return -float(np.dot(row.weights[1:].astype(np.float64), log_probs_T.double().numpy()))
 

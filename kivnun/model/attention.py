@@ -265,8 +265,11 @@ def _prefixed(qkv_TO: Tensor, shape: HeadShape, rows: Rows, angles: Angles) -> T
     """Return projections with those of a prefix in their places; nobody asks what its queries find."""
     assert rows.prefix is not None
     keys_PO, values_PO = rows.prefix.keys_and_values(shape.layer, qkv_TO.dtype)
-    # At its position, 0, the rotation to come multiplies by LongRoPE's factor alone, which a prefix does without.
-    keys_PO = keys_PO / angles.cos_TR[rows.prefix_at[0], 0].to(keys_PO.dtype) if rows.prefix_at else keys_PO
+    if rows.prefix_at:
+        # At its position, 0, the rotation to come multiplies by LongRoPE's factor alone, which a prefix does without.
+        factor, turned = angles.cos_TR[rows.prefix_at[0], 0].to(keys_PO.dtype), 2 * angles.cos_TR.shape[1]
+        keys_PGK = keys_PO.view(len(keys_PO), -1, shape.width)
+        keys_PO = torch.cat([keys_PGK[..., :turned] / factor, keys_PGK[..., turned:]], -1).flatten(1)
     return _with_prefix(
         qkv_TO, torch.cat([keys_PO.new_zeros(len(keys_PO), shape.widths[0]), keys_PO, values_PO], 1), rows.prefix_at
     )

@@ -13,7 +13,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ def peft() -> Any:
     finally:
         logger.setLevel(level)
     return peft
+
+
+@contextmanager
+def peft_is_right() -> Iterator[None]:
+    """Keep from people what PEFT 0.21 warns of without cause: norms that are none of torch's (LN tuning), and AdaLoRA's ranks,
+    whose names it reads as LoRA's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        yield
 
 
 class StandIn(nn.Linear):
@@ -172,7 +184,7 @@ class LayerAdapter:
         """Write PEFT's folder by PEFT. Its state may share memory between layers (VeRA): each tensor is written by itself."""
         config = self.model.peft_config[NAME]
         config.base_model_name_or_path, config.task_type, config.inference_mode = base_name, "CAUSAL_LM", True
-        tensors = peft().get_peft_model_state_dict(self.model)
+        tensors = peft().get_peft_model_state_dict(self.model, save_embedding_layers=False)
         kept = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
@@ -207,6 +219,9 @@ def load_layers(base: Base, folder: Path) -> LayerAdapter:
             hint="load the adapter on the base it was trained on",
         )
     read.inference_mode = False  # parameters of one for inference are not to be found by name as trained
+    pattern = read.rank_pattern if read.peft_type == "ADALORA" else None
+    if pattern:
+        tensors, read.rank_pattern = _with_ranks_given_up(tensors, pattern), None
     adapter = _around(base, read, sites)
     try:
         result = peft().set_peft_model_state_dict(adapter.model, tensors)
@@ -219,8 +234,22 @@ def load_layers(base: Base, folder: Path) -> LayerAdapter:
             f"{folder} does not fit: {(lacking or result.unexpected_keys)[0]} is {'missing' if lacking else 'one too many'}",
             hint="load the adapter on the base it was trained on",
         )
-    adapter.__post_init__()  # AdaLoRA's layers may have been made anew, of fewer ranks
+    if pattern:
+        read.rank_pattern = pattern
     return adapter
+
+
+def _with_ranks_given_up(tensors: Mapping[str, Tensor], pattern: Mapping[str, Sequence[bool]]) -> dict[str, Tensor]:
+    """Return AdaLoRA's tensors with zeros for the ranks not in the file: the sums, and so the bits, are those of the run."""
+    whole = dict(tensors)
+    for name, kept in pattern.items():
+        at = torch.tensor(kept)
+        for tensor in ("lora_A", "lora_B", "lora_E"):
+            key = f"{MODULE_PREFIX}{name.rpartition('.')[0]}.{tensor}"
+            part = tensors[key] if tensor != "lora_B" else tensors[key].t()
+            full = part.new_zeros(len(at), part.shape[1]).index_put((at,), part)
+            whole[key] = full if tensor != "lora_B" else full.t().contiguous()
+    return whole
 
 
 def _around(base: Base, config: Any, sites: Sequence[str]) -> LayerAdapter:
@@ -230,7 +259,8 @@ def _around(base: Base, config: Any, sites: Sequence[str]) -> LayerAdapter:
     for name in sites:
         _place(skeleton, name, StandIn(base.linears[name], base.device))
     skeleton.config = {"model_type": "custom", "tie_word_embeddings": False}  # type: ignore[assignment]
-    model = peft().PeftModel(skeleton, config, NAME)
+    with peft_is_right():
+        model = peft().PeftModel(skeleton, config, NAME)
     layers: dict[str, Any] = {name: skeleton.get_submodule(name) for name in sites}
     return LayerAdapter(model, {name: PeftSite(layer, layer.base_layer) for name, layer in layers.items()})
 

@@ -79,11 +79,10 @@ def new_prefix(base: Base, count: int, seed: int) -> VirtualTokens:
     ids_P, cache, layers = _drawn_ids(base, count, seed), KVCache(), _num_layers(base)
     # One row at position 0 all along: nothing is turned.
     base.hidden(ids_P, torch.zeros_like(ids_P), Rows([count], cache, [0]))
-    scaling = 1.0 if base.rotary is None else base.rotary.scaling
     found = []
     for layer in range(layers):
         k_GPK, v_GPK = cache.held(layer, 0)
-        found += [(k_GPK.float() / scaling).transpose(0, 1).flatten(1), v_GPK.float().transpose(0, 1).flatten(1)]
+        found += [x_GPK.float().transpose(0, 1).flatten(1) for x_GPK in (k_GPK, v_GPK)]
     return _prefix(base, nn.Parameter(torch.cat(found, 1).contiguous()))
 
 

@@ -8,6 +8,7 @@ Next: `stored.py` (how a tensor is read), `quantised.py` (what becomes of it), `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,8 +130,14 @@ class _Absent:
 
 
 def hide_bars() -> None:
-    """Keep transformers from drawing bars: what a person sees of a command is its own; bars within it only tear the screen."""
+    """Keep transformers from drawing bars: what a person sees of a command is its own; bars within it only tear the screen.
+
+    Nor shall DeepSpeed, which transformers imports where it is installed, say that it looked for a GPU.
+    """
     from transformers.utils import logging
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     logging.disable_progress_bar()
 

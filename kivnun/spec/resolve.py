@@ -38,8 +38,9 @@ WHOLE_MODEL_RATE: dict[ObjectiveKind, float] = {"supervised": 2e-5, "pretraining
 # numbers are trained, the larger it is: measured on the built-in base (docs/LOG.md, 2026-11-27).
 RATE_FACTOR = {
     **dict.fromkeys(("full",), 1),
-    **dict.fromkeys(("lora", "dora", "adalora", "loha", "lokr"), 10),
-    **dict.fromkeys(("vera", "ia3", "ln_tuning", "prompt", "prefix"), 50),
+    **dict.fromkeys(("lora", "dora"), 10),
+    **dict.fromkeys(("adalora", "loha", "lokr", "ia3", "ln_tuning"), 100),
+    **dict.fromkeys(("vera", "prompt", "prefix"), 500),
 }
 
 

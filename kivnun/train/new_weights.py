@@ -97,8 +97,9 @@ def _peft_config(spec: Targeted, sites: Sequence[str], steps: int, seed: int) ->
     assert isinstance(spec, AdaloraSpec)
     first, last = int(spec.initial_share * steps), int(spec.final_share * steps)
     if first >= steps - last:
+        count = f"{steps} step{'s' * (steps != 1)}"
         raise SpecError(
-            f"adapter is adalora, whose ranks are given up between two parts of the run, but it has {steps} step",
+            f"adapter is adalora, whose ranks are given up between two parts of the run, but it has {count}",
             hint="train for more steps, or choose lora",
         )
     return configs.AdaLoraConfig(
