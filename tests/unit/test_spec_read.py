@@ -42,6 +42,9 @@ def refusal(text: str, *overrides: str) -> str:
     return said
 
 
+KINDS = "full or lora or dora or adalora or loha or lokr or vera or ia3 or ln_tuning or prompt or prefix"
+
+
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_training_every_weight_of_a_base_held_in_codes_is_refused(precision: str) -> None:
     said = refusal(SHORTEST, "adapter={kind: full}", f"base.precision={precision}")
@@ -113,9 +116,25 @@ def test_a_folder_called_no_keeps_its_name() -> None:
         ("adapter: {target_modules: q_proj}", "hint: write [q_proj] for one name"),
         ("adapter: {target_modules: []}", "adapter.target_modules must be all-linear, or a list of module names, got []"),
         ("adapter: {target_modules: [a, a]}", "hint: each name once"),
-        ("adapter: {kind: loar}", "adapter must be a mapping with kind: full or lora or dora, got {kind: loar}"),
-        ("adapter: lora", "adapter must be a mapping with kind: full or lora or dora, got"),
-        ("adapter: null", "adapter must be a mapping with kind: full or lora or dora, got null"),
+        ("adapter: {kind: loar}", f"adapter must be a mapping with kind: {KINDS}, got {{kind: loar}}"),
+        ("adapter: lora", f"adapter must be a mapping with kind: {KINDS}, got"),
+        ("adapter: null", f"adapter must be a mapping with kind: {KINDS}, got null"),
+        ("adapter: {init: pissa, dropout: 0.1}", "adapter.init is pissa, whose start is taken off again and must not be dropped"),
+        ("adapter: {loraplus_lr_ratio: 0.5}", "adapter.loraplus_lr_ratio must be a number from 1 to 1024, got 0.5"),
+        (
+            "adapter: {loraplus_lr_ratio: 4}\nschedule: {optimizer: {kind: muon}}",
+            "schedule has the optimizer muon, which takes no rates of their own for adapter.loraplus_lr_ratio",
+        ),
+        (
+            "adapter: {kind: adalora, rank: 8, target_rank: 8}",
+            "adapter.target_rank is 8, but must be below adapter.rank, which is 8",
+        ),
+        ("adapter: {kind: adalora, initial_share: 0.5, final_share: 0.5}", "leaves no step to give ranks up in"),
+        (
+            "adapter: {kind: prefix, num_virtual_tokens: 0}",
+            "adapter.num_virtual_tokens must be a whole number from 1 to 1024, got 0",
+        ),
+        ("adapter: {kind: ia3, rank: 4}", "adapter.rank is no option of adapter with kind ia3"),
         ("adapter: {kind: full, rank: 8}", "adapter.rank is no option of adapter with kind full"),
         ("objective: {beta: 0.2}", "objective must be a mapping with kind: supervised or pretraining or dpo, or null"),
         ("objective: {kind: dpo, beta: 0}", "objective.beta must be a number above 0, got 0"),

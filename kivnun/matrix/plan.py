@@ -1,0 +1,93 @@
+"""Which jobs a table takes: a quick one for a look, the full one to rely on. Next: `jobs.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kivnun.data.scenarios import SCENARIOS, Scenario, find_scenario
+from kivnun.matrix.jobs import Job, read_done
+from kivnun.matrix.methods import METHODS
+
+COST_TASK = "translation"  # its loss falls steadily, so that a fixed one is passed once
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int
+    sweep: bool
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        return tuple(find_scenario(task) for task in self.tasks)
+
+
+FULL = Scale(tuple(scenario.name for scenario in SCENARIOS), tuple(METHODS), 3, sweep=True)
+QUICK = Scale(
+    ("domain", "translation", "question_answering", "chat", "melodies"),
+    ("full", "lora", "qlora", "dora", "ia3", "prompt"),
+    1,
+    sweep=False,
+)
+
+
+def objective_of(task: str) -> str:
+    """Return the objective that a task's rows are for, which its default learning rate hangs on."""
+    return "supervised" if find_scenario(task).replies else "pretraining"
+
+
+def base_jobs(scale: Scale) -> list[Job]:
+    """Return the scoring of the base, in each precision that a method trains on."""
+    by_precision = {METHODS[method].precision: method for method in reversed(scale.methods)}
+    return [Job("base", task, method) for task in scale.tasks for method in by_precision.values()]
+
+
+def sweep_jobs(scale: Scale) -> list[Job]:
+    """Return a run per method, task and rate, scored on a part of the training rows. Empty where defaults are taken."""
+    if not scale.sweep:
+        return []
+    return [
+        Job("sweep", task, method, rate)
+        for task in scale.tasks
+        for method in scale.methods
+        for rate in METHODS[method].rates(objective_of(task))
+    ]
+
+
+def score_jobs(folder: Path, scale: Scale) -> list[Job]:
+    """Return a run per method, task and seed, at the rate that its sweep found best."""
+    return [
+        Job("score", task, method, chosen_rate(folder, scale, task, method), seed)
+        for task in scale.tasks
+        for method in scale.methods
+        for seed in range(scale.seeds)
+    ]
+
+
+def cost_jobs(folder: Path, scale: Scale) -> list[Job]:
+    """Return the runs that look at their loss on the way, on one task."""
+    return [
+        Job("cost", COST_TASK, method, chosen_rate(folder, scale, COST_TASK, method), seed)
+        for method in scale.methods
+        for seed in range(scale.seeds)
+    ]
+
+
+def chosen_rate(folder: Path, scale: Scale, task: str, method: str) -> float:
+    """Return the rate with the least loss on the rows that the sweep held back, or the default where there is no sweep."""
+    if not scale.sweep:
+        return METHODS[method].usual_rate(objective_of(task))
+    tried = dict(_tried(folder, task, method))
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def _tried(folder: Path, task: str, method: str) -> Iterator[tuple[float, float]]:
+    for rate in METHODS[method].rates(objective_of(task)):
+        done = read_done(folder, Job("sweep", task, method, rate))
+        assert done is not None, f"sweep of {task}/{method} at {rate:g} is not done"
+        yield rate, done.figures["nll"]
