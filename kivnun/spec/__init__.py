@@ -3,7 +3,7 @@
 from kivnun.spec.adapters import AdapterSpec, DoraSpec, FullSpec, LoraSpec
 from kivnun.spec.base import BaseSpec, is_hub_id
 from kivnun.spec.catalogue import Option, count_options, options
-from kivnun.spec.compute import ComputeSpec, LocalSpec
+from kivnun.spec.compute import ComputeSpec, LocalSpec, MultiProcessSpec
 from kivnun.spec.data import DataSpec, SourceSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec, Metric
 from kivnun.spec.objectives import DpoSpec, ObjectiveKind, ObjectiveSpec, PretrainingSpec, SupervisedSpec
@@ -27,6 +27,7 @@ __all__ = [
     "LocalSpec",
     "LoraSpec",
     "Metric",
+    "MultiProcessSpec",
     "MuonSpec",
     "ObjectiveKind",
     "ObjectiveSpec",
