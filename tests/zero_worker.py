@@ -1,6 +1,6 @@
-"""What one process of a ZeRO test does, under torchrun: `python -m torch.distributed.run ... tests/zero_worker.py FOLDER`.
+"""What one process of a ZeRO test does, under torchrun: `zero_worker.py FOLDER`.
 
-FOLDER holds a base and cases.json; for each case the first process writes what it saw, and files of its trainee."""
+FOLDER holds bases and cases.json; for each case the first process writes what it saw, and the files of its trainee."""
 
 from __future__ import annotations
 
@@ -15,44 +15,61 @@ import torch
 from kivnun.data.rows import TokenRow
 from kivnun.model.generate import SamplingParams
 from kivnun.model.load import Base, load_base
-from kivnun.train.deepspeed_engine import DeepSpeedEngine, DeepSpeedTrainee
+from kivnun.train.data_parallel import DataParallelEngine
 from kivnun.train.deepspeed_settings import ShardSettings
-from kivnun.train.engine import Trainee
+from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.objectives import LikelihoodObjective
 from kivnun.train.optim import AdamWSettings
-from kivnun.train.processes import ProcessGroup, joined
-from kivnun.train.weights import FullWeights, Weights
+from kivnun.train.processes import OneProcess, Processes, joined
+from kivnun.train.weights import FullWeights, LiveWeights, Weights
 from tiny import new_weights, random_ids, random_rows
 
 ADAMW = AdamWSettings(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 # Trained tokens of each row of a step: uneven, and in the third step fewer rows than processes.
 STEPS = [[9, 3, 14, 5, 2, 7], [4, 4, 21, 1, 6, 2, 2], [11], [8, 3, 5, 13]]
+HALF = 2
 BUDGET = 30
 RATE = 0.01
+CLIP = 6.9  # of some steps, not of others
+
+Case = dict[str, Any]
 
 
 def rows_of_step(step: int) -> list[TokenRow]:
     return random_rows(STEPS[step - 1], prompt=2 + step)
 
 
-def weights_of(base: Base, kind: str) -> Weights:
-    if kind == "full":
-        return FullWeights(base)
-    return new_weights(base, kind, dropout=0.2 if kind == "lora" else 0.0)  # type: ignore[arg-type]
+def weights_of(base: Base, case: Case) -> Weights:
+    if case["kind"] == "full":
+        return LiveWeights(base) if case.get("stage") else FullWeights(base)
+    return new_weights(base, case["kind"], dropout=case.get("dropout", 0.0))
 
 
-def train(trainee: Trainee | DeepSpeedTrainee, first: int, last: int) -> list[dict[str, float]]:
+def opened(folder: Path, case: Case, processes: Processes) -> Any:
+    """Return the case's trainee: one process's own without a stage."""
+    base = load_base(folder / case["base"], case["precision"], recompute=case.get("recompute", False))
+    settings = ShardSettings(case.get("stage") or 0, "none", 3000, 4000, 1, 1)
+    if "stage" not in case:
+        engine: Any = TorchEngine(base)
+    elif case["stage"] == 0:
+        engine = DataParallelEngine(base, processes)
+    else:
+        from kivnun.train.deepspeed_engine import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(base, settings, processes)
+    return engine.open(weights_of(base, case), LikelihoodObjective(), ADAMW, CLIP)
+
+
+def train(trainee: Any, last: int) -> list[dict[str, float]]:
     """Run steps and return what each one was."""
-    seen = []
-    for step in range(first, last + 1):
+    seen: list[dict[str, float]] = []
+    for step in range(trainee.steps + 1, last + 1):
         rows = rows_of_step(step)
         packs, tokens = trainee.packs_of(rows, BUDGET, False)
         total = sum(row.total_weight for row in rows)
         loss = sum(trainee.forward_backward(pack, total) for pack in packs)
         result = trainee.optim_step(RATE)
-        seen.append(
-            {"loss": loss, "grad_norm": result.grad_norm, "clip": result.clip_factor, "packs": len(packs), "tokens": tokens}
-        )
+        seen.append({"loss": loss, "norm": result.grad_norm, "clip": result.clip_factor, "packs": len(packs), "tokens": tokens})
     return seen
 
 
@@ -61,54 +78,55 @@ def score(trainee: Any) -> list[float]:
     return [float(value) for pack in packs for value in trainee.forward(pack)]
 
 
-def run_case(folder: Path, case: dict[str, Any], processes: ProcessGroup) -> None:
-    settings = ShardSettings(case["stage"], bucket_elements=3000, sub_group_elements=4000, live_elements=1, persistent_elements=1)
+def sample(trainee: Any) -> list[list[int]]:
+    return trainee.sample([random_ids(5, 1), random_ids(3, 2)], SamplingParams(4, ()))
+
+
+def saved(trainee: Any, place: Path, processes: Processes) -> Path:
+    processes.from_first(lambda: place.mkdir(parents=True))
+    trainee.save(place)
+    return place
+
+
+def run_case(folder: Path, case: Case, processes: Processes) -> Case:
+    """Train to the half, save, go on, save and export; with `resume` begin from that checkpoint instead; with `again` go on from
+    the half a second time, with a trainee made anew."""
     place = folder / case["name"]
-
-    def opened() -> DeepSpeedTrainee:
-        base = load_base(folder / case.get("base", "base"), case["precision"], recompute=case.get("recompute", False))
-        weights = weights_of(base, case["kind"])
-        engine = DeepSpeedEngine(base, settings, processes)
-        return engine.open(weights, LikelihoodObjective(), ADAMW, case.get("clip", 1.0))
-
-    trainee = opened()
-    seen: dict[str, Any] = {"before": score(trainee)}
+    trainee = opened(folder, case, processes)
+    seen: Case = {"before": score(trainee), "trained": trainee.trainable_parameters}
     if "resume" in case:
         trainee.load(folder / case["resume"])
-    half = trainee.steps or 2
-    seen["steps"] = train(trainee, trainee.steps + 1, half) if not trainee.steps else []
-    if processes.rank == 0:
-        (place / "half").mkdir(parents=True)
-        (place / "end").mkdir()
-        (place / "export").mkdir()
-    processes.any(False)
-    trainee.save(place / "half")
-    seen["steps"] += train(trainee, trainee.steps + 1, len(STEPS))
-    seen["after"] = score(trainee)
-    seen["sampled"] = trainee.sample([random_ids(5, 1), random_ids(3, 2)], SamplingParams(4, ()))
-    trainee.save(place / "end")
+    else:
+        seen["first"] = train(trainee, HALF)
+        saved(trainee, place / "half", processes)
+    seen["rest"] = train(trainee, len(STEPS))
+    seen["after"], seen["sampled"] = score(trainee), sample(trainee)
+    saved(trainee, place / "end", processes)
+    processes.from_first(lambda: (place / "export").mkdir())
     trainee.export(place / "export", "base")
-    seen["live"] = float(sum(p.detach().double().sum() for p in trainee.weights.parameters().values()))
     if "again" in case:
-        second = opened()
+        second = opened(folder, case, processes)
         second.load(place / "half")
-        seen["again"] = train(second, 3, len(STEPS))
+        seen["again"], seen["again_after"] = train(second, len(STEPS)), score(second)
+        saved(second, place / "again", processes)
+    return seen
+
+
+def run_cases(folder: Path, processes: Processes) -> None:
+    for case in json.loads((folder / "cases.json").read_text()):
+        seen = run_case(folder, case, processes)
         if processes.rank == 0:
-            (place / "again").mkdir()
-        processes.any(False)
-        second.save(place / "again")
-        seen["again_after"] = score(second)
-    if processes.rank == 0:
-        (place / "seen.json").write_text(json.dumps(seen))
+            (folder / case["name"] / "seen.json").write_text(json.dumps(seen))
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    with joined("cpu", int(os.environ["WORLD_SIZE"])) as processes:
-        for case in json.loads((folder / "cases.json").read_text()):
-            run_case(folder, case, processes)
+def in_one_process(folder: Path, case: Case) -> Case:
+    """Return what the case is in one process: the measure of all others."""
+    return run_case(
+        folder, {**{k: v for k, v in case.items() if k not in ("stage", "again")}, "name": f"one_{case['name']}"}, OneProcess()
+    )
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    with joined("cpu", int(os.environ["WORLD_SIZE"])) as together:
+        run_cases(Path(sys.argv[1]), together)
