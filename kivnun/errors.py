@@ -105,6 +105,15 @@ class IntegrityError(KivnunError, ValueError):
     exit_status = 8
 
 
+class ProcessLostError(KivnunError, ConnectionError):
+    """A process of a run in many was killed or lost; the others were ended. The last checkpoint stands."""
+
+    code = "process_lost"
+    exit_status = 9
+
+    __str__ = KivnunError.__str__
+
+
 class InterruptedRun(KivnunError, InterruptedError):
     """The user asked to stop; the step in progress was finished and saved."""
 

@@ -2,8 +2,9 @@
 
     spec -> data -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
 
-Stages hand each other values and folders, never a live model of their own. Next: `train/loop.py` (what training is),
-`opened.py` (a finished run, opened for use).
+In a run of several processes each goes through all stages, in step; the first one alone writes and is heard. Stages hand each other
+values and folders, never a live model of their own. Next: `train/loop.py` (what training is), `opened.py` (a finished run, opened
+for use).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,7 @@ from kivnun.data.order import RowOrder
 from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair
 from kivnun.data.template import ChatTokenizer, load_tokenizer
-from kivnun.errors import KivnunError, StorageError
+from kivnun.errors import IntegrityError, KivnunError, StorageError
 from kivnun.evaluate.evaluation import (
     Evaluation,
     StageProgress,
@@ -67,18 +68,31 @@ from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
 from kivnun.model.load import Base, load_base
 from kivnun.model.read_model import open_config
 from kivnun.model.rope import rows_turn_from
-from kivnun.run_folder import RunFolder, check_finished, check_same, check_start, claim, seconds_worked, write_specs
-from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
+from kivnun.run_folder import (
+    RunFolder,
+    check_finished,
+    check_same,
+    check_start,
+    claim,
+    read_json_file,
+    seconds_worked,
+    write_specs,
+)
+from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MultiProcessSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
 from kivnun.spec.adapters import dropout_of
 from kivnun.spec.resolve import MIN_MICRO_BATCH
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
-from kivnun.train.checkpoint import Cadence, CheckpointStore
-from kivnun.train.engine import FixedModel, TorchEngine, Trainee
+from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
+from kivnun.train.data_parallel import DataParallelEngine
+from kivnun.train.deepspeed_settings import ShardSettings
+from kivnun.train.engine import Engine, FixedModel, TorchEngine, Trainee
 from kivnun.train.loop import fit, shareable
 from kivnun.train.new_weights import check_targets, new_weights
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
 from kivnun.train.optim import AdamWSettings, MuonSettings
+from kivnun.train.processes import OneProcess, Processes, joined
 from kivnun.train.schedule import Schedule
+from kivnun.train.weights import LiveWeights, Weights
 
 Emit = Callable[[Event], None]
 WORTH_TELLING = 0.2  # of a step's tokens, which an option that is off would spare
@@ -92,17 +106,22 @@ def tune(
     resume: bool = False,
     listener: Callable[[Event], None] = lambda event: None,
     on_progress: StageProgress | None = None,
+    processes: Processes | None = None,
+    known_base: Path | None = None,
 ) -> dict[str, Any]:
     """Run a spec in a folder and return the final object: run, status, steps, trained_tokens, base, tuned, plan, actual.
 
     `listener` hears every event as it is recorded. With `resume`, a finished run gives its result, one with checkpoints goes on
-    from the newest, one without starts over. Raises KivnunError subclasses; what was saved before stays whole.
+    from the newest, one without starts over. `processes` are those that work on it, all of which call this (None: this one alone).
+    `known_base` is what `score_base` wrote for the same base, rows and metrics: it is taken as it is.
+    Raises KivnunError subclasses; what was saved before stays whole.
     """
-    folder = RunFolder(run_dir)
-    claim(folder, resume=resume)
-    if folder.is_finished:
-        check_finished(folder, spec)
-        return folder.read_result()
+    folder, processes = RunFolder(run_dir), processes or OneProcess()
+    finished = processes.from_first(lambda: _claimed(folder, spec, resume))
+    if finished is not None:
+        return finished
+    if processes.rank > 0:
+        return _Run(spec, spec_text, folder, processes, lambda: None, lambda event: None, None, known_base).execute()
     with EventLog(folder.events, utc_now) as log:
         for place in (folder.path, folder.base_evaluation.parent):
             sweep(place)
@@ -111,11 +130,52 @@ def tune(
             listener(log.append(event))
 
         try:
-            return _Run(spec, spec_text, folder, log, emit, on_progress).execute()
+            return _Run(spec, spec_text, folder, processes, log.sync, emit, on_progress, known_base).execute()
         except KivnunError as error:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
                 emit(RunFailed(code=error.code, message=error.message))
             raise
+
+
+def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = None) -> Evaluation:
+    """Score the base on the held-out rows of a spec, as its run would, and keep it in `path` for `tune(known_base=...)`."""
+    base_folder = find_base(spec.base.model, spec.base.revision)
+    tokenizer = load_tokenizer(base_folder, spec.data.template)
+    dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
+    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
+    torch.set_num_threads(cast(int, spec.compute.threads))
+    base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
+    tokens = cast(int, spec.compute.micro_batch_tokens)
+    model, rows = TorchEngine(base).base_model(), dataset.validation
+    scored = evaluate_scorer(model, rows, tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens)
+    make_folder(path.parent)
+    save_evaluation(scored, path)
+    return scored
+
+
+def _fitting(scored: Evaluation, spec: TuneSpec, dataset: Dataset, path: Path) -> Evaluation:
+    """Return a base's scores that were made before. Raises IntegrityError where they are of other rows or metrics."""
+    if scored.rows != len(dataset.validation) or not set(spec.evaluation.metrics) <= scored.measures.keys():
+        raise IntegrityError(f"{path} holds scores of other rows or metrics than this run's", hint="score the base again")
+    return scored
+
+
+def tune_together(spec: TuneSpec, spec_text: str, run_dir: Path, **given: Any) -> dict[str, Any]:
+    """Do what `tune` does as one of the processes that torchrun started; each of them returns the final object."""
+    compute = spec.compute
+    assert isinstance(compute, MultiProcessSpec)
+    device = compute.device if compute.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with joined(device, compute.processes) as processes:
+        return tune(spec, spec_text, run_dir, processes=processes, **given)
+
+
+def _claimed(folder: RunFolder, spec: TuneSpec, resume: bool) -> dict[str, Any] | None:
+    """Take the folder for this run; return the result where it is finished."""
+    claim(folder, resume=resume)
+    if not folder.is_finished:
+        return None
+    check_finished(folder, spec)
+    return folder.read_result()
 
 
 WORTH_TELLING = 0.2  # of a step's tokens, spared by an option that is off
@@ -128,37 +188,41 @@ class _Run:
     spec: TuneSpec
     spec_text: str
     folder: RunFolder
-    log: EventLog
+    processes: Processes
+    sync: Callable[[], object]  # makes the record so far durable
     emit: Emit
     on_progress: StageProgress | None
+    known_base: Path | None
 
     def execute(self) -> dict[str, Any]:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
         dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
-        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder))
-        write_specs(self.folder, self.spec_text, spec, reasons)
+        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
+        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
-        self._tell_data(dataset, tokenizer)
+        self._tell_data(dataset, tokenizer, changed)
 
         base = self._load_base(spec, base_folder)
         check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
         same = _sameness(spec, dataset, base)
-        check_start(self.folder, self.spec, same)
-        engine = TorchEngine(base)
-        scored_base = self._score_base(spec, engine, dataset, tokenizer)
-        trainee = self._open_trainee(spec, engine, dataset)
+        self.processes.from_first(lambda: check_start(self.folder, self.spec, same))
+        scored_base = self._score_base(spec, TorchEngine(base), dataset, tokenizer)
+        trainee = self._open_trainee(spec, base, dataset)
         self._tell_spared(spec, base, dataset)
         self._train(spec, trainee, dataset, tokenizer, same)
 
-        with atomic_folder(self.folder.model if isinstance(spec.adapter, FullSpec) else self.folder.adapter) as place:
-            trainee.export(place, spec.base.model)
-            copy_tokenizer(base_folder, place, spec.data.template)
+        self._export(spec, trainee, base_folder)
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base)
-        return self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps)
+        peak_bytes = max(self.processes.all_of(_peak_bytes(spec.compute.device)))
+        return self.processes.from_first(
+            lambda: self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
+        )
 
-    def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer) -> None:
+    def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer, changed: Sequence[str]) -> None:
+        for what in changed:
+            self.emit(Warned(message=f"goes on in another shape: {what}; rows come in the same order, last bits may differ"))
         report = dataset.report
         self.emit(
             DataLoaded(
@@ -201,8 +265,10 @@ class _Run:
 
     def _score_base(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset, tokenizer: ChatTokenizer) -> Evaluation | None:
         """Score the base before anything changes; a resumed run takes the figures it has."""
-        if self.folder.base_evaluation.is_file():
+        if self.processes.from_first(self.folder.base_evaluation.is_file):
             return load_evaluation(self.folder.base_evaluation)
+        if self.known_base is not None and dataset.validation:
+            return self._keep(_fitting(load_evaluation(self.known_base), spec, dataset, self.known_base), "base", 0)
         return self._score(spec, engine.base_model(), dataset, tokenizer, "base", 0, None)
 
     def _score(
@@ -227,17 +293,22 @@ class _Run:
             micro_batch_tokens=cast(int, spec.compute.micro_batch_tokens),
             base=base,
         )
+        return self._keep(scored, which, step)
+
+    def _keep(self, scored: Evaluation, which: str, step: int) -> Evaluation:
         path = self.folder.base_evaluation if which == "base" else self.folder.tuned_evaluation
         # The file is what a resumed run looks for: once it is there, the record tells of it too.
         self.emit(Evaluated(which=which, step=step, **evaluation_fields(scored)))  # type: ignore[arg-type]
-        make_folder(path.parent)
-        save_evaluation(scored, path)
+        if self.processes.rank == 0:
+            make_folder(path.parent)
+            save_evaluation(scored, path)
         return scored
 
-    def _open_trainee(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset) -> Trainee:
+    def _open_trainee(self, spec: TuneSpec, base: Base, dataset: Dataset) -> Trainee:
         # The reference of DPO is the state at the start: taken before full tuning takes the base over.
-        objective = open_objective(spec, engine, dataset, self.folder.reference)
-        weights = new_weights(spec.adapter, engine.base, dataset.train.rows, row_order(spec, dataset).steps, spec.seed)
+        objective = open_objective(spec, TorchEngine(base), dataset, self.folder.reference, writes=self.processes.rank == 0)
+        engine = open_engine(spec, base, self.processes)
+        weights = open_weights(spec, base, dataset)
         optimizer = optimizer_settings(spec.schedule.optimizer)
         trainee = engine.open(weights, objective, optimizer, spec.schedule.max_grad_norm)
         sites = list(weights.sites())
@@ -258,7 +329,7 @@ class _Run:
             self.emit(Warned(message=f"{what}: compute.share_prefixes computes them once"))
 
     def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, same: Mapping[str, Any]) -> None:
-        saver = _Saver(spec, self.folder, trainee, same, self.log, self.emit)
+        saver = _Saver(spec, self.folder, trainee, same, self.processes, self.sync, self.emit)
         saver.restore()
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
@@ -281,8 +352,16 @@ class _Run:
                 evaluate=evaluate,
                 evaluate_every_steps=spec.evaluation.every_steps,
                 saver=saver,
-                stop_requested=stop_requested,
+                stop_requested=lambda: self.processes.any(stop_requested()),
             )
+
+    def _export(self, spec: TuneSpec, trainee: Trainee, base_folder: Path) -> None:
+        if self.processes.rank > 0:
+            trainee.export(self.folder.path, spec.base.model)  # takes part and writes nothing
+            return
+        with atomic_folder(self.folder.path / self._result_folder(spec)) as place:
+            trainee.export(place, spec.base.model)
+            copy_tokenizer(base_folder, place, spec.data.template)
 
     def _finish(
         self,
@@ -292,11 +371,12 @@ class _Run:
         scored_base: Evaluation | None,
         scored_tuned: Evaluation | None,
         steps: int,
+        peak_bytes: int,
     ) -> dict[str, Any]:
         """Write the result, the report and, last, the manifest that says the run is whole."""
         events = read_events(self.folder.events)
         trained = sum(event.trained_tokens for event in events if isinstance(event, StepDone))
-        actual = {"peak_bytes": _peak_bytes(spec.compute.device), "seconds": round(seconds_worked(events), 3)}
+        actual = {"peak_bytes": peak_bytes, "seconds": round(seconds_worked(events), 3)}
         result = {
             "run": str(self.folder.path),
             "status": "succeeded",
@@ -331,19 +411,26 @@ class _Saver:
     """Checkpoints of one run: saved when due, restored once at the start."""
 
     def __init__(
-        self, spec: TuneSpec, folder: RunFolder, trainee: Trainee, fields: Mapping[str, Any], log: EventLog, emit: Emit
+        self,
+        spec: TuneSpec,
+        folder: RunFolder,
+        trainee: Trainee,
+        fields: Mapping[str, Any],
+        processes: Processes,
+        sync: Callable[[], object],
+        emit: Emit,
     ) -> None:
         rule = spec.checkpoints
         self._store = CheckpointStore(folder.checkpoints, rule.keep)
         self._cadence = Cadence(rule.every_steps, rule.every_epoch, rule.every_seconds, time.monotonic)
-        self._folder, self._trainee, self._fields, self._log, self._emit = folder, trainee, fields, log, emit
+        self._folder, self._trainee, self._fields, self._sync, self._emit = folder, trainee, fields, sync, emit
+        self._processes = processes
 
     def restore(self) -> None:
         """Take the newest checkpoint, if there is one. Raises RunFolderError when it was made from something else."""
-        self._store.recover()
-        checkpoint = self._store.latest()
+        checkpoint = self._processes.from_first(self._recovered)
         if checkpoint is None:
-            if any(isinstance(event, StepDone) for event in read_events(self._folder.events)):
+            if self._processes.rank == 0 and any(isinstance(event, StepDone) for event in read_events(self._folder.events)):
                 self._emit(Resumed(step=0, path=""))
             return
         for warning in checkpoint.warnings:
@@ -352,13 +439,21 @@ class _Saver:
         self._trainee.load(checkpoint.path)
         self._emit(Resumed(step=checkpoint.step, path=str(checkpoint.path.relative_to(self._folder.path))))
 
+    def _recovered(self) -> Checkpoint | None:
+        self._store.recover()
+        return self._store.latest()
+
     def after_step(self, step: int, epoch_ended: bool) -> None:
-        if self._cadence.due(step, epoch_ended):
+        # The first process's clock decides: a checkpoint is made by all.
+        if self._processes.any(self._processes.rank == 0 and self._cadence.due(step, epoch_ended)):
             self.now(step)
 
     def now(self, step: int) -> None:
+        if self._processes.rank > 0:
+            self._trainee.save(self._folder.path)  # takes part and writes nothing
+            return
         began = time.monotonic()
-        self._log.sync()  # after a power cut the record must reach at least as far as the newest checkpoint
+        self._sync()  # after a power cut the record must reach at least as far as the newest checkpoint
         path = self._store.save(step, self._trainee.save, self._fields)
         self._cadence.saved()
         name = str(path.relative_to(self._folder.path))
@@ -374,7 +469,10 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     }
 
 
-def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
+def resolve_facts(
+    dataset: Dataset, base_folder: Path, compute: ComputeSpec | None = None, folder: RunFolder | None = None
+) -> ResolveFacts:
+    """Return what is known of data, base and machine, and of the folder's run where it was begun already."""
     native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
@@ -390,7 +488,24 @@ def resolve_facts(dataset: Dataset, base_folder: Path) -> ResolveFacts:
         packs=frozenset() if isinstance(native, str) else native.packs(),
         rows_turn_from=_rows_turn_from(dataset, base_folder),
         no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
+        local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if isinstance(compute, MultiProcessSpec) else 1,
+        threads_before=None if compute is None or folder is None else folder.threads_in_another_shape(compute),
+        deepspeed=read_json_file(compute.deepspeed) if isinstance(compute, MultiProcessSpec) and compute.deepspeed else None,
     )
+
+
+def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:
+    """Return the engine that the spec's compute asks for."""
+    compute = spec.compute
+    if not isinstance(compute, MultiProcessSpec):
+        return TorchEngine(base)
+    if compute.zero_stage == 0:
+        return DataParallelEngine(base, processes)
+    from kivnun.train.deepspeed_engine import DeepSpeedEngine  # an extra: imported where it is asked for
+
+    sizes = (compute.bucket_elements, compute.sub_group_elements, compute.live_elements, compute.persistent_elements)
+    settings = ShardSettings(compute.zero_stage, compute.offload, *cast(tuple[int, int, int, int], sizes))
+    return DeepSpeedEngine(base, settings, processes)
 
 
 def _rows_turn_from(dataset: Dataset, base_folder: Path) -> int | None:
@@ -443,18 +558,26 @@ def optimizer_settings(spec: OptimizerSpec) -> AdamWSettings | MuonSettings:
     return adamw
 
 
-def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path) -> Objective:
+def open_weights(spec: TuneSpec, base: Base, dataset: Dataset) -> Weights:
+    """Return what the spec trains, at its start."""
+    compute = spec.compute
+    if isinstance(spec.adapter, FullSpec) and isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0:
+        return LiveWeights(base)
+    return new_weights(spec.adapter, base, dataset.train.rows, row_order(spec, dataset).steps, spec.seed)
+
+
+def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path, *, writes: bool = True) -> Objective:
     """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
     pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
     of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
     key = hashlib.sha256(of.encode()).hexdigest()
-    return DpoObjective(spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, spec.compute))
+    return DpoObjective(spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, spec.compute, writes))
 
 
 def _reference(
-    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec
+    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec, writes: bool
 ) -> dict[int, tuple[float, float]]:
     """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number.
 
@@ -468,6 +591,8 @@ def _reference(
         batch = pack(part, compute.share_prefixes)
         both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
         sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
+    if not writes:
+        return sums
     stream = io.BytesIO()
     np.savez(stream, key=np.array(key), rows=np.array(list(sums)), sums=np.array(list(sums.values())))
     atomic_write(cache, stream.getvalue())

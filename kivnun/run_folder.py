@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
-from kivnun.errors import IntegrityError, RunFolderError
+from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
-from kivnun.spec import TuneSpec, load_spec, resolved_yaml
+from kivnun.spec import ComputeSpec, MultiProcessSpec, TuneSpec, load_spec, resolved_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,13 @@ class RunFolder:
         except IntegrityError:  # damaged since: verifying tells of it
             return True
 
+    def threads_in_another_shape(self, compute: ComputeSpec) -> int | None:
+        """Return the threads of the folder's run where that was begun with another number of processes, else None."""
+        if not (self.resolved.is_file() and self.has_begun and isinstance(compute, MultiProcessSpec)):
+            return None
+        before = self.read_spec().compute
+        return before.threads if isinstance(before, MultiProcessSpec) and before.processes != compute.processes else None
+
     def read_spec(self) -> TuneSpec:
         """Return the resolved spec. Raises RunFolderError when the folder is not a run."""
         if not self.resolved.is_file():
@@ -120,11 +127,13 @@ def _was_refused(folder: RunFolder) -> bool:
     return folder.path.is_dir() and folder.events.is_file() and not folder.has_begun
 
 
-def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapping[str, str]) -> None:
-    """Write the spec as given and as resolved. Raises RunFolderError when the folder's run was made by another one."""
+def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapping[str, str]) -> list[str]:
+    """Write the spec as given and as resolved; return what has changed of the run's shape since it was begun, which may.
+    Raises RunFolderError when the folder's run was made by another spec."""
+    reshaped: list[str] = []
     if folder.resolved.is_file() and folder.has_begun:
         before = folder.read_spec()
-        changed = _differences(before.to_tree(), spec.to_tree())
+        reshaped, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
         if changed:
             raise RunFolderError(
                 f"{folder.path} was made by another spec: {'; '.join(changed)}",
@@ -132,6 +141,13 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
             )
     atomic_write(folder.spec, spec_text)
     atomic_write(folder.resolved, resolved_yaml(spec, reasons))
+    return reshaped
+
+
+def _apart(differences: list[str]) -> tuple[list[str], list[str]]:
+    """Return the differences that a resumed run may have, since they change no more than last bits, and the others."""
+    allowed = [text for text in differences if text.startswith("compute.processes was ")]
+    return allowed, [text for text in differences if text not in allowed]
 
 
 def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
@@ -141,7 +157,7 @@ def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
         before = TuneSpec.model_validate((_read_start(folder) or {})["spec"])
     except (KeyError, ValueError):  # written by another version: its result is what is asked for
         return
-    changed = _differences(before.to_tree(), spec.to_tree())
+    _, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
     if changed:
         raise RunFolderError(
             f"{folder.path} was finished with another spec: {'; '.join(changed)}", hint="choose another --output for the new one"
@@ -183,6 +199,17 @@ def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, A
             f"{folder.path} cannot be resumed to the same bits: {'; '.join(changed)}",
             hint="restore what changed, or start over in another --output",
         )
+
+
+def read_json_file(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file that a spec names. Raises SpecError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read as JSON: {error}", hint="correct the path or the file") from error
+    if not isinstance(found, dict):
+        raise SpecError(f"{path} holds no JSON object, but {type(found).__name__}", hint="write fields and values in braces")
+    return found  # type: ignore[return-value]
 
 
 def seconds_worked(events: list[Event]) -> float:

@@ -23,6 +23,20 @@ def keep_freed_memory() -> bool:
     to 44 % of a step's CPU time in a virtual machine. The price is 7 to 20 % more resident memory. Does nothing elsewhere
     than on Linux with glibc, or where the user set an allocator of their own (LD_PRELOAD) or glibc's variables.
     """
+    return _set_thresholds(((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)))
+
+
+def give_back_memory() -> bool:
+    """Make glibc hand freed memory back to the kernel at once; return whether all thresholds were taken.
+
+    For processes that divide state: they gather and free tensors all the time, and by default glibc stops mapping them one by one
+    and keeps the holes, which hides most of what dividing saves (docs/concepts/zero.md). Does nothing where `keep_freed_memory`
+    would do nothing.
+    """
+    return _set_thresholds(((M_MMAP_THRESHOLD, 1 << 18), (M_TRIM_THRESHOLD, 1 << 18)))
+
+
+def _set_thresholds(wanted: tuple[tuple[int, int], ...]) -> bool:
     own_choice = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
     if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in own_choice):
         return False
@@ -30,7 +44,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl and other C libraries have no mallopt
         return False
-    wanted = ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20))
     taken = [mallopt(name, value) for name, value in wanted]
     return all(answer == 1 for answer in taken)
 

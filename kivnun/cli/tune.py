@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ SPEC = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; a finished run prints its result again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line of stdout.")
-def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bool, as_json: bool) -> int:
     """Tune a base as SPEC (YAML or JSON) says.
 
     Scores the base on held-out rows, trains, scores again, and leaves everything in the run folder: the adapter, checkpoints,
@@ -33,25 +35,38 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     """
     from kivnun.cli.process import keep_freed_memory, set_threads
     from kivnun.cli.screen import open_screen
-    from kivnun.spec import load_spec
+    from kivnun.spec import MultiProcessSpec, load_spec
 
     checked = load_spec(spec, overrides)
-    text = spec.read_text(encoding="utf-8-sig")
+    run = output if output is not None else Path("runs") / spec.stem
+    text, going_on = spec.read_text(encoding="utf-8-sig"), _saying_how_to_go_on(_again(spec, run, overrides))
+    if isinstance(checked.compute, MultiProcessSpec):
+        from kivnun.cli.together import start_together, tune_together
+        from kivnun.launch import started_by_torchrun
+
+        if started_by_torchrun():
+            return tune_together(checked, text, run, going_on, resume=resume, show=lambda result: _show(result, run, as_json))
+        return start_together(checked.compute.processes, _arguments(spec, run, overrides, resume, as_json), as_json=as_json)
     keep_freed_memory()
     set_threads(checked.compute.threads)
-    run = output if output is not None else Path("runs") / spec.stem
-    with open_screen() as screen:
+    with open_screen() as screen, going_on:
         # torch is loaded here: after the thread count and the allocator are set, and behind a screen that says what goes on.
         from kivnun.pipeline import tune as run_spec
 
-        try:
-            result = run_spec(checked, text, run, resume=resume, listener=screen, on_progress=screen.scoring)
-        except InterruptedRun as stopped:
-            raise InterruptedRun(stopped.message, hint=f"go on with: {_again(spec, run, overrides)}") from None
-        except KeyboardInterrupt:
-            # Before the first step, or at the second Ctrl-C: nothing was finished, the last checkpoint stands if there is one.
-            raise InterruptedRun("stopped at once", hint=f"go on with: {_again(spec, run, overrides)}") from None
+        result = run_spec(checked, text, run, resume=resume, listener=screen, on_progress=screen.scoring)
     _show(result, run, as_json)
+    return 0
+
+
+@contextmanager
+def _saying_how_to_go_on(again: str) -> Generator[None]:
+    try:
+        yield
+    except InterruptedRun as stopped:
+        raise InterruptedRun(stopped.message, hint=f"go on with: {again}") from None
+    except KeyboardInterrupt:
+        # Before the first step, or at the second Ctrl-C: nothing was finished, the last checkpoint stands if there is one.
+        raise InterruptedRun("stopped at once", hint=f"go on with: {again}") from None
 
 
 def _show(result: dict[str, Any], run: Path, as_json: bool) -> None:
@@ -68,5 +83,10 @@ def _show(result: dict[str, Any], run: Path, as_json: bool) -> None:
 
 
 def _again(spec: Path, run: Path, overrides: tuple[str, ...]) -> str:
+    return shlex.join(["kivnun", *_arguments(spec, run, overrides, resume=True, as_json=False)])
+
+
+def _arguments(spec: Path, run: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["kivnun", "tune", str(spec), "--output", str(run), *sets, "--resume"])
+    flags = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
+    return ["tune", str(spec), "--output", str(run), *sets, *flags]

@@ -31,12 +31,13 @@ DOCUMENT = {**dict.fromkeys((1, 2, 3, 4, 5), YES_TO_ALL), 6: "YYNYYN", 7: "NYNYY
 UPSTREAM = {**DOCUMENT, 6: "YYYYYY", 7: "YYYYYY", 8: "YYYNNY", 9: "NNNYYN"}
 
 RULE = (
-    "A cell's effect is positive where the technique helps as the row says: a better score than the base, less cost, fewer bytes "
-    "or fewer parameters than full tuning, bytes per process that fall with their number. With its 95 % interval above zero a Yes "
-    "is supported and a No contradicted; below zero the other way round; with zero inside there is no detectable effect. A cell is not "
-    "applicable where the technique is no answer to the row's question: sharding (DeepSpeed, ZeRO) decides where numbers lie, not "
-    "what is learned, so its cells in rows 1 to 5 show that the sharded run equals the unsharded one. A row of several tasks is "
-    "judged by the task with the least favourable interval; PEFT by its best method, with the worst beside it."
+    "A cell's effect is positive where the technique helps as the row says: a better score than the base, less cost, fewer "
+    "bytes or fewer parameters than full tuning, bytes per process that fall with their number. With its 95 % interval "
+    "above zero a Yes is supported and a No contradicted; below zero the other way round; with zero inside there is no "
+    "detectable effect. A cell is not applicable where the technique is no answer to the row's question: sharding "
+    "(DeepSpeed, ZeRO) decides where numbers lie, not what is learned, so its cells in rows 1 to 5 show that the sharded "
+    "run equals the unsharded one. A row of several tasks is judged by the task with the least favourable interval; PEFT by "
+    "its best method, with the worst beside it."
 )
 
 

@@ -187,12 +187,18 @@ class Base:
         linear = self.linears[self.head_name]
         capped = getattr(self.config, "final_logit_softcapping", None) is not None
         if parameters or capped or linear.site is not None:
-            return GraphHead(self.head, parameters, self.kernels)
+            return GraphHead(self._logits, parameters, self.kernels)
         return FrozenHead(linear)
 
     def head(self, h_CD: Tensor) -> Tensor:
         """Return logits [C, V] of hidden states [C, D], with what the family does to them after the head."""
-        logits_CV = self.linears[self.head_name](h_CD)
+        return self._capped(self.linears[self.head_name](h_CD))
+
+    def _logits(self, h_CD: Tensor) -> Tensor:
+        """Return the same for a loss, which goes through its chunks with the head's weights at hand: no hook is called."""
+        return self._capped(self.linears[self.head_name].forward(h_CD))
+
+    def _capped(self, logits_CV: Tensor) -> Tensor:
         softcap = getattr(self.config, "final_logit_softcapping", None)
         return logits_CV if softcap is None else torch.tanh(logits_CV / softcap) * softcap
 

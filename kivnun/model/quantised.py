@@ -74,9 +74,13 @@ class FrozenMatrix(nn.Module):
         floats = values if values.dtype == torch.float32 else _carried(values)
         self.register_parameter(name, nn.Parameter(floats, requires_grad=False))
 
+    def _kept(self, name: str) -> Tensor:
+        """Return what was registered under this name: a parameter, or what a sharding engine has made of it."""
+        return getattr(self, name)
+
     def _codes(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return `count` codes of a byte each out of the parameter that carries them."""
-        return self.get_parameter(name).view(dtype)[:count]
+        return self._kept(name).view(dtype)[:count]
 
     def _apply(self, fn, recurse: bool = True):  # torch's own signature
         def moved_only(tensor: Tensor) -> Tensor:
@@ -140,16 +144,16 @@ class Nf4Matrix(FrozenMatrix):
 
     def dense(self) -> Tensor:
         """Return the values [O, I] in the buffer's type, valid until the next `dense` of any matrix of the base."""
-        return self.buffer.filled(self.shape, self.get_parameter("codes").device, self._decode)
+        return self.buffer.filled(self.shape, self._kept("codes").device, self._decode)
 
     def _decode(self, out: Tensor) -> None:
         size, kernels = self.shape.numel(), self.buffer.kernels
         codes = self._codes("codes", torch.uint8, -(-size // 2))
         if not self.nested:
-            kernels.nf4_decode(codes, self.get_parameter("scales"), self.block, out)
+            kernels.nf4_decode(codes, self._kept("scales"), self.block, out)
             return
         scale_codes = self._codes("scale_codes", torch.uint8, -(-size // self.block))
-        scale_map, group_scales, offset = (self.get_parameter(name) for name in ("scale_map", "group_scales", "scale_offset"))
+        scale_map, group_scales, offset = (self._kept(name) for name in ("scale_map", "group_scales", "scale_offset"))
         kernels.nf4_decode_nested(codes, scale_codes, scale_map, group_scales, offset, self.block, out)
 
 
@@ -184,11 +188,11 @@ class Int8Matrix(FrozenMatrix):
 
     def dense(self) -> Tensor:
         """Return the values [O, I] in the buffer's type, valid until the next `dense` of any matrix of the base."""
-        return self.buffer.filled(self.shape, self.get_parameter("codes").device, self._decode)
+        return self.buffer.filled(self.shape, self._kept("codes").device, self._decode)
 
     def _decode(self, out: Tensor) -> None:
         codes_OI = self._codes("codes", torch.int8, self.shape.numel()).view(self.shape)
-        self.buffer.kernels.int8_decode(codes_OI, self.get_parameter("row_absmax"), out)
+        self.buffer.kernels.int8_decode(codes_OI, self._kept("row_absmax"), out)
 
 
 QuantisedMatrix = Nf4Matrix | Int8Matrix

@@ -16,7 +16,7 @@ from kivnun.spec.adapters import (
 )
 from kivnun.spec.base import BaseSpec, is_hub_id
 from kivnun.spec.catalogue import Option, count_options, options
-from kivnun.spec.compute import ComputeSpec, LocalSpec
+from kivnun.spec.compute import ComputeSpec, LocalSpec, MultiProcessSpec
 from kivnun.spec.data import DataSpec, SourceSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec, Metric
 from kivnun.spec.objectives import DpoSpec, ObjectiveKind, ObjectiveSpec, PretrainingSpec, SupervisedSpec
@@ -45,6 +45,7 @@ __all__ = [
     "LokrSpec",
     "LoraSpec",
     "Metric",
+    "MultiProcessSpec",
     "MuonSpec",
     "ObjectiveKind",
     "ObjectiveSpec",

@@ -20,6 +20,7 @@ from kivnun.spec.objectives import ObjectiveKind
 from kivnun.spec.problems import Problem, problems_of, spec_error
 from kivnun.spec.read import validate
 from kivnun.spec.section import Section
+from kivnun.spec.sharding import sharding_choices, sharding_mismatches
 from kivnun.spec.tune import TuneSpec
 from kivnun.spec.yaml_text import write_yaml
 
@@ -54,7 +55,9 @@ class ResolveFacts:
     (None: plain weights), `no_native_reason` and `no_triton_reason` why the kernels in C or in
     Triton cannot be used here (None: they can), `memory_bytes` the machine's memory (0: not known),
     `packs` the precisions whose weights the kernels in C read packed on this processor, `rows_turn_from` the length above which
-    rows take LongRoPE's long factors (None: no row of the data is so long).
+    rows take LongRoPE's long factors (None: no row of the data is so long), `local_processes` how many processes of the run share
+    this machine, `threads_before` what each had where the run was begun with another number of them, `deepspeed` the content of
+    compute.deepspeed.
     """
 
     objective_kind: ObjectiveKind
@@ -70,6 +73,9 @@ class ResolveFacts:
     memory_bytes: int = 0
     packs: frozenset[str] = frozenset()
     rows_turn_from: int | None = None
+    local_processes: int = 1
+    threads_before: int | None = None
+    deepspeed: Mapping[str, object] | None = None
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -127,6 +133,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
     yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
     yield from _sharing_mismatches(spec, facts)
+    yield from sharding_mismatches(spec, _device(spec, facts), facts.deepspeed)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"
@@ -190,11 +197,22 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         reason = facts.no_kernels_reason(best)
         yield _Choice("compute.kernels", best if reason is None else "torch", reason or "built on this machine and found right")
     if spec.compute.threads is None:
-        yield _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
+        yield _threads(facts)
     if spec.compute.micro_batch_tokens is None:
         yield _micro_batch(spec, facts)
     if spec.compute.packed_weights is None:
         yield _packed_weights(spec, facts)
+    for choice in sharding_choices(spec, facts.base_parameters, facts.deepspeed):
+        yield _Choice(*choice)
+
+
+def _threads(facts: ResolveFacts) -> _Choice:
+    if facts.threads_before is not None:
+        return _Choice("compute.threads", facts.threads_before, "as the run was begun with")
+    if facts.local_processes > 1:
+        share = max(1, facts.threads // facts.local_processes)
+        return _Choice("compute.threads", share, f"{facts.threads} cores shared by {facts.local_processes} processes")
+    return _Choice("compute.threads", facts.threads, "cores this process may use; pinned, since sums depend on it")
 
 
 def _device(spec: TuneSpec, facts: ResolveFacts) -> str:

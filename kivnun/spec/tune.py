@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec, LowRank
 from kivnun.spec.base import QUANTISED, BaseSpec
-from kivnun.spec.compute import ComputeSpec, LocalSpec
+from kivnun.spec.compute import ComputeSpec, LocalSpec, MultiProcessSpec
 from kivnun.spec.data import DataSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec
 from kivnun.spec.objectives import ObjectiveKind, ObjectiveSpec
@@ -99,6 +99,20 @@ class TuneSpec(Section, frozen=True):
                 "choose adamw, or leave adapter.loraplus_lr_ratio out",
             )
         return schedule
+
+    @field_validator("compute")
+    @classmethod
+    def _adapters_that_are_divided(cls, compute: ComputeSpec, info: ValidationInfo) -> ComputeSpec:
+        adapter = info.data.get("adapter")
+        if not isinstance(compute, MultiProcessSpec) or compute.zero_stage == 0 or adapter is None:
+            return compute
+        plain = isinstance(adapter, LowRank) and adapter.init not in ("pissa", "olora") and adapter.loraplus_lr_ratio == 1
+        if not plain and not isinstance(adapter, FullSpec):
+            raise broken_rule(
+                "divides its state (zero_stage above 0), which is offered for full, lora and dora, without pissa, olora and LoRA+",
+                "set compute.zero_stage to 0, which keeps the state whole in each process, or choose lora",
+            )
+        return compute
 
     @field_validator("evaluation")
     @classmethod

@@ -11,20 +11,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kivnun.data.packing import PackedBatch
-from kivnun.data.rows import Where
+from kivnun.data.packing import PackedBatch, micro_batches, pack
+from kivnun.data.rows import Trainable, Where
 from kivnun.errors import IntegrityError, NonFiniteLossError
 from kivnun.model.adapters import Adapter
 from kivnun.model.attention import Rows
 from kivnun.model.generate import OnToken, SamplingParams, generate
 from kivnun.model.load import Base
-from kivnun.model.loss import token_log_probs, weighted_nll
+from kivnun.model.loss import Head, token_log_probs, weighted_nll
 from kivnun.model.sites import Site
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings, Optimizer, build_optimizer
@@ -86,6 +87,11 @@ class Trainee:
         with self._base.using(self.weights.sites()):
             return _forward(self._base, batch)
 
+    def packs_of(self, items: Sequence[Trainable], micro_batch_tokens: int, share_prefixes: bool) -> tuple[list[PackedBatch], int]:
+        """Return a step's items as packs, and the tokens of all packs."""
+        packs = [pack(part, share_prefixes) for part in micro_batches(items, micro_batch_tokens, share_prefixes)]
+        return packs, sum(batch.num_tokens for batch in packs)
+
     def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
         """Add the pack's share of the step's gradient; return its share of the step's loss (nats per unit of weight).
 
@@ -93,17 +99,12 @@ class Trainee:
         whatever the split. Raises NonFiniteLossError, naming the rows, before anything is updated.
         """
         self._rows_of_step.extend(batch.where)
-        targets_S = _on(self._base, batch.targets_S)
         with self._base.using(self.weights.sites()):
-            self.weights.draw_dropout(self.steps + 1, *_token_places(self._base, batch))
+            self.weights.draw_dropout(self.steps + 1, *token_places(self._base, batch))
             try:
-                h_SD = _hidden(self._base, batch)
                 head = self._base.language_head(self.weights.head_parameters())
-                weights_S, loss = self.objective.token_weights(
-                    batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S)
-                )
-                surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S)
-                share = float(surrogate.detach() if loss is None else loss)
+                surrogate, loss, nll_S = loss_of(head, hidden(self._base, batch), batch, self.objective, total_weight)
+                share = float(loss)
                 self._refuse_non_finite(batch, share, nll_S)
                 surrogate.backward()
             finally:
@@ -117,7 +118,7 @@ class Trainee:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if not np.isfinite(norm):
-            raise _non_finite(f"the gradient of step {self.steps + 1} is {norm}", self._rows_of_step)
+            raise non_finite(f"the gradient of step {self.steps + 1} is {norm}", self._rows_of_step)
         factor = 1.0
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             factor = self._max_grad_norm / (norm + 1e-6)
@@ -148,13 +149,8 @@ class Trainee:
     def load(self, folder: Path) -> None:
         """Take the state of `save`. Raises IntegrityError when its tensors are not this trainee's."""
         tensors = load_file(folder / "state.safetensors")
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         needed = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        if shapes != needed:
-            odd = sorted(name for name, _ in shapes.items() ^ needed.items())
-            raise IntegrityError(
-                f"{folder} does not fit: {len(set(odd))} tensors differ, first {odd[0]}", hint="resume with the spec it was made by"
-            )
+        check_fit(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, needed)
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
         self._optimizer.load(load_file(folder / "optimizer.safetensors"))
@@ -176,9 +172,15 @@ class Trainee:
     def _refuse_non_finite(self, batch: PackedBatch, share: float, nll_S: Tensor) -> None:
         if np.isfinite(share):
             return
-        segments = sorted({int(batch.segment_S[s]) for s in torch.nonzero(~torch.isfinite(nll_S))[:, 0].tolist()})
-        rows = [batch.where[segment] for segment in segments] or list(batch.where)
-        raise _non_finite(f"the loss of step {self.steps + 1} is {share}", rows)
+        raise non_finite(f"the loss of step {self.steps + 1} is {share}", broken_rows(batch, nll_S))
+
+
+class Engine(Protocol):
+    """What gives trainees: the verbs of `Trainee`, in one process or in many."""
+
+    def open(
+        self, weights: Weights, objective: Objective, optimizer: AdamWSettings | MuonSettings, max_grad_norm: float | None = None
+    ) -> Any: ...
 
 
 class TorchEngine:
@@ -202,7 +204,23 @@ class TorchEngine:
         return Trainee(self.base, weights, objective, optimizer, max_grad_norm)
 
 
-def _hidden(base: Base, batch: PackedBatch) -> Tensor:
+def loss_of(
+    head: Head, h_SD: Tensor, batch: PackedBatch, objective: Objective, total_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what to take the gradient of, the pack's share of the loss (detached), and the NLL of each position [S]."""
+    targets_S = torch.from_numpy(batch.targets_S).to(h_SD.device)
+    weights_S, loss = objective.token_weights(batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S))
+    surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S)
+    return surrogate, surrogate.detach() if loss is None else loss, nll_S
+
+
+def broken_rows(batch: PackedBatch, nll_S: Tensor) -> list[Where]:
+    """Return the origins of the rows whose NLL is not finite, or of all where none is."""
+    segments = sorted({int(batch.segment_S[s]) for s in torch.nonzero(~torch.isfinite(nll_S))[:, 0].tolist()})
+    return [batch.where[segment] for segment in segments] or list(batch.where)
+
+
+def hidden(base: Base, batch: PackedBatch) -> Tensor:
     """Return the final hidden states [S, D] at the supervised positions."""
     ids_T, positions_T, select_S = (_on(base, array) for array in (batch.ids_T, batch.positions_T, batch.select_S))
     parents = list(batch.parents) if max(batch.parents) >= 0 else None
@@ -211,17 +229,26 @@ def _hidden(base: Base, batch: PackedBatch) -> Tensor:
 
 @torch.no_grad()
 def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
-    return token_log_probs(base.language_head(()), _hidden(base, batch), _on(base, batch.targets_S)).cpu().numpy()
+    return token_log_probs(base.language_head(()), hidden(base, batch), _on(base, batch.targets_S)).cpu().numpy()
 
 
 def _on(base: Base, array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).to(base.device)
 
 
-def _token_places(base: Base, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def token_places(base: Base, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Return each token's row number and position (int64 [T] each), padded as the pass pads: what dropout is keyed by."""
     rows_T = np.repeat(np.asarray(batch.owners, dtype=np.int64), batch.lengths)
     return _on(base, base.padded(rows_T)), _on(base, base.padded(batch.positions_T))
+
+
+def check_fit(folder: Path, found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise IntegrityError where a checkpoint's tensors, by name and shape, are not those of the trainee."""
+    if found != needed:
+        odd = sorted(name for name, _ in found.items() ^ needed.items())
+        raise IntegrityError(
+            f"{folder} does not fit: {len(set(odd))} tensors differ, first {odd[0]}", hint="resume with the spec it was made by"
+        )
 
 
 def _not_matrices(base: Base) -> frozenset[str]:
@@ -235,7 +262,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _non_finite(what: str, rows: Sequence[Where]) -> NonFiniteLossError:
+def non_finite(what: str, rows: Sequence[Where]) -> NonFiniteLossError:
     shown = ", ".join(dict.fromkeys(str(where) for where in rows[:8]))
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return NonFiniteLossError(

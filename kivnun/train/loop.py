@@ -21,7 +21,6 @@ from kivnun.data.rows import Trainable
 from kivnun.errors import InterruptedRun
 from kivnun.events import Event, RunInterrupted, StepDone
 from kivnun.train.engine import Trainee
-from kivnun.train.objectives import Objective
 from kivnun.train.schedule import Schedule
 
 LOOKED_AT = 8  # steps from which `shareable` judges
@@ -55,11 +54,11 @@ def fit(
     final ones, but is always saved. Raises InterruptedRun after saving, when a stop was requested; NonFiniteLossError before the
     update it would have spoilt.
     """
-    objective, began = trainee.objective, time.monotonic()
+    began = time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
 
     def prepare(step: int) -> StepWork:
-        return prepared(step, objective, rows, order, micro_batch_tokens, share_prefixes)
+        return prepared(step, trainee, rows, order, micro_batch_tokens, share_prefixes)
 
     for step, work in one_ahead(steps, prepare):
         items = work.items
@@ -77,7 +76,7 @@ def fit(
                 rows=len(items),
                 tokens=sum(item.length for item in items),
                 trained_tokens=sum(map(trained_tokens, items)),
-                computed_tokens=sum(batch.num_tokens for batch in work.packs),
+                computed_tokens=work.computed_tokens,
                 seconds=time.monotonic() - began,
             )
         )
@@ -98,10 +97,12 @@ def fit(
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step computes with: its items, packed, the weight of all of them, and where it stands in the order."""
+    """What a step computes with: its items, this process's packs of them, the tokens of all packs, the weight of all items, and
+    where it stands in the order."""
 
     items: list[Trainable]
     packs: list[PackedBatch]
+    computed_tokens: int
     total_weight: float
     epoch: int
     ends_epoch: bool
@@ -109,7 +110,7 @@ class StepWork:
 
 def prepared(
     step: int,
-    objective: Objective,
+    trainee: Trainee,
     rows: Sequence[Trainable],
     order: RowOrder,
     micro_batch_tokens: int,
@@ -117,9 +118,9 @@ def prepared(
 ) -> StepWork:
     """Return the work of a step. Nobody else asks the order anything meanwhile: it remembers the epoch it was last asked for."""
     items = [rows[row] for row in order.rows_of(step)]
-    packs = [pack(part, share_prefixes) for part in micro_batches(items, micro_batch_tokens, share_prefixes)]
-    total_weight = sum(objective.weight_of(item) for item in items)
-    return StepWork(items, packs, total_weight, order.epoch_of(step), order.ends_epoch(step))
+    packs, computed_tokens = trainee.packs_of(items, micro_batch_tokens, share_prefixes)
+    total_weight = sum(trainee.objective.weight_of(item) for item in items)
+    return StepWork(items, packs, computed_tokens, total_weight, order.epoch_of(step), order.ends_epoch(step))
 
 
 def shareable(rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> float:

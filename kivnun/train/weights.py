@@ -182,5 +182,56 @@ class FullWeights:
         self._base.save(folder)
 
 
+class LiveWeights:
+    """All weights of the base, as they are: the engine that divides them keeps what masters they need."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        assert all(linear.weight is not None for linear in base.linears.values())  # packed or in codes, they could not be trained
+        self._live = dict(base.model.named_parameters())
+        for parameter in self._live.values():
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._live
+
+    def sites(self) -> Mapping[str, Site]:
+        return {}
+
+    def head_parameters(self) -> list[Tensor]:
+        head = self._base.linears[self._base.head_name]
+        return [head.dense()] if head.bias is None else [head.dense(), head.bias]
+
+    def draw_dropout(self, step: int, rows_T: Tensor, positions_T: Tensor) -> None:
+        """Full tuning has no adapter dropout."""
+
+    def stop_dropout(self) -> None:
+        """Full tuning has no adapter dropout."""
+
+    def collect_gradients(self) -> None:
+        """Gradients are the engine's."""
+
+    def publish(self) -> None:
+        """The base computes with these very tensors."""
+
+    def rate_shares(self) -> Mapping[str, float]:
+        return {}
+
+    def before_update(self) -> None:
+        """Nothing but the loss gives the weights a gradient."""
+
+    def after_update(self, step: int) -> None:
+        """The optimizer's update is all."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """There is none beside the weights."""
+
+    def export(self, folder: Path, base_name: str) -> None:
+        self._base.save(folder)
+
+
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())

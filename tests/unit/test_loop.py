@@ -10,7 +10,7 @@ from kivnun.train.loop import StepWork, one_ahead
 
 
 def work(step: int) -> StepWork:
-    return StepWork([], [], float(step), 0, False)
+    return StepWork([], [], 0, float(step), 0, False)
 
 
 def test_the_next_step_is_prepared_while_one_computes_and_none_beyond_it() -> None:

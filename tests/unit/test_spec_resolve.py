@@ -278,13 +278,21 @@ CHANGES: dict[str, list[str]] = {
     "compute.activation_checkpointing": ["compute.activation_checkpointing=true"],
     "compute.share_prefixes": ["compute.share_prefixes=true"],
     "compute.kernels": ["compute.kernels=torch"],
+    "compute.kind": ["compute.kind=multi_process"],
+    "compute.processes": ["compute.kind=multi_process", "compute.processes=4"],
+    "compute.zero_stage": ["compute.kind=multi_process", "compute.zero_stage=2"],
+    "compute.bucket_elements": ["compute.kind=multi_process", "compute.bucket_elements=1000"],
+    "compute.sub_group_elements": ["compute.kind=multi_process", "compute.sub_group_elements=1000"],
+    "compute.live_elements": ["compute.kind=multi_process", "compute.live_elements=1000"],
+    "compute.persistent_elements": ["compute.kind=multi_process", "compute.persistent_elements=1000"],
+    "compute.deepspeed": ["compute.kind=multi_process", "compute.deepspeed=ds.json"],
 }
 ELSEWHERE = {
     "version": "only 1 is accepted",
     "objective.kind": "must be what the data are for",
     "objective.beta": "needs preference data",
-    "compute.kind": "has one member",
     "compute.device": "on a machine without a GPU cuda is refused",
+    "compute.offload": "on a machine without a GPU it is refused",
     "compute.packed_weights": "needs a processor that reads them",
 }
 """Options that the facts of this file leave no second value; each has a test of its own."""
@@ -292,7 +300,8 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_every_accepted_option_changes_the_resolved_spec(changes: list[str]) -> None:
-    before = resolved(*changes[:-1])[0] if changes[0].startswith(("base=", "adapter.kind=")) and len(changes) > 1 else resolved()[0]
+    chosen = ("base=", "adapter.kind=", "compute.kind=")
+    before = resolved(*changes[:-1])[0] if changes[0].startswith(chosen) and len(changes) > 1 else resolved()[0]
     after = resolved(*changes)[0]
     assert after.content_hash() != before.content_hash()
 
@@ -348,6 +357,9 @@ def test_options_bound_to_other_facts_change_the_resolved_spec_too() -> None:
     dpo, gpu = replace(FACTS, objective_kind="dpo", data_format="preference"), replace(FACTS, device="cuda")
     assert resolved("objective={kind: dpo, beta: 0.2}", facts=dpo)[0].content_hash() != resolved(facts=dpo)[0].content_hash()
     assert resolved("compute.device=cpu", facts=gpu)[0].content_hash() != resolved(facts=gpu)[0].content_hash()
+    several = "compute.kind=multi_process"
+    offloaded = resolved(several, "compute.offload=optimizer", facts=gpu)[0]
+    assert offloaded.content_hash() != resolved(several, facts=gpu)[0].content_hash()
 
 
 def test_no_option_is_forgotten_by_the_test_of_changes() -> None:
