@@ -44,3 +44,8 @@ def percentiles(figures: np.ndarray) -> Interval:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(figures, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def mean_interval(low: float, high: float) -> Interval:
+    """Return an interval from its ends, in whichever order they come."""
+    return Interval(min(low, high), max(low, high))

@@ -32,12 +32,13 @@ UPSTREAM = {**DOCUMENT, 6: "YYYYYY", 7: "YYYYYY", 8: "YYYNNY", 9: "NNNYYN"}
 
 RULE = (
     "A cell's effect is positive where the technique helps as the row says: a better score than the base, less cost, fewer "
-    "bytes or fewer parameters than full tuning, bytes per process that fall with their number. With its 95 % interval "
-    "above zero a Yes is supported and a No contradicted; below zero the other way round; with zero inside there is no "
-    "detectable effect. A cell is not applicable where the technique is no answer to the row's question: sharding "
-    "(DeepSpeed, ZeRO) decides where numbers lie, not what is learned, so its cells in rows 1 to 5 show that the sharded "
-    "run equals the unsharded one. A row of several tasks is judged by the task with the least favourable interval; PEFT by "
-    "its best method, with the worst beside it."
+    "bytes or fewer parameters than full tuning, bytes per process that fall with their number. It helps where the 95 % "
+    "interval of the effect is above zero, and does not where the interval is nowhere above zero; then a Yes or a No of the "
+    "document is supported or contradicted. With zero inside the interval there is no detectable effect. A cell is not "
+    "applicable where the technique is no answer to the row's question: sharding (DeepSpeed, ZeRO) decides where numbers "
+    "lie, not what is learned, so its cells in rows 1 to 5 show that the sharded run equals the unsharded one. A row of "
+    "several tasks is judged by the task with the least favourable interval; PEFT by its best method, with the worst beside "
+    "it."
 )
 
 
@@ -82,9 +83,10 @@ def judged(row: int, technique: str, effect: Interval | None) -> Verdict:
     """Return what RULE says of an effect's interval against the document's cell; no interval: not applicable."""
     if effect is None:
         return "not_applicable"
-    if effect.low <= 0.0 <= effect.high:
+    helps = effect.low > 0.0
+    if not helps and effect.high > 0.0:
         return "no_detectable_effect"
-    return "supported" if (effect.low > 0.0) == (said(DOCUMENT, row, technique) == "Yes") else "contradicted"
+    return "supported" if helps == (said(DOCUMENT, row, technique) == "Yes") else "contradicted"
 
 
 def least_favourable(effects: Sequence[Interval]) -> Interval:
