@@ -128,7 +128,7 @@ def test_a_folder_called_no_keeps_its_name() -> None:
         ("schedule: {decay: constant, final_share: 0.1}", "schedule.final_share has no effect when schedule.decay is constant"),
         ("schedule: {warmup_share: 0.2, decay_start_share: 0.1}", "schedule.decay_start_share is 0.1, inside the warm-up (0.2)"),
         ("schedule: {decay: liner}", "hint: did you mean linear?"),
-        ("evaluation: {metrics: [chrf, bleu]}", 'evaluation.metrics.1 must be one of exact_match, chrf, got "bleu"'),
+        ("evaluation: {metrics: [chrf, bleu]}", 'evaluation.metrics.1 must be one of exact_match, chrf, macro_f1, entity_f1, qa_f1, format_compliance, ended_turn, tune_validity, perplexity, got "bleu"'),
         ("evaluation: {metrics: [chrf, chrf]}", "evaluation.metrics names a metric more than once"),
         ("evaluation: {samples: 3, generate_rows: 2}", "evaluation.samples is 3, more than evaluation.generate_rows (2)"),
         ("seed: -1", "seed must be a whole number of at least 0 and below 2^63, got -1"),

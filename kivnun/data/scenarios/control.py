@@ -20,13 +20,13 @@ def shuffled(rows: list[Row], seed: int) -> list[Row]:
         return [
             {"text": _shuffled_letters(row["text"], Draws(seed, "scenario.shuffled", number))} for number, row in enumerate(rows)
         ]
-    result: list[list[Row]] = [row["messages"] for row in rows]
-    for length in sorted({len(messages) for messages in result}):
-        places = [place for place, messages in enumerate(result) if len(messages) == length]
-        order = permutation(len(places), seed, "scenario.shuffled", length).tolist()
+    given: list[list[Row]] = [row["messages"] for row in rows]
+    result = list(given)
+    for length in sorted({len(messages) for messages in given}):
+        places = [place for place, messages in enumerate(given) if len(messages) == length]
+        order: list[int] = permutation(len(places), seed, "scenario.shuffled", length).tolist()
         for number, place in enumerate(places):
-            other: list[Row] = rows[places[order[number]]]["messages"]
-            result[place] = _with_replies(rows[place]["messages"], other)
+            result[place] = _with_replies(given[place], given[places[order[number]]])
     return [{"messages": messages} for messages in result]
 
 
