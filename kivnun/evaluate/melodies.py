@@ -119,7 +119,7 @@ def _melody(tune: Tune) -> Gram:
 
 
 def piano_rolls(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return an SVG of one line per sample: the reference on the left, what the model wrote on the right."""
+    """Return an SVG of one line per sample: the reference on the left, what the model wrote on the right, on one scale of pitch."""
     width = 2 * PANEL_WIDTH + 3 * GAP
     height = HEAD + len(samples) * (PANEL_HEIGHT + GAP) + GAP
     parts = [
@@ -133,20 +133,21 @@ def piano_rolls(samples: Sequence[Mapping[str, Any]]) -> str:
     ]
     for number, sample in enumerate(samples):
         top = HEAD + GAP / 2 + number * (PANEL_HEIGHT + GAP)
-        parts += _panel(GAP, top, sample["reference"], REFERENCE)
-        parts += _panel(PANEL_WIDTH + 2 * GAP, top, sample["reply"], WRITTEN)
+        heights = [note.pitch for text in (sample["reference"], sample["reply"]) if (tune := parsed(text)) for note in tune.notes]
+        parts += _panel(GAP, top, sample["reference"], REFERENCE, heights)
+        parts += _panel(PANEL_WIDTH + 2 * GAP, top, sample["reply"], WRITTEN, heights)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(left: float, top: float, text: str, colour: str) -> list[str]:
-    """Return one roll: a frame, bar lines (strong where a part ends), and a box for each note."""
+def _panel(left: float, top: float, text: str, colour: str, heights: Sequence[int]) -> list[str]:
+    """Return one roll: frame, bar lines (strong where a part ends), boxes for notes; `heights` are the pitches it has room for."""
     frame = f'<rect x="{left}" y="{top}" width="{PANEL_WIDTH}" height="{PANEL_HEIGHT}" fill="none" stroke="{LINES}"/>'
     try:
         tune = parse(text)
     except DataError as error:
         return [frame, _caption(left, top, f"no tune: {error.message}")]
-    low = min(note.pitch for note in tune.notes)
-    lane = (PANEL_HEIGHT - LANE_TOP - LANE_BOTTOM) / (max(note.pitch for note in tune.notes) - low + 1)
+    low = min(heights)
+    lane = (PANEL_HEIGHT - LANE_TOP - LANE_BOTTOM) / (max(heights) - low + 1)
     scale = PANEL_WIDTH / float(sum(bar.length for bar in tune.bars))
     parts, time = [frame, _caption(left, top, f"{tune.title}, {tune.key}, {tune.meter_text}")], Fraction(0)
     for bar in tune.bars[:-1]:
