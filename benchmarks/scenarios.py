@@ -215,7 +215,8 @@ def main(args: Sequence[str]) -> int:
     chosen = [find_scenario(name) for name in given.only.split(",")] if given.only else list(SCENARIOS)
     stem = f"scenarios{'_quick' if given.quick else ''}_{datetime.now(UTC):%Y-%m-%d}"
     found: list[Control] = []
-    console = Console(stderr=given.json)
+    wide = None if sys.stdout.isatty() else 240  # a log has no width to fold at
+    console = Console(stderr=given.json, width=wide)
     for scenario in chosen:
         picture = RESULTS / f"{stem}.svg" if scenario.name == "melodies" and not given.quick else None
         found.append(control(scenario, QUICK if given.quick else (), picture))

@@ -14,7 +14,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         "domain", 1, "Adapt to a domain: NumPy's documentation", "perplexity", False, ("perplexity",), 240, 100, replies=False
     ),
     Scenario("classification", 2, "Which language is a line in?", "macro_f1", True, ("macro_f1",), 1800, 240),
-    Scenario("entities", 2, "Named entities as character spans", "entity_f1", True, ("entity_f1", "exact_match"), 800, 100),
+    Scenario("entities", 2, "Named entities as character spans", "entity_f1", True, ("entity_f1", "exact_match"), 700, 100),
     Scenario("translation", 2, "English values into Hebrew", "exact_match", True, ("exact_match", "chrf"), 600, 150),
     Scenario("question_answering", 3, "Questions on a passage of facts", "qa_f1", True, ("qa_f1", "exact_match"), 900, 100),
     Scenario(
@@ -24,10 +24,10 @@ SCENARIOS: tuple[Scenario, ...] = (
         "format_compliance",
         True,
         ("format_compliance", "ended_turn", "exact_match"),
-        320,
+        240,
         80,
     ),
-    Scenario("melodies", 5, "Tunes in ABC notation", "tune_validity", True, ("tune_validity", "ended_turn"), 300, 32),
+    Scenario("melodies", 5, "Tunes in ABC notation", "tune_validity", True, ("tune_validity", "ended_turn"), 300, 48),
 )
 """Every built-in scenario, in the order of the technique table's rows."""
 

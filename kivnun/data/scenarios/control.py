@@ -15,24 +15,25 @@ from kivnun.randomness import permutation
 
 
 def shuffled(rows: list[Row], seed: int) -> list[Row]:
-    """Return the rows with the trained replies permuted among rows of as many turns; of text, the letters of each word."""
+    """Return the rows with the replies of each turn permuted among rows of the same roles; of text, the letters of each word.
+
+    Each turn has an order of its own: replies that come from one other conversation still agree with each other, and a model
+    that learns to repeat the form of the reply before does part of the task.
+    """
     if "text" in rows[0]:
         return [
             {"text": _shuffled_letters(row["text"], Draws(seed, "scenario.shuffled", number))} for number, row in enumerate(rows)
         ]
-    given: list[list[Row]] = [row["messages"] for row in rows]
-    result = list(given)
-    for length in sorted({len(messages) for messages in given}):
-        places = [place for place, messages in enumerate(given) if len(messages) == length]
-        order: list[int] = permutation(len(places), seed, "scenario.shuffled", length).tolist()
-        for number, place in enumerate(places):
-            result[place] = _with_replies(given[place], given[places[order[number]]])
+    result: list[list[Row]] = [list(row["messages"]) for row in rows]
+    roles = [tuple(str(message["role"]) for message in messages) for messages in result]
+    for kind in sorted(set(roles)):
+        same = [messages for messages, own in zip(result, roles, strict=True) if own == kind]
+        for turn in (place for place, role in enumerate(kind) if role == "assistant"):
+            order: list[int] = permutation(len(same), seed, "scenario.shuffled", *kind, turn).tolist()
+            replies = [messages[turn] for messages in same]
+            for messages, other in zip(same, order, strict=True):
+                messages[turn] = replies[other]
     return [{"messages": messages} for messages in result]
-
-
-def _with_replies(messages: list[Row], other: list[Row]) -> list[Row]:
-    """Return the messages with the other conversation's replies in their places."""
-    return [theirs if own["role"] == "assistant" else own for own, theirs in zip(messages, other, strict=True)]
 
 
 def _shuffled_letters(text: str, draws: Draws) -> str:
