@@ -21,6 +21,10 @@ printf '%s\n' "$libraries" >"$site/libraries.pth"
 cd "$work"
 version=$(venv/bin/kivnun --version)
 bases=$(venv/bin/kivnun bases --json)
+for name in translation domain; do  # the first needs CLDR, the second reads an installed library; both their spec from the wheel
+  venv/bin/kivnun scenario write "$name" --output "$work/$name" --json >/dev/null
+  test -s "$work/$name/spec.yaml"
+done
 venv/bin/python - "$site" "$bases" <<'PY'
 import json, pathlib, sys
 import kivnun

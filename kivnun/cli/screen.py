@@ -36,6 +36,17 @@ from kivnun.events import (
 
 # A plain log gets a line for the first and last step and one at most this often between.
 PLAIN_EVERY_S = 5.0
+# Metrics from 0 to 1.
+SHARES = {
+    "exact_match",
+    "preference_accuracy",
+    "macro_f1",
+    "entity_f1",
+    "qa_f1",
+    "format_compliance",
+    "ended_turn",
+    "tune_validity",
+}
 # Share of the newest step in the shown speed: steps differ in length, the eye wants a steady figure.
 SPEED_WEIGHT = 0.2
 
@@ -258,7 +269,7 @@ def describe(event: Event) -> str | None:
 
 def figure(name: str, value: float) -> str:
     """Return a metric as people read it: shares in per cent, the loss with four digits, other scores with one."""
-    if name in ("exact_match", "preference_accuracy"):
+    if name in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.4f}" if name == "nll" else f"{value:.1f}"
 

@@ -14,7 +14,7 @@ HELD_OUT_BUCKETS = 1_000
 """Of 10,000 hash buckets: 10 %."""
 
 KINDS: dict[str, str] = {
-    "module": "a top-level module or package of the standard library, as imported: json",
+    "module": "a top-level module or package of the standard library, as imported: json; of another, its path: numpy.linalg",
     "date": "a day in ISO 8601: 2024-08-03",
     "amount": "a number and its ISO 4217 code: 1234.50 USD",
     "unit": "a number and CLDR's unit name: 12 length-kilometer",

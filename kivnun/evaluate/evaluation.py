@@ -19,6 +19,7 @@ from kivnun.artifacts import atomic_write
 from kivnun.data.rows import Trainable
 from kivnun.data.template import ChatTokenizer
 from kivnun.errors import DataError, IntegrityError, SpecError
+from kivnun.evaluate.choice import choose_labels
 from kivnun.evaluate.heldout import Progress, Scorer, held_out_nll
 from kivnun.evaluate.intervals import Interval, difference_interval, interval_of, verdict_of
 from kivnun.evaluate.metrics import DIFFERENCE, Measure, higher_is_better
@@ -74,17 +75,24 @@ def evaluate_scorer(
         raise DataError("there is no held-out row to evaluate on", hint="set data.validation to a share or a file")
     held_out = held_out_nll(scorer, rows, micro_batch_tokens, _stage(on_progress, "score"))
     measures = {measure.name: measure for measure in held_out.measures()}
+    if "perplexity" in settings.metrics:
+        measures["perplexity"] = Measure("perplexity", measures["nll"].rows_ND)
     samples: list[Sample] = []
-    wanted = settings.generate_rows if settings.metrics else settings.samples
-    picked = generation_rows(rows, wanted, seed)
-    if settings.metrics and not picked:
+    with_prompt = [name for name in settings.metrics if name != "perplexity"]
+    picked = generation_rows(rows, settings.generate_rows if with_prompt else settings.samples, seed)
+    if with_prompt and not picked:
         raise SpecError(
-            f"evaluation.metrics asks for {', '.join(settings.metrics)}, but no held-out row has a prompt and a reply",
+            f"evaluation.metrics asks for {', '.join(with_prompt)}, but no held-out row has a prompt and a reply",
             hint="running text has no replies to compare: remove evaluation.metrics",
         )
+    if "macro_f1" in with_prompt:
+        measures["macro_f1"] = choose_labels(scorer, picked, micro_batch_tokens, _stage(on_progress, "score"))
+        with_prompt.remove("macro_f1")
+    if not with_prompt:
+        picked = picked[: settings.samples]
     if picked:
         stage = _stage(on_progress, "generate")
-        result = run_tasks(scorer, picked, tokenizer, settings.metrics, settings.max_new_tokens, stage)
+        result = run_tasks(scorer, picked, tokenizer, with_prompt, settings.max_new_tokens, stage)
         measures.update((measure.name, measure) for measure in result.measures)
         samples = _some(result.samples, settings.samples, seed)
     return _with_intervals(len(rows), measures, samples, settings.bootstrap, seed, base)

@@ -70,7 +70,7 @@ def held_out_nll(
     `rows` must not be empty. Preference pairs count with their chosen reply; both replies are scored. Raises
     NonFiniteLossError, naming the first row.
     """
-    scored, log_probs = _score(scorer, rows, micro_batch_tokens, on_progress)
+    scored, log_probs = target_log_probs(scorer, rows, micro_batch_tokens, on_progress)
     sums = np.array([-np.dot(_target_weights(row), values) for row, values in zip(scored, log_probs, strict=True)])
     _refuse_non_finite(scored, sums)
     weights = np.array([row.total_weight for row in scored])
@@ -81,7 +81,7 @@ def held_out_nll(
     return HeldOut(float(sums.sum() / weights.sum()), sums, weights, len(rows), chosen_wins)
 
 
-def _score(
+def target_log_probs(
     scorer: Scorer, rows: Sequence[Trainable], micro_batch_tokens: int, on_progress: Progress | None
 ) -> tuple[list[TokenRow], list[np.ndarray]]:
     """Return the token rows scored (of a pair: chosen, rejected) and each one's target log-probabilities, float64."""

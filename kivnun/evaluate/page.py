@@ -53,6 +53,13 @@ SHOWN = {
     "chrf": Shown(
         "chrF", "overlap of characters with the reference, 0 to 100; higher is better", _decimals(1), _decimals(1), "", 100.0
     ),
+    "macro_f1": Shown("Macro F1", "the mean of the classes' F1; higher is better", *SHARE),
+    "entity_f1": Shown("Entity F1", "entities with the right characters and the right label; higher is better", *SHARE),
+    "qa_f1": Shown("Answer F1", "words that the answer shares with the reference; higher is better", *SHARE),
+    "format_compliance": Shown("Format kept", "replies that keep every rule of their prompt; higher is better", *SHARE),
+    "ended_turn": Shown("Turn ended", "replies that end by themselves; higher is better", *SHARE),
+    "tune_validity": Shown("Valid tunes", "replies that are a tune as asked for; higher is better", *SHARE),
+    "perplexity": Shown("Perplexity", "e to the held-out loss; lower is better", _decimals(2), _decimals(2), "", None),
 }
 MARKS = {"better": "▲", "worse": "▼", "no detectable difference": "=", "too few rows": "?"}
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from kivnun.spec.section import Allowed, Section, Why, broken_rule, tuple_from_list
 
-Metric: TypeAlias = Literal["exact_match", "chrf"]
+Metric: TypeAlias = Literal[
+    "exact_match",
+    "chrf",
+    "macro_f1",
+    "entity_f1",
+    "qa_f1",
+    "format_compliance",
+    "ended_turn",
+    "tune_validity",
+    "perplexity",
+]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 class EvaluationSpec(Section, frozen=True):
@@ -21,10 +32,13 @@ class EvaluationSpec(Section, frozen=True):
     metrics: Annotated[
         tuple[Metric, ...],
         BeforeValidator(tuple_from_list),
-        Allowed("a list of: exact_match, chrf"),
-        WithJsonSchema({"type": "array", "uniqueItems": True, "items": {"enum": ["exact_match", "chrf"], "type": "string"}}),
+        Allowed(f"a list of: {', '.join(METRICS)}"),
+        WithJsonSchema({"type": "array", "uniqueItems": True, "items": {"enum": list(METRICS), "type": "string"}}),
         Why("the likelihood of the held-out rows needs no generation; whether replies can be compared is the user's knowledge"),
-    ] = Field(default=(), description="Scores of generated replies against the held-out ones, beside the likelihood.")
+    ] = Field(
+        default=(),
+        description="Scores of generated replies against the held-out ones, beside the likelihood; perplexity needs no replies.",
+    )
     generate_rows: Annotated[int, Why("an interval of at most 7 points either way, at a bearable cost on a CPU")] = Field(
         default=200, ge=1, description="Held-out rows for which a reply is generated, at most."
     )

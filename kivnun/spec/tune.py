@@ -124,9 +124,10 @@ class TuneSpec(Section, frozen=True):
             raise broken_rule(
                 "has metrics, but data.validation is null: there are no held-out rows", "hold rows out, or ask for no metrics"
             )
-        if objective is not None and objective.kind == "pretraining":
+        if objective is not None and objective.kind == "pretraining" and set(evaluation.metrics) != {"perplexity"}:
             raise broken_rule(
-                "has metrics, but pretraining has no replies to compare", "ask for no metrics: likelihood is always measured"
+                "has metrics, but pretraining has no replies to compare",
+                "ask for perplexity or for no metrics: likelihood is always measured",
             )
         return evaluation
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from recipes.tiny_phi.draws import Draws
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi.stocks import stock
 
 SYSTEM_LINES = stock("chat.system_lines")

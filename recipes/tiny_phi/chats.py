@@ -5,9 +5,9 @@ Personas and the names people give are of the training side. Next: `melodies.py`
 
 from __future__ import annotations
 
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
 from recipes.tiny_phi.chat import Turn, render_chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock, stock_of_pairs
 from recipes.tiny_phi.words import ADJECTIVES, COLOURS, HEBREW_NAMES, NOUNS, VERBS, Words
 

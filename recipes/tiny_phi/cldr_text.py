@@ -12,9 +12,9 @@ from functools import cache
 from babel import Locale
 
 from kivnun.data.scenarios.cldr import TOPICS, Value, draw_value, iso, render
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock
 
 LOCALES = ("en", "fr", "de", "es", "it", "pt", "he", "ru", "ar")

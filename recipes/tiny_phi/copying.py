@@ -6,8 +6,8 @@ can avoid, so each string is used more than once. Next: `lookup.py`.
 
 from __future__ import annotations
 
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi.chat import Task, chat, conversation
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock, stock_of_pairs
 from recipes.tiny_phi.words import Words
 

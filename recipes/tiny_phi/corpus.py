@@ -15,8 +15,8 @@ from pathlib import Path
 import babel
 from tokenizers import Tokenizer
 
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi import chats, classify, cldr_text, copying, docs, entities, lookup, melodies, prose
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.leaks import find_held_out
 from recipes.tiny_phi.tokenizer import END_OF_TEXT
 from recipes.tiny_phi.words import Words

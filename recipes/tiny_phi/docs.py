@@ -17,9 +17,9 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 
 SKIPPED = {
     "test",

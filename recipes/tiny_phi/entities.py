@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock, stock_of_triples
 from recipes.tiny_phi.words import ADJECTIVES, NOUNS, Words
 

@@ -23,6 +23,7 @@ from kivnun.data.packing import pack
 from kivnun.data.rows import TokenRow, Where
 from kivnun.data.scenarios.cldr import TOPICS, draw_value, iso, render
 from kivnun.data.scenarios.cldr import rows as demo_rows
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.model.generate import SamplingParams
 from kivnun.model.load import load_base
@@ -30,7 +31,6 @@ from kivnun.train.engine import FixedModel, TorchEngine
 from recipes.tiny_phi import cldr_text, copying, docs, entities, lookup, melodies
 from recipes.tiny_phi.chat import Task, chat
 from recipes.tiny_phi.corpus import TOKENS, VALIDATION_ROWS
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.tokenizer import letter_pieces
 from recipes.tiny_phi.words import Words, load_words
 

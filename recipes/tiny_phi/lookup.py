@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock, stock_of_triples
 from recipes.tiny_phi.words import ADJECTIVES, COLOURS, NOUNS, Words
 

@@ -5,9 +5,9 @@ Pairs of key and meter, and titles, are split by `held_out`; every function here
 
 from __future__ import annotations
 
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock
 from recipes.tiny_phi.words import ADJECTIVES, NOUNS, Words
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kivnun.data.scenarios.draws import Draws
 from recipes.tiny_phi.chat import Task, chat
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock
 from recipes.tiny_phi.words import (
     ADJECTIVES,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from babel import Locale
 
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.stocks import stock
 
 ONSETS = stock("words.onsets")

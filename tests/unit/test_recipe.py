@@ -7,11 +7,11 @@ import re
 import pytest
 
 from kivnun.data.scenarios.cldr import rows
+from kivnun.data.scenarios.draws import Draws
 from kivnun.data.splits import held_out
 from recipes.tiny_phi import cldr_text, corpus, entities, melodies
 from recipes.tiny_phi.chat import render_chat
 from recipes.tiny_phi.corpus import END_OF_TEXT, makers, pack_rows
-from recipes.tiny_phi.draws import Draws
 from recipes.tiny_phi.evaluate import entity_f1, first_turn, valid_bars
 from recipes.tiny_phi.leaks import find_held_out
 from recipes.tiny_phi.tokenizer import SPECIAL, train_tokenizer

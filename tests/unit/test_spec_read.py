@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kivnun.errors import SpecError
 from kivnun.spec import DoraSpec, FullSpec, LoraSpec, MuonSpec, TuneSpec, load_spec, parse_spec
+from kivnun.spec.evaluation import METRICS
 from kivnun.spec.yaml_text import YamlError, read_scalar, read_yaml, write_scalar, write_yaml
 
 SHORTEST = """\
@@ -147,7 +148,10 @@ def test_a_folder_called_no_keeps_its_name() -> None:
         ("schedule: {decay: constant, final_share: 0.1}", "schedule.final_share has no effect when schedule.decay is constant"),
         ("schedule: {warmup_share: 0.2, decay_start_share: 0.1}", "schedule.decay_start_share is 0.1, inside the warm-up (0.2)"),
         ("schedule: {decay: liner}", "hint: did you mean linear?"),
-        ("evaluation: {metrics: [chrf, bleu]}", 'evaluation.metrics.1 must be one of exact_match, chrf, got "bleu"'),
+        (
+            "evaluation: {metrics: [chrf, bleu]}",
+            f'evaluation.metrics.1 must be one of {", ".join(METRICS)}, got "bleu"',
+        ),
         ("evaluation: {metrics: [chrf, chrf]}", "evaluation.metrics names a metric more than once"),
         ("evaluation: {samples: 3, generate_rows: 2}", "evaluation.samples is 3, more than evaluation.generate_rows (2)"),
         ("seed: -1", "seed must be a whole number of at least 0 and below 2^63, got -1"),

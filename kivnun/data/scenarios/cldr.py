@@ -1,4 +1,4 @@
-"""The demo's task: write an English date, amount, measure or duration in Hebrew, with CLDR (Babel) as the authority.
+"""Dates, amounts, measures and durations as CLDR (Babel) writes them in any language, and the demo's rows from English to Hebrew.
 
 The words are a closed list: 12 months, 25 currencies, 18 units, 5 units of time. What is new in a test row is the combination:
 a day, a number with its currency or unit, a pair of times. Combinations are split by `kivnun/data/splits.py`, and the built-in
@@ -107,12 +107,17 @@ def draw_value(topic: str, split: str, unit_random: Callable[[], float]) -> Valu
 
 
 def rows(split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Return `count` rows in the `messages` format, the four topics in turn, no value twice.
+    """Return `count` rows in the `messages` format: those of `values`."""
+    return [row(value) for value in values(split, count, seed)]
+
+
+def values(split: str, count: int, seed: int) -> list[Value]:
+    """Return `count` values that Hebrew has words for, the four topics in turn, no value twice.
 
     `split` is "train" or "test": no value of one side ever appears on the other, whatever the counts and seeds.
     """
     seen: set[str] = set()
-    result: list[dict[str, Any]] = []
+    result: list[Value] = []
     for number in range(count):
         topic = TOPICS[number % len(TOPICS)]
         rng = generator(seed, "scenario.cldr", split, number)
@@ -120,7 +125,7 @@ def rows(split: str, count: int, seed: int) -> list[dict[str, Any]]:
         while value.name in seen or render(value, "he") is None:
             value = draw_value(topic, split, rng.random)
         seen.add(value.name)
-        result.append(_row(value))
+        result.append(value)
     return result
 
 
@@ -134,7 +139,8 @@ def write(folder: Path, train: int = 2_250, validation: int = 200, seed: int = 7
     return paths
 
 
-def _row(value: Value) -> dict[str, Any]:
+def row(value: Value) -> dict[str, Any]:
+    """Return the conversation that asks for a value in Hebrew and gives it."""
     user = {"role": "user", "content": f"{INSTRUCTION}{render(value, 'en')}"}
     return {"messages": [user, {"role": "assistant", "content": render(value, "he")}]}
 

@@ -1,7 +1,8 @@
-"""Fast draws from one keyed generator: each document of the corpus has its own, so any row can be made again alone.
+"""Fast draws from one keyed generator: each row of a scenario, and each document of the built-in base's corpus, has its own, so
+that any of them can be made again alone.
 
 Half a million documents take some hundred million draws; NumPy's scalar calls would take minutes, so numbers are drawn 64 at a
-time. Next: `words.py`, what is drawn.
+time. Next: `names.py`, names to draw.
 """
 
 from __future__ import annotations

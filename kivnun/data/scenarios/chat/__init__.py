@@ -1,0 +1,1 @@
+"""The chat scenario: a persona that keeps to a format. Start with `recipe.py`."""

@@ -1,0 +1,1 @@
+"""The domain scenario: NumPy's documentation as running text. Start with `recipe.py`."""

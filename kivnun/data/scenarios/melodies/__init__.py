@@ -1,0 +1,1 @@
+"""The melody scenario: tunes in ABC notation. Start with `recipe.py`."""

@@ -1,0 +1,1 @@
+"""The translation scenario: English values into Hebrew. Start with `recipe.py`."""
