@@ -32,7 +32,7 @@ def deepspeed_config(settings: ShardSettings, max_grad_norm: float | None, *, wi
         "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_bucket_size": buckets,
-        "allgather_bucket_size": buckets,
+        "allgather_bucket_size": buckets + buckets % 2,  # DeepSpeed insists on an even one
     }
     if settings.zero_stage == 3:
         zero |= {

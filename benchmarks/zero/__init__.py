@@ -1,0 +1,1 @@
+"""Memory of a process when several divide a run's state."""
