@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.engine.report import machine
-from benchmarks.zero.cases import MODELS, STEPS, TOKENS, Case, cases
-from benchmarks.zero.run import MIB, Law, launch, laws, weights_mib
+from kivnun.matrix.law import MIB, Law, launch, laws, weights_mib
+from kivnun.matrix.law_cases import MODELS, STEPS, TOKENS, Case, cases
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from kivnun.artifacts import atomic_write
+from kivnun.artifacts import atomic_write, make_folder
 from kivnun.evaluate.evaluation import Evaluation, load_evaluation
 from kivnun.evaluate.metrics import Measure
 from kivnun.events import AdapterOpened, Evaluated, Event, StepDone
@@ -84,7 +84,9 @@ def do(folder: Path, job: Job) -> None:
     work.mkdir(parents=True)
     done = _score_base(folder, job, work) if job.kind == "base" else _train(folder, job, work)
     record = {**asdict(done), "measures": {name: measure.rows_ND.tolist() for name, measure in done.measures.items()}}
-    atomic_write(result_path(folder, job), json.dumps(record, ensure_ascii=False) + "\n")
+    path = result_path(folder, job)
+    make_folder(path.parent)
+    atomic_write(path, json.dumps(record, ensure_ascii=False) + "\n")
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -100,7 +102,7 @@ def spec_tree(folder: Path, job: Job) -> dict[str, Any]:
     base = tree["base"] if isinstance(tree["base"], dict) else {"model": tree["base"]}
     tree["base"] = {**base, "precision": method.precision}
     tree["adapter"], tree["seed"] = method.adapter, job.seed
-    tree["schedule"] = {**tree["schedule"], "learning_rate": job.rate}
+    tree["schedule"] = {**tree["schedule"], "learning_rate": job.rate or None}
     tree["data"] = {**tree["data"], "train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl")}
     tree["evaluation"] = {**tree.get("evaluation", {}), "samples": 0, "bootstrap": 100}
     tree["checkpoints"] = {"every_epoch": False, "every_seconds": None}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from kivnun.artifacts import atomic_write
+from kivnun.artifacts import atomic_write, make_folder
 from kivnun.errors import KivnunError
 from kivnun.events import StepDone, read_events
 from kivnun.matrix.jobs import Job, spec_tree
@@ -80,6 +80,7 @@ def do_sharded(folder: Path, task: str, stage: int | None, processes: int) -> No
         raise KivnunError(f"{name} failed: {done.stderr.strip()[-600:]}", hint="run the command again: what is done is kept")
     steps = [event for event in read_events(work / "run" / "events.jsonl") if isinstance(event, StepDone)]
     result = Sharded(task, stage, processes, [event.loss for event in steps], [event.seconds for event in steps])
+    make_folder(path.parent)
     atomic_write(path, json.dumps(asdict(result)) + "\n")
     shutil.rmtree(work, ignore_errors=True)
 

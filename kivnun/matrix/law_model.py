@@ -1,4 +1,4 @@
-"""Writes a model with random weights: `python -m benchmarks.zero.model FOLDER NAME`."""
+"""Writes a model with random weights: `python -m kivnun.matrix.law_model FOLDER NAME`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import torch
 import transformers
 
-from benchmarks.zero.cases import MODELS
+from kivnun.matrix.law_cases import MODELS
 
 
 def main() -> None:

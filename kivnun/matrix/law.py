@@ -1,4 +1,7 @@
-"""Launches the cases and fits the law a + b / N. Next: `__main__.py` (what a person reads), `worker.py` (what is measured)."""
+"""Bytes of a process when N of them divide a run: launches the cases and fits the law a + b / N.
+
+Next: `law_worker.py` (what is measured).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zero.cases import MODELS, Case
+from kivnun.matrix.law_cases import MODELS, Case
 
-ROOT = Path(__file__).parents[2]
 MIB = 2**20
+# What the command line sets from within where state is divided (docs/concepts/zero.md); glibc reads these from outside.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +47,15 @@ def write_model(folder: Path, name: str) -> Path:
     """Save the model once, in a process of its own, so that this one loads no torch."""
     place = folder / name
     if not (place / "config.json").is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.zero.model", str(place), name], check=True, env=_environment(), cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "kivnun.matrix.law_model", str(place), name], check=True, env=_environment())
     return place
 
 
 def launch(case: Case, folder: Path, out: Path) -> dict[str, Any]:
     """Run a case and return what its processes measured. Raises CalledProcessError with what they said."""
-    worker = [
-        str(ROOT / "benchmarks" / "zero" / "worker.py"),
-        str(write_model(folder, case.model)),
-        json.dumps(asdict(case)),
-        str(out),
-    ]
+    worker = ["-m", "kivnun.matrix.law_worker", str(write_model(folder, case.model)), json.dumps(asdict(case)), str(out)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), *worker]
-    subprocess.run(command, check=True, env=_environment(), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    subprocess.run(command, check=True, env=_environment(), capture_output=True, text=True, timeout=900)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -80,5 +79,4 @@ def laws(measured: Sequence[tuple[Case, dict[str, Any]]]) -> dict[str, tuple[dic
 
 
 def _environment() -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **GIVE_BACK, "OMP_NUM_THREADS": "1"}

@@ -1,5 +1,6 @@
-"""One process of a case, under torchrun: `python benchmarks/zero/worker.py MODEL_FOLDER CASE_JSON OUT`. Memory is anonymous: what a
-process has to itself, without the files that it maps."""
+"""One process of a case, under torchrun: `python -m kivnun.matrix.law_worker MODEL_FOLDER CASE_JSON OUT`.
+
+Memory is anonymous: what a process has to itself, without the files that it maps."""
 
 from __future__ import annotations
 
@@ -9,13 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.zero.cases import MODELS, STEPS, TOKENS, Case
-from kivnun.cli.process import give_back_memory
+from kivnun.matrix.law_cases import MODELS, STEPS, TOKENS, Case
 
 
 def main() -> None:
     folder, case, out = Path(sys.argv[1]), Case(**json.loads(sys.argv[2])), Path(sys.argv[3])
-    thresholds = give_back_memory()
     import torch
 
     from kivnun.train.processes import joined
@@ -27,7 +26,7 @@ def main() -> None:
         measured = _measure(folder, case, processes)
         everyone = processes.all_of(measured)
     if int(os.environ["RANK"]) == 0:
-        out.write_text(json.dumps({"processes": everyone, "thresholds_taken": thresholds}))
+        out.write_text(json.dumps({"processes": everyone}))
 
 
 def _measure(folder: Path, case: Case, processes: object) -> dict[str, object]:
@@ -82,7 +81,7 @@ def _opened(base, case: Case, processes, objective, optimizer):  # types are tor
     if case.kind == "full":
         weights = LiveWeights(base) if case.zero_stage else FullWeights(base)
     else:
-        shape = AdapterShape("lora", 8, 16.0, 0.0, False, resolve_targets(base, "all-linear"))
+        shape = AdapterShape(case.kind, 8, 16.0, 0.0, False, resolve_targets(base, "all-linear"))
         weights = AdapterWeights(base, new_adapter(base, shape, "kaiming", 0))
     if case.zero_stage == 0:
         return DataParallelEngine(base, processes).open(weights, objective, optimizer, 1.0)

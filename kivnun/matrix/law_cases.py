@@ -40,7 +40,7 @@ class Case:
     """One launch: so many processes on a model."""
 
     model: str
-    kind: Literal["full", "lora"]
+    kind: Literal["full", "lora", "dora"]
     precision: Literal["fp32", "nf4"]
     zero_stage: int
     processes: int
@@ -49,7 +49,7 @@ class Case:
     @property
     def group(self) -> str:
         """Return what is the same over the numbers of processes."""
-        what = "LoRA" if self.kind == "lora" else "full"
+        what = {"full": "full", "lora": "LoRA", "dora": "DoRA"}[self.kind]
         stage = f"ZeRO-{self.zero_stage}" if self.zero_stage else "rows alone"
         return f"{stage}, {what}, {self.precision}" + (f", {self.offload} left on the CPU" if self.offload != "none" else "")
 

@@ -1,0 +1,1 @@
+"""The table of scenarios by techniques, measured. Start with `matrix.py`."""

@@ -1,0 +1,317 @@
+"""Rows 7, 8 and 9: bytes of a step, numbers trained, bytes of each of several processes. Next: `memory.py`, `counts.py`, `law.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kivnun.artifacts import atomic_write, make_folder
+from kivnun.evaluate.charts import Line, line_chart
+from kivnun.evaluate.intervals import Interval
+from kivnun.matrix.counts import Count, count_all
+from kivnun.matrix.law import MIB, fit, launch, peak_mib, weights_mib
+from kivnun.matrix.law_cases import Case
+from kivnun.matrix.memory import measure_memory
+from kivnun.matrix.memory_charts import counts_chart, parts_chart, tokens_chart
+from kivnun.matrix.memory_summary import MemoryCell, crossings, main_form, memory_cells, outlooks
+from kivnun.matrix.methods import SHARDED
+from kivnun.matrix.page import Chart, Section, Table
+from kivnun.matrix.table import Cell, judged
+
+PLAIN = 0  # rows are divided, and nothing else
+NOISE_MIB = 8.0  # by which single runs of one case differed at most (docs/LOG.md, 2026-11-27)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The cells of rows 7 to 9, what the page shows of them, and all figures for matrix.json."""
+
+    cells: list[Cell]
+    sections: list[Section]
+    record: dict[str, Any]
+    base_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class LawScale:
+    """What is launched to find the law: a model, numbers of processes, repeats of each."""
+
+    model: str
+    counts: tuple[int, ...]
+    stages: tuple[int, ...]
+    repeats: int
+
+
+QUICK_LAW = LawScale("28m", (1, 2), (PLAIN, 2, 3), 1)
+FULL_LAW = LawScale("95m", (1, 2, 4), (PLAIN, 1, 2, 3), 2)
+
+
+def measure(output: Path, *, quick: bool, screen: Any) -> Measured:
+    """Measure what is not measured yet, and return the cells of rows 7 to 9."""
+    scale = QUICK_LAW if quick else FULL_LAW
+    screen.stage("bytes of a step", 1)
+    surface = measure_memory(output / "memory", quick, lambda name, done, total: None)
+    screen.done("all points")
+    screen.stage("numbers trained", 1)
+    counts = count_all()
+    screen.done("all techniques")
+    cases = law_cases(scale)
+    screen.stage("bytes per process", len(cases))
+    peaks = _peaks(output / "law", cases, screen)
+
+    memory = memory_cells(surface)
+    cells = [
+        *(_memory_cell(column, cell) for column, cell in memory.items()),
+        *_sharded_memory_cells(peaks, scale),
+        *_count_cells(counts),
+        *_law_cells(peaks, scale),
+    ]
+    form = main_form(surface)
+    meets = [f"{o.technique}: {o.meets_at:,.0f} tokens a pass" for o in outlooks(surface) if o.form == form and o.meets_at]
+    record = {
+        "memory": {column: asdict(cell) for column, cell in memory.items()},
+        "crossings": [asdict(crossing) for crossing in crossings(surface)],
+        "counts": {name: {**asdict(it), "modules": list(it.modules)} for name, it in counts.items()},
+        "law": {_named(kind, precision, stage): found for (kind, precision, stage), found in _laws(peaks).items()},
+    }
+    sections = [
+        Section(
+            "Memory of a step",
+            f"Peak bytes above an idle process, of one training step of a model ({form.model}, {form.precision}), by what they are. "
+            f"{_crossing_words(crossings(surface), meets)}",
+            (
+                Chart("By part, at the reference point", parts_chart(surface, form)),
+                Chart("Over tokens of a pass", tokens_chart(surface, form)),
+            ),
+        ),
+        Section(
+            "Numbers trained",
+            "On the built-in base, each technique with its usual options. AdamW keeps two numbers for each that is trained.",
+            (Chart("Trained numbers", counts_chart(counts)),),
+            (_count_table(counts),),
+        ),
+        Section(
+            "Memory of each of several processes",
+            f"Full tuning of a model of {weights_mib(scale.model) / 4 * MIB / 1e6:.0f} M parameters in float32: the most anonymous memory of a "
+            "process above what it had before the model. Plain data parallelism divides rows alone; ZeRO divides optimizer state (1), "
+            "gradients (2) and weights (3).",
+            (Chart("MiB of a process over their number", _law_chart(peaks)),) if len(scale.counts) > 1 else (),
+            (_law_table(peaks, scale),),
+        ),
+    ]
+    return Measured(cells, sections, record, next(iter(counts.values())).base_numbers)
+
+
+def law_cases(scale: LawScale) -> list[tuple[Case, int]]:
+    """Return every launch with its repeat: full tuning at each stage, and each adapter's plain data parallelism."""
+    full = [Case(scale.model, "full", "fp32", stage, count) for stage in scale.stages for count in scale.counts]
+    adapters = [
+        Case(scale.model, kind, precision, PLAIN, count)
+        for kind, precision in (("lora", "fp32"), ("lora", "nf4"), ("dora", "fp32"))
+        for count in scale.counts
+    ]
+    return [(case, repeat) for repeat in range(scale.repeats) for case in (*full, *adapters)]
+
+
+Peaks = dict[tuple[str, str, int], dict[int, list[float]]]
+"""MiB by (kind, precision, stage), by number of processes, one for each repeat."""
+
+
+def _peaks(folder: Path, cases: Iterable[tuple[Case, int]], screen: Any) -> Peaks:
+    make_folder(folder)
+    found: Peaks = {}
+    for case, repeat in cases:
+        name = f"{case.model}-{case.kind}-{case.precision}-stage-{case.zero_stage}-of-{case.processes}-{repeat}"
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            measured = launch(case, folder / "models", folder / "measured.json")
+            atomic_write(path, json.dumps(measured) + "\n")
+        peak = peak_mib(json.loads(path.read_text(encoding="utf-8")))
+        found.setdefault((case.kind, case.precision, case.zero_stage), {}).setdefault(case.processes, []).append(peak)
+        screen.done(name)
+    return found
+
+
+def _laws(peaks: Peaks) -> dict[tuple[str, str, int], dict[str, Any]]:
+    laws: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for key, by_count in peaks.items():
+        means = {count: sum(its) / len(its) for count, its in by_count.items()}
+        spread = max(NOISE_MIB, *(max(its) - min(its) for its in by_count.values()))
+        law = fit(means)
+        laws[key] = {
+            "fixed_mib": law.fixed,
+            "divided_mib": law.divided,
+            "residual_mib": law.residual,
+            "noise_mib": spread,
+            "mib": means,
+        }
+    return laws
+
+
+def _saved_share(law: Mapping[str, Any]) -> tuple[float, Interval]:
+    """Return which part of a process's memory is gone from the fewest processes to the most, and between what."""
+    means: dict[int, float] = law["mib"]
+    fewest, most = means[min(means)], means[max(means)]
+    share, noise = 1 - most / fewest, law["noise_mib"] / fewest
+    return share, Interval(share - noise, share + noise)
+
+
+def _memory_cell(column: str, found: MemoryCell) -> Cell:
+    figures = sorted(found.figures.values(), key=lambda it: it.ratio)
+    best, worst = figures[0], figures[-1]
+    effect = Interval(1 - best.interval[1], 1 - best.interval[0])
+    said = [f"{best.ratio:.2f} of full tuning", f"peak bytes at {found.rows} x {found.tokens} tokens"]
+    if len(figures) > 1:
+        said[1] += f"; best {best.technique}, worst {worst.technique} ({worst.ratio:.2f})"
+    measured = {
+        "said": said,
+        "ratio_to_full": best.ratio,
+        "ratio_interval": list(best.interval),
+        "over_the_grid": list(best.over_grid),
+        "peak_bytes": best.peak,
+        "parts_bytes": best.parts,
+        "best": best.technique,
+        "worst": {"technique": worst.technique, "ratio_to_full": worst.ratio, "over_the_grid": list(worst.over_grid)},
+    }
+    baseline = {"full_peak_bytes": best.full_peak, "full_parts_bytes": best.full_parts}
+    runs = tuple(f"memory/{name}" for name in found.figures)
+    return Cell(7, column, measured, baseline, effect, judged(7, column, effect), runs)
+
+
+def _sharded_memory_cells(peaks: Peaks, scale: LawScale) -> list[Cell]:
+    """Return row 7 for the columns that divide state: bytes of a process against the same run with nothing divided."""
+    laws, most = _laws(peaks), max(scale.counts)
+    plain = laws["full", "fp32", PLAIN]
+    cells = []
+    for technique, stages in SHARDED.items():
+        found = {stage: laws["full", "fp32", stage] for stage in stages if stage in scale.stages}
+        best = min(found, key=lambda stage: found[stage]["mib"][most])
+        before, after = plain["mib"][most], found[best]["mib"][most]
+        noise = (plain["noise_mib"] + found[best]["noise_mib"]) / before
+        share = 1 - after / before
+        effect = Interval(share - noise, share + noise)
+        said = [f"{after / before:.2f} of full tuning", f"bytes of each of {most} processes, stage {best}"]
+        measured = {"said": said, "mib": {str(stage): law["mib"] for stage, law in found.items()}, "processes": most}
+        baseline = {"plain_data_parallel_mib": plain["mib"]}
+        runs = tuple(f"law/{scale.model}-full-fp32-stage-{stage}" for stage in (PLAIN, *found))
+        cells.append(Cell(7, technique, measured, baseline, effect, judged(7, technique, effect), runs))
+    return cells
+
+
+def _count_cells(counts: Mapping[str, Count]) -> list[Cell]:
+    """Return row 8. Counts are exact, so their intervals are points."""
+    full = counts["full"]
+    columns = {"LoRA": ["lora"], "QLoRA": ["qlora"], "DoRA": ["dora"], "PEFT": [name for name in counts if name != "full"]}
+    cells = []
+    for technique, names in columns.items():
+        ranked = sorted(names, key=lambda name: counts[name].trained)
+        best, worst = counts[ranked[0]], counts[ranked[-1]]
+        effect = Interval(1 - best.trained / full.trained, 1 - best.trained / full.trained)
+        second = f"{best.trained:,} of {full.trained:,} numbers"
+        second += f"; {ranked[0]} to {ranked[-1]} ({100 * worst.share:.1f} %)" if len(names) > 1 else ""
+        measured = {
+            "said": [f"{100 * best.share:.2f} %", second],
+            **{
+                name: {
+                    "trained": counts[name].trained,
+                    "moment_bytes": counts[name].moment_bytes,
+                    "file_bytes": counts[name].file_bytes,
+                    "matched": counts[name].matched,
+                }
+                for name in names
+            },
+        }
+        baseline = {"trained": full.trained, "moment_bytes": full.moment_bytes, "file_bytes": full.file_bytes}
+        cells.append(
+            Cell(8, technique, measured, baseline, effect, judged(8, technique, effect), tuple(f"counts/{n}" for n in names))
+        )
+    for technique in SHARDED:
+        effect = Interval(0.0, 0.0)
+        measured = {"said": ["100 %", "as many numbers are trained; each process keeps a part of them"], "trained": full.trained}
+        cells.append(
+            Cell(8, technique, measured, {"trained": full.trained}, effect, judged(8, technique, effect), ("counts/full",))
+        )
+    return cells
+
+
+def _law_cells(peaks: Peaks, scale: LawScale) -> list[Cell]:
+    """Return row 9: whether bytes of a process fall with the number of processes, and by which law."""
+    laws = _laws(peaks)
+    own = {"LoRA": ("lora", "fp32"), "QLoRA": ("lora", "nf4"), "PEFT": ("lora", "fp32"), "DoRA": ("dora", "fp32")}
+    chosen = {technique: (*kind, PLAIN) for technique, kind in own.items()}
+    chosen |= {"DeepSpeed": ("full", "fp32", 2), "ZeRO": ("full", "fp32", 3)}
+    cells = []
+    for technique, key in chosen.items():
+        law = laws[key]
+        share, effect = _saved_share(law)
+        counts = sorted(law["mib"])
+        said = [
+            f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N MiB",
+            f"{_named(*key)}: {law['mib'][counts[0]]:.0f} to {law['mib'][counts[-1]]:.0f} MiB from {counts[0]} to {counts[-1]} processes",
+        ]
+        measured = {"said": said, "share_saved": share, **{name: law[name] for name in law if name != "mib"}, "mib": law["mib"]}
+        if technique == "ZeRO":
+            measured["stages"] = {str(stage): laws["full", "fp32", stage] for stage in SHARDED["ZeRO"] if stage in scale.stages}
+        baseline = {"plain_data_parallel_full_mib": laws["full", "fp32", PLAIN]["mib"]}
+        runs = (f"law/{scale.model}-{key[0]}-{key[1]}-stage-{key[2]}",)
+        cells.append(Cell(9, technique, measured, baseline, effect, judged(9, technique, effect), runs))
+    return cells
+
+
+def _named(kind: str, precision: str, stage: int) -> str:
+    what = {"full": "full tuning", "lora": "LoRA", "dora": "DoRA"}[kind] if precision != "nf4" else "QLoRA"
+    return f"{what}, {f'ZeRO {stage}' if stage else 'data parallel'}"
+
+
+def _crossing_words(found: Sequence[Any], meets: Sequence[str]) -> str:
+    more = [crossing for crossing in found if crossing.more_above]
+    if more:
+        first = min(more, key=lambda crossing: crossing.pass_tokens)
+        return (
+            f"Adapters are not always smaller: {len(more)} crossings on the grid, the first where {first.technique} passes full tuning at "
+            f"{first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})."
+        )
+    said = "On this grid no technique takes more than full tuning."
+    return said + (f" By their straight lines they would from: {'; '.join(meets)}." if meets else "")
+
+
+def _count_table(counts: Mapping[str, Count]) -> Table:
+    lines = [
+        (
+            name,
+            f"{it.trained:,}",
+            f"{100 * it.share:.2f} %",
+            f"{it.moment_bytes:,}",
+            "" if it.file_bytes is None else f"{it.file_bytes:,}",
+            ", ".join(f"{count} {ending}" for ending, count in list(it.matched.items())[:4])
+            + (" ..." if len(it.matched) > 4 else ""),
+        )
+        for name, it in counts.items()
+    ]
+    return Table("Exactly", ("technique", "trained", "of the base", "bytes of moments", "bytes of the file", "modules"), lines)
+
+
+def _law_table(peaks: Peaks, scale: LawScale) -> Table:
+    lines = []
+    for key, law in _laws(peaks).items():
+        cells = (f"{law['mib'][count]:.0f}" if count in law["mib"] else "" for count in scale.counts)
+        lines.append((_named(*key), *cells, f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N", f"{law['residual_mib']:.0f}"))
+    return Table("MiB of a process", ("", *(f"N = {count}" for count in scale.counts), "law", "off by"), lines)
+
+
+def _law_chart(peaks: Peaks) -> str:
+    styles = {PLAIN: "held", 1: "faint", 2: "rate", 3: "train"}
+    lines = [
+        Line(
+            styles[stage],
+            [(float(count), mib) for count, mib in sorted(law["mib"].items())],
+            dots=True,
+            label=f"ZeRO {stage}" if stage else "plain",
+        )
+        for (kind, precision, stage), law in _laws(peaks).items()
+        if kind == "full" and precision == "fp32"
+    ]
+    return line_chart(lines, "processes", "MiB of a process", "Memory of a process over the number of processes, by ZeRO stage")
