@@ -12,11 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kivnun.artifacts import atomic_write, make_folder
 from kivnun.errors import IntegrityError
@@ -35,11 +35,23 @@ OnProgress = Callable[[str, int, int], None]  # what is measured next, how many 
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What points have in common that may be laid beside one another: all but the technique, the pass and the repeat."""
+
+    model: str
+    precision: str
+    kernels: str = "auto"
+    packed: bool = False
+    recompute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """What one process does: steps of a technique on a model, of so many rows of so many tokens in one pass.
 
     `precision` is what the model computes in; a technique on codes holds its base in NF4 beside that. `kernels` are "auto" or
-    "torch", `packed` says whether frozen weights are kept as the kernels read them, for twice their bytes.
+    "torch", `packed` says whether frozen weights are kept as the kernels read them, for twice their bytes, `recompute` whether
+    layers keep their inputs alone and are computed again in the backward pass (what they keep meanwhile counts as workspace).
     """
 
     model: str
@@ -49,7 +61,12 @@ class Point:
     tokens: int
     kernels: str = "auto"
     packed: bool = False
+    recompute: bool = False
     repeat: int = 0
+
+    @property
+    def form(self) -> Form:
+        return Form(self.model, self.precision, self.kernels, self.packed, self.recompute)
 
     @property
     def pass_tokens(self) -> int:
@@ -57,7 +74,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        form = "-packed" if self.packed else ""
+        form = "-packed" * self.packed + "-recompute" * self.recompute
         return f"{self.model}-{self.precision}-{self.kernels}{form}-{self.technique}-{self.rows}x{self.tokens}-{self.repeat}"
 
 
@@ -93,10 +110,9 @@ class Surface:
         found = (_read(file) for file in sorted(folder.glob("*.json")))
         return cls(dict(pair for pair in found if pair is not None))
 
-    def of(self, model: str, technique: str, precision: str, kernels: str = "auto", packed: bool = False) -> dict[Point, Measured]:
-        """Return a technique's points, by rows, tokens and repeat."""
-        wanted = (model, technique, precision, kernels, packed)
-        found = [p for p in self.points if (p.model, p.technique, p.precision, p.kernels, p.packed) == wanted]
+    def of(self, technique: str, form: Form) -> dict[Point, Measured]:
+        """Return a technique's points of a form, by rows, tokens and repeat."""
+        found = [p for p in self.points if p.technique == technique and p.form == form]
         return {point: self.points[point] for point in sorted(found, key=lambda p: (p.rows, p.tokens, p.repeat))}
 
 
@@ -118,20 +134,26 @@ def _quick_plan() -> list[Point]:
 
 
 def _full_plan() -> list[Point]:
-    """Return the reference, repeated; a grid of rows by tokens; and parts of it in float32, on torch's own operations, with packed
-    weights and on a larger model."""
-    plain = [name for name in TECHNIQUES if name != "qlora"]  # codes compute in bfloat16 alone
-    repeats = [Point("28m", name, "bf16", *REFERENCE, repeat=repeat) for repeat in range(REPEATS) for name in TECHNIQUES]
-    grid = [Point("28m", name, "bf16", rows, tokens) for rows in (2, 8, 32) for tokens in (32, 128) for name in TECHNIQUES]
-    corners = [(2, 32), REFERENCE, (32, 128)]
-    single = [Point("28m", name, "fp32", *place) for place in corners for name in plain]
-    long = [Point("28m", name, "bf16", 2, 1024) for name in MAIN]
-    bare = [Point("28m", name, "bf16", *place, kernels="torch") for place in corners[:2] for name in MAIN]
-    bare += [Point("28m", name, "bf16", 2, 1024, kernels="torch") for name in MAIN]
-    packed = [Point("28m", name, precision, *REFERENCE, packed=True) for precision in ("bf16", "fp32") for name in ("lora", "dora")]
-    large = [Point("71m", name, "bf16", *REFERENCE) for name in MAIN]
-    large += [Point("71m", name, "fp32", *REFERENCE) for name in MAIN if name != "qlora"]
-    return list(dict.fromkeys([*repeats, *grid, *single, *long, *bare, *packed, *large]))
+    """Return the reference, repeated; a grid of rows by tokens; and parts of it with layers computed again, on torch's own
+    operations, in float32, with packed weights, and on a larger model."""
+
+    def at(*places: tuple[int, int], names: Iterable[str] = MAIN, **form: Any) -> list[Point]:
+        given = {"model": "28m", "precision": "bf16", **form}
+        return [Point(technique=name, rows=rows, tokens=tokens, **given) for rows, tokens in places for name in names]
+
+    corner, long, single = (32, 128), (2, 1024), ("full", "lora", "dora", "vera", "ia3")  # codes compute in bfloat16 alone
+    return [
+        *(point for repeat in range(REPEATS) for point in at(REFERENCE, names=TECHNIQUES, repeat=repeat)),
+        *at(corner, (2, 128), names=TECHNIQUES),
+        *at((2, 128), REFERENCE, corner, long, names=("full", "lora"), recompute=True),
+        *at(long),
+        *at(REFERENCE, long, kernels="torch"),
+        *at(REFERENCE, corner, (2, 32), names=single, precision="fp32"),
+        *at(REFERENCE, names=("lora", "dora"), packed=True),
+        *at(REFERENCE, model="71m"),
+        *at(REFERENCE, names=("full", "lora", "dora"), model="71m", precision="fp32"),
+        *at((32, 32), (2, 32), names=TECHNIQUES),
+    ]
 
 
 def measure_memory(folder: Path, quick: bool, on_progress: OnProgress = lambda *_: None) -> Surface:

@@ -117,7 +117,7 @@ def measured(point: Point, work: Path) -> Measured:
 def _opened(point: Point, folder: Path) -> Trainee:
     technique = TECHNIQUES[point.technique]
     held = "nf4" if technique.coded else point.precision
-    base = load_base(folder, held, kernels=point.kernels, packed=point.packed)
+    base = load_base(folder, held, kernels=point.kernels, packed=point.packed, recompute=point.recompute)
     weights = new_weights(adapter_of(point.technique), base, [], RUN_STEPS, 0)
     return TorchEngine(base).open(weights, LikelihoodObjective(), AdamWSettings(0.9, 0.999, 1e-8, 0.0), 1.0)
 

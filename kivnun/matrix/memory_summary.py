@@ -1,28 +1,18 @@
 """What is read off a memory surface: a law per technique, where one begins to take more than full tuning, the table's cells.
 
 A technique is always held against full tuning of the same model at the same point, in the precision it computes in. Of repeats the
-median counts; ratios are taken within a repeat. Next: `charts.py`.
+median counts. Next: `charts.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import linear_regression, median
 
-from kivnun.matrix.memory import PARTS, REFERENCE, Measured, Point, Surface
+from kivnun.matrix.memory import PARTS, REFERENCE, Form, Measured, Surface
 from kivnun.matrix.techniques import COLUMNS, TECHNIQUES
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What points must have in common to be compared: the model, what it computes in and by, and how frozen weights are kept."""
-
-    model: str
-    precision: str
-    kernels: str = "auto"
-    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +29,7 @@ class Law:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """Where the sign of (technique - full) changes between two neighbouring points of the grid.
+    """Where the sign of (technique - full) changes between two neighbouring points of the grid; full tuning is in `full_form`.
 
     `along` is "rows" or "tokens", the other stays `fixed`; `at` is the place between `low` and `high` by a straight line.
     `more_above`: beyond it the technique takes more than full tuning.
@@ -47,6 +37,7 @@ class Crossing:
 
     technique: str
     form: Form
+    full_form: Form
     along: str
     fixed: int
     low: int
@@ -65,8 +56,9 @@ class Outlook:
 
     technique: str
     form: Form
-    least: tuple[float, Point]  # the ratio of peaks, and where
-    most: tuple[float, Point]
+    full_form: Form
+    least: tuple[float, tuple[int, int]]  # the ratio of peaks, and at how many rows and tokens
+    most: tuple[float, tuple[int, int]]
     law: Law | None
     full_law: Law | None
     meets_at: float | None
@@ -74,7 +66,8 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class TechniqueFigures:
-    """A technique at the reference point: the median of its repeats, with their least and most; and its ratios over the grid."""
+    """A technique at the reference point: the median of its repeats over full tuning's, with the least and the most that any two
+    repeats come to; and its ratios over the grid."""
 
     technique: str
     peak: float
@@ -115,21 +108,26 @@ class MemoryCell:
         return f"{self.ratio:.2f} of full tuning's peak bytes ({mega}) at {where}; {spread}"
 
 
-def forms(surface: Surface) -> list[Form]:
-    """Return the forms that full tuning was measured in, in the order of the surface."""
-    full = (point for point in surface.points if point.technique == "full")
-    return list(dict.fromkeys(Form(p.model, p.precision, p.kernels) for p in full))
+def pairs(surface: Surface) -> list[tuple[Form, Form]]:
+    """Return the forms that techniques are compared in, each with full tuning's: its own, or without packed weights (full tuning
+    has none); and techniques as they are with full tuning that computes its layers again."""
+    full = {point.form for point in surface.points if point.technique == "full"}
+    own = dict.fromkeys(point.form for point in surface.points if point.technique != "full")
+    same = [(form, replace(form, packed=False)) for form in own]
+    again = [(form, replace(form, recompute=True)) for form in own if not form.recompute and not form.packed]
+    return [(form, baseline) for form, baseline in (*same, *again) if baseline in full]
 
 
 def main_form(surface: Surface) -> Form:
     """Return the form of the reference that most techniques were measured in."""
-    counts = {form: len({p.technique for p in _at_reference(surface) if _form(p) == form}) for form in forms(surface)}
+    here = [point for point in surface.points if (point.rows, point.tokens) == REFERENCE]
+    counts = {form: len({p.technique for p in here if p.form == form}) for form in dict.fromkeys(p.form for p in here)}
     return max(counts, key=lambda form: counts[form])
 
 
 def peaks(surface: Surface, technique: str, form: Form) -> dict[tuple[int, int], float]:
     """Return a technique's peak bytes by (rows, tokens), the median of repeats."""
-    found = surface.of(form.model, technique, form.precision, form.kernels, form.packed)
+    found = surface.of(technique, form)
     places = dict.fromkeys((p.rows, p.tokens) for p in found)
     return {at: median(m.peak for p, m in found.items() if (p.rows, p.tokens) == at) for at in places}
 
@@ -144,9 +142,9 @@ def law_of(surface: Surface, technique: str, form: Form) -> Law | None:
     return Law(fixed, slope, max(abs(fixed + slope * x - y) / y for x, y in known))
 
 
-def ratios(surface: Surface, technique: str, form: Form) -> dict[tuple[int, int], float]:
+def ratios(surface: Surface, technique: str, form: Form, full_form: Form) -> dict[tuple[int, int], float]:
     """Return a technique's peak over full tuning's by (rows, tokens), where both were measured."""
-    full = peaks(surface, "full", replace(form, packed=False))
+    full = peaks(surface, "full", full_form)
     return {at: peak / full[at] for at, peak in peaks(surface, technique, form).items() if at in full}
 
 
@@ -154,16 +152,16 @@ def crossings(surface: Surface) -> list[Crossing]:
     """Return every change of sign of (technique - full) between neighbours of the grid, along rows and along tokens."""
     return [
         crossing
-        for form in forms(surface)
+        for form, full_form in pairs(surface)
         for technique in TECHNIQUES
         if technique != "full"
         for along in ("tokens", "rows")
-        for crossing in _crossings_along(surface, technique, form, along)
+        for crossing in _crossings_along(surface, technique, form, full_form, along)
     ]
 
 
-def _crossings_along(surface: Surface, technique: str, form: Form, along: str) -> Iterator[Crossing]:
-    full, own = peaks(surface, "full", form), peaks(surface, technique, form)
+def _crossings_along(surface: Surface, technique: str, form: Form, full_form: Form, along: str) -> Iterator[Crossing]:
+    full, own = peaks(surface, "full", full_form), peaks(surface, technique, form)
     above = {at: own[at] - full[at] for at in own if at in full}
     place: Callable[[tuple[int, int]], tuple[int, int]] = (lambda at: at) if along == "tokens" else (lambda at: (at[1], at[0]))
     lines: dict[int, list[tuple[int, float]]] = {}
@@ -174,28 +172,27 @@ def _crossings_along(surface: Surface, technique: str, form: Form, along: str) -
         for (low, before), (high, after) in pairwise(sorted(line)):
             if (before > 0) != (after > 0):
                 at = low + (high - low) * before / (before - after)
-                yield Crossing(technique, form, along, fixed, low, high, at, after > 0)
+                yield Crossing(technique, form, full_form, along, fixed, low, high, at, after > 0)
 
 
 def outlooks(surface: Surface) -> list[Outlook]:
     """Return each technique against full tuning, form by form: the least and the greatest ratio, and where the laws meet."""
     return [
         outlook
-        for form in forms(surface)
+        for form, full_form in pairs(surface)
         for technique in TECHNIQUES
-        if technique != "full" and (outlook := _outlook(surface, technique, form)) is not None
+        if technique != "full" and (outlook := _outlook(surface, technique, form, full_form)) is not None
     ]
 
 
-def _outlook(surface: Surface, technique: str, form: Form) -> Outlook | None:
-    found = ratios(surface, technique, form)
+def _outlook(surface: Surface, technique: str, form: Form, full_form: Form) -> Outlook | None:
+    found = ratios(surface, technique, form, full_form)
     if not found:
         return None
-    point = {at: Point(form.model, technique, form.precision, *at, kernels=form.kernels) for at in found}
     low, high = min(found, key=lambda at: found[at]), max(found, key=lambda at: found[at])
-    own, full = law_of(surface, technique, form), law_of(surface, "full", form)
+    own, full = law_of(surface, technique, form), law_of(surface, "full", full_form)
     meets = None if own is None or full is None else _meeting(own, full)
-    return Outlook(technique, form, (found[low], point[low]), (found[high], point[high]), own, full, meets)
+    return Outlook(technique, form, full_form, (found[low], low), (found[high], high), own, full, meets)
 
 
 def _meeting(own: Law, full: Law) -> float | None:
@@ -220,34 +217,25 @@ def memory_cells(surface: Surface, form: Form | None = None) -> dict[str, Memory
 def figures_of(surface: Surface, technique: str, form: Form) -> TechniqueFigures | None:
     """Return a technique's figures at the reference point; None where it was not measured there."""
     own, full = _repeats(surface, technique, form), _repeats(surface, "full", replace(form, packed=False))
-    both = [repeat for repeat in own if repeat in full]
-    if not both:
+    if not own or not full:
         return None
-    each = [own[repeat].peak / full[repeat].peak for repeat in both]
-    over_grid = ratios(surface, technique, form).values()
+    found = ratios(surface, technique, form, replace(form, packed=False))
+    mine, theirs = [m.peak for m in own], [m.peak for m in full]
+    interval = (min(mine) / max(theirs), max(mine) / min(theirs))
     middle, full_middle = _middle(own), _middle(full)
     return TechniqueFigures(
-        technique, middle.peak, middle.parts, full_middle.peak, full_middle.parts, median(each), (min(each), max(each)), len(both),
-        (min(over_grid), max(over_grid)), median(m.wall_s for m in own.values()), median(m.cpu_s for m in own.values()),
+        technique, middle.peak, middle.parts, full_middle.peak, full_middle.parts, found[REFERENCE], interval, len(own),
+        (min(found.values()), max(found.values())), median(m.wall_s for m in own), median(m.cpu_s for m in own),
     )  # fmt: skip
 
 
-def _repeats(surface: Surface, technique: str, form: Form) -> Mapping[int, Measured]:
-    found = surface.of(form.model, technique, form.precision, form.kernels, form.packed)
-    return {p.repeat: m for p, m in found.items() if (p.rows, p.tokens) == REFERENCE}
+def _repeats(surface: Surface, technique: str, form: Form) -> list[Measured]:
+    return [m for p, m in surface.of(technique, form).items() if (p.rows, p.tokens) == REFERENCE]
 
 
-def _middle(repeats: Mapping[int, Measured]) -> Measured:
+def _middle(repeats: Sequence[Measured]) -> Measured:
     """Return the repeat of median peak, the lower one of two."""
-    ordered = sorted(repeats.values(), key=lambda m: m.peak)
+    ordered = sorted(repeats, key=lambda m: m.peak)
     middle = ordered[(len(ordered) - 1) // 2]
     assert sum(middle.parts[part] for part in PARTS) == middle.peak
     return middle
-
-
-def _at_reference(surface: Surface) -> Iterator[Point]:
-    return (p for p in surface.points if (p.rows, p.tokens) == REFERENCE)
-
-
-def _form(point: Point) -> Form:
-    return Form(point.model, point.precision, point.kernels, point.packed)
