@@ -334,7 +334,8 @@ def rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     """
     if columns * dtype.itemsize % ALIASED_BYTES != 0:
         return like.new_empty(rows, columns, dtype=dtype)
-    return like.new_empty(rows, columns + LANES, dtype=dtype)[:, :columns]
+    # No view of a wider matrix: autograd lets nobody change a view that a function of its own returns, and PEFT's layers add in place.
+    return like.new_empty_strided((rows, columns), (columns + LANES, 1), dtype=dtype)
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
