@@ -141,18 +141,23 @@ def _full_plan() -> list[Point]:
         given = {"model": "28m", "precision": "bf16", **form}
         return [Point(technique=name, rows=rows, tokens=tokens, **given) for rows, tokens in places for name in names]
 
-    corner, long, single = (32, 128), (2, 1024), ("full", "lora", "dora", "vera", "ia3")  # codes compute in bfloat16 alone
+    corner, small, long = (32, 128), (2, 128), (2, 1024)
+    others = [name for name in TECHNIQUES if name not in MAIN]
+    single = ("full", "lora", "dora")  # codes compute in bfloat16 alone
     return [
-        *(point for repeat in range(REPEATS) for point in at(REFERENCE, names=TECHNIQUES, repeat=repeat)),
-        *at(corner, (2, 128), names=TECHNIQUES),
-        *at((2, 128), REFERENCE, corner, long, names=("full", "lora"), recompute=True),
-        *at(long),
+        *(point for repeat in range(REPEATS) for point in at(REFERENCE, repeat=repeat)),
+        *at(small, corner, long),
+        *at(small, REFERENCE, corner, long, names=("full", "lora"), recompute=True),
         *at(REFERENCE, long, kernels="torch"),
-        *at(REFERENCE, corner, (2, 32), names=single, precision="fp32"),
+        *at(REFERENCE, corner, small, names=single, precision="fp32"),
         *at(REFERENCE, names=("lora", "dora"), packed=True),
         *at(REFERENCE, model="71m"),
-        *at(REFERENCE, names=("full", "lora", "dora"), model="71m", precision="fp32"),
+        *at(REFERENCE, names=single, model="71m", precision="fp32"),
+        *at(REFERENCE, small, names=others),
         *at((32, 32), (2, 32), names=TECHNIQUES),
+        *at(corner, names=others),
+        *(point for repeat in range(1, REPEATS) for point in at(REFERENCE, names=others, repeat=repeat)),
+        *at(REFERENCE, small, names=("vera", "ia3"), precision="fp32"),
     ]
 
 
