@@ -79,8 +79,17 @@ class Trainee:
         self.steps = 0
 
     @property
+    def base(self) -> Base:
+        return self._base
+
+    @property
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self._parameters.values())
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by `MOMENT/PARAMETER`; empty before the first step."""
+        return self._optimizer.state()
 
     def forward(self, batch: PackedBatch) -> np.ndarray:
         """Return the log-probability (nats, float32 [S]) of each target token of the pack; no gradient, no dropout."""

@@ -15,6 +15,7 @@ import tiny
 from kivnun.data.packing import pack
 from kivnun.model.dropout import Mask, dropped
 from kivnun.model.kernels import NativeKernels, TorchKernels, native, native_or_reason
+from kivnun.model.linear import TunableLinear
 from kivnun.model.load import load_base
 from kivnun.model.products import LowRank, PackedMatrix, over_tokens, packed, times, times_transposed, whole
 
@@ -50,6 +51,18 @@ def test_products_are_those_of_float64(kernels: NativeKernels, dtype: torch.dtyp
         expected = y_TN.double() @ w_NK.double() + low_TR.double() @ a_RK.double()
         found = times(y_TN, w_NK, kernels, LowRank(low_TR, packed(a_RK, kernels)))
         assert tiny.relative_difference(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("columns", [1024, 1000])
+def test_a_product_may_be_added_to_in_place(kernels: NativeKernels, columns: int) -> None:
+    """As PEFT's AdaLoRA does; the rows of 1024 numbers lie apart."""
+    linear = TunableLinear(torch.nn.Linear(32, columns, bias=False).requires_grad_(False), kernels)
+    x_TK = torch.ones(5, 32, requires_grad=True)
+    y_TN = linear.plain(x_TK)
+    y_TN += 1.0
+    y_TN.sum().backward()
+    assert x_TK.grad is not None
+    assert torch.allclose(x_TK.grad[0], linear.dense().sum(0), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

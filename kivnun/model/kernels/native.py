@@ -334,7 +334,8 @@ def rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     """
     if columns * dtype.itemsize % ALIASED_BYTES != 0:
         return like.new_empty(rows, columns, dtype=dtype)
-    return like.new_empty(rows, columns + LANES, dtype=dtype)[:, :columns]
+    # No view of a wider matrix: what a function of autograd's returns could not be added to in place then, as PEFT's layers do.
+    return like.new_empty_strided((rows, columns), (columns + LANES, 1), dtype=dtype)
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
