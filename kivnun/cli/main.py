@@ -20,6 +20,8 @@ from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.schema import schema
+from kivnun.cli.showcase import showcase
+from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
 from kivnun.cli.verify import verify
 
@@ -46,7 +48,7 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, schema):
+for _command in (tune, data, evaluate, chat, export, verify, bases, schema, showcase, truthfulqa):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

@@ -92,6 +92,8 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "nll": ratio,
     "preference_accuracy": ratio,
     "exact_match": ratio,
+    "mc1": ratio,
+    "mc2": ratio,
     "chrf": chrf,
 }
 """How each metric's sums become its figure."""
