@@ -88,5 +88,14 @@ def score_truthfulqa(
     )
 
 
+def longest_answer(asked: Sequence[ChoiceQuestion], tokenizer: ChatTokenizer, primer: str = PRIMER) -> int:
+    """Return the number of tokens of the longest question with one of its answers."""
+    return max(
+        len(tokenizer.encode_pair(prompt_of(one.question, primer), f" {answer}")[0])
+        for one in asked
+        for answer in (one.best, *one.rivals, *one.true, *one.false)
+    )
+
+
 def _values(own: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
     return np.array([own[name] for name in names])
