@@ -19,8 +19,11 @@ from kivnun.cli.chat import chat
 from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
+from kivnun.cli.matrix import matrix
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
+from kivnun.cli.showcase import showcase
+from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
 from kivnun.cli.verify import verify
 
@@ -47,7 +50,7 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, schema):
+for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, matrix, showcase, truthfulqa, schema):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

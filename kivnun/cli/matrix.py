@@ -7,11 +7,14 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from kivnun.errors import SpecError
+from kivnun.spec.section import as_mapping
+
+EXAMPLE = 'write {"cpu_core_hour": 0.04}'
 
 
 @click.command()
@@ -57,16 +60,14 @@ def _read_prices(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
     try:
-        prices: Any = json.loads(path.read_text(encoding="utf-8"))
+        held = cast("object", json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise SpecError(f"{path} is not JSON: {error}", hint='write {"cpu_core_hour": 0.04}') from error
-    if not isinstance(prices, dict) or set(prices) - {"cpu_core_hour"} or not all(_is_price(value) for value in prices.values()):
-        raise SpecError(f"{path} must hold a price for cpu_core_hour, got {prices!r}", hint='write {"cpu_core_hour": 0.04}')
-    return {str(name): float(value) for name, value in prices.items()}
-
-
-def _is_price(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        raise SpecError(f"{path} is not JSON: {error}", hint=EXAMPLE) from error
+    prices = as_mapping(held)
+    price = None if prices is None else prices.pop("cpu_core_hour", None)
+    if prices or not isinstance(price, int | float) or isinstance(price, bool) or price < 0:
+        raise SpecError(f"{path} must hold the price of a cpu_core_hour and no more, got {held!r}", hint=EXAMPLE)
+    return {"cpu_core_hour": float(price)}
 
 
 @contextmanager

@@ -160,6 +160,8 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "nll": ratio,
     "preference_accuracy": ratio,
     "exact_match": ratio,
+    "mc1": ratio,
+    "mc2": ratio,
     "chrf": chrf,
     "macro_f1": macro_f1,
     "entity_f1": f1_of_counts,

@@ -1,4 +1,7 @@
-"""Rows 7, 8 and 9: bytes of a step, numbers trained, bytes of each of several processes. Next: `memory.py`, `counts.py`, `law.py`."""
+"""Rows 7, 8 and 9: bytes of a step, numbers trained, bytes of each of several processes.
+
+Next: `memory.py`, `counts.py`, `law.py`.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def measure(output: Path, *, quick: bool, screen: Any) -> Measured:
     sections = [
         Section(
             "Memory of a step",
-            f"Peak bytes above an idle process, of one training step of a model ({form.model}, {form.precision}), by what they are. "
+            f"Peak bytes above an idle process of one training step ({form.model}, {form.precision}), by what they are. "
             f"{_crossing_words(crossings(surface), meets)}",
             (
                 Chart("By part, at the reference point", parts_chart(surface, form)),
@@ -95,9 +98,9 @@ def measure(output: Path, *, quick: bool, screen: Any) -> Measured:
         ),
         Section(
             "Memory of each of several processes",
-            f"Full tuning of a model of {weights_mib(scale.model) / 4 * MIB / 1e6:.0f} M parameters in float32: the most anonymous memory of a "
-            "process above what it had before the model. Plain data parallelism divides rows alone; ZeRO divides optimizer state (1), "
-            "gradients (2) and weights (3).",
+            f"Full tuning of a model of {weights_mib(scale.model) / 4 * MIB / 1e6:.0f} M parameters in float32: the most anonymous "
+            "memory of a process above what it had before the model. Plain data parallelism divides rows alone; ZeRO divides "
+            "optimizer state (1), gradients (2) and weights (3).",
             (Chart("MiB of a process over their number", _law_chart(peaks)),) if len(scale.counts) > 1 else (),
             (_law_table(peaks, scale),),
         ),
@@ -109,9 +112,13 @@ def law_cases(scale: LawScale) -> list[tuple[Case, int]]:
     """Return every launch with its repeat: full tuning at each stage, and each adapter's plain data parallelism."""
     full = [Case(scale.model, "full", "fp32", stage, count) for stage in scale.stages for count in scale.counts]
     adapters = [
-        Case(scale.model, kind, precision, PLAIN, count)
-        for kind, precision in (("lora", "fp32"), ("lora", "nf4"), ("dora", "fp32"))
+        case
         for count in scale.counts
+        for case in (
+            Case(scale.model, "lora", "fp32", PLAIN, count),
+            Case(scale.model, "lora", "nf4", PLAIN, count),
+            Case(scale.model, "dora", "fp32", PLAIN, count),
+        )
     ]
     return [(case, repeat) for repeat in range(scale.repeats) for case in (*full, *adapters)]
 
@@ -247,10 +254,10 @@ def _law_cells(peaks: Peaks, scale: LawScale) -> list[Cell]:
     for technique, key in chosen.items():
         law = laws[key]
         share, effect = _saved_share(law)
-        counts = sorted(law["mib"])
+        fewest, most = min(law["mib"]), max(law["mib"])
         said = [
             f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N MiB",
-            f"{_named(*key)}: {law['mib'][counts[0]]:.0f} to {law['mib'][counts[-1]]:.0f} MiB from {counts[0]} to {counts[-1]} processes",
+            f"{_named(*key)}: {law['mib'][fewest]:.0f} to {law['mib'][most]:.0f} MiB, {fewest} to {most} processes",
         ]
         measured = {"said": said, "share_saved": share, **{name: law[name] for name in law if name != "mib"}, "mib": law["mib"]}
         if technique == "ZeRO":
@@ -271,8 +278,8 @@ def _crossing_words(found: Sequence[Any], meets: Sequence[str]) -> str:
     if more:
         first = min(more, key=lambda crossing: crossing.pass_tokens)
         return (
-            f"Adapters are not always smaller: {len(more)} crossings on the grid, the first where {first.technique} passes full tuning at "
-            f"{first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})."
+            f"Adapters are not always smaller: {len(more)} crossings on the grid, the first where {first.technique} passes full "
+            f"tuning at {first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})."
         )
     said = "On this grid no technique takes more than full tuning."
     return said + (f" By their straight lines they would from: {'; '.join(meets)}." if meets else "")

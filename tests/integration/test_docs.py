@@ -22,6 +22,7 @@ from kivnun.cli.main import cli, run
 from kivnun.data.formats import read_records
 from kivnun.data.scenarios import cldr
 from kivnun.errors import KivnunError
+from kivnun.showcase.run import Size
 from kivnun.spec import parse_spec
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,8 @@ STATUS = re.compile(r"\s+# exit status (\d+)$")
 ONE_THREAD = ("--set", "compute.threads=1")
 # The command writes 200; every score of the page is taken over them, six times in all.
 HELD_OUT_ROWS = 20
+# What `kivnun showcase --quick` does on a page: each of its stages, with hardly any rows.
+QUICK = Size("quick", 9, 10, 10, 10, 1, 1, 1, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def test_the_commands_of_a_page_run_in_their_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kivnun.showcase.run.QUICK", QUICK)
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):
