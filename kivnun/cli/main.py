@@ -19,6 +19,7 @@ from kivnun.cli.chat import chat
 from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
+from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.schema import schema
 from kivnun.cli.tune import tune
 from kivnun.cli.verify import verify
@@ -75,4 +76,5 @@ def main() -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
+    keep_deepspeed_quiet()
     sys.exit(run(sys.argv[1:]))
