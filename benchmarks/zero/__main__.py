@@ -89,8 +89,16 @@ def _page(stem: str, model: str, measured: list[tuple[Case, dict[str, Any]]], co
         f"|---|{'---:|' * len(counts)}---|---:|",
     ]
     for group, (peaks, law) in laws(measured).items():
-        cells = " | ".join(f"{peaks[count]:.0f}" if count in peaks else "" for count in counts)
-        lines.append(f"| {group} | {cells} | {_law_text(law)} | {f'{law.divided / weights:.1f}' if law else ''} |")
+        lines.append(_row(group, peaks, law, counts, weights))
+    lines += [
+        "",
+        "Held when training begins, without what is gathered, made and freed on the way:",
+        "",
+        f"| what is divided | {' | '.join(f'N = {count}' for count in counts)} | a + b / N | b in P |",
+        f"|---|{'---:|' * len(counts)}---|---:|",
+    ]
+    for group, (held, law) in laws(measured, "opened").items():
+        lines.append(_row(group, held, law, counts, weights))
     lines += [
         "",
         "Until training begins every process holds the whole base once; the most it took by then at stage 3, full: "
@@ -102,8 +110,17 @@ def _page(stem: str, model: str, measured: list[tuple[Case, dict[str, Any]]], co
     return "\n".join(lines) + "\n"
 
 
+def _row(group: str, figures: dict[int, float], law: Law | None, counts: list[int], weights: float) -> str:
+    cells = " | ".join(f"{figures[count]:.0f}" if count in figures else "" for count in counts)
+    return f"| {group} | {cells} | {_law_text(law)} | {f'{abs(law.divided / weights):.1f}' if law else ''} |"
+
+
 def _law_text(law: Law | None) -> str:
-    return "" if law is None else f"{law.fixed:.0f} + {law.divided:.0f} / N (off by {law.residual:.0f} at most)"
+    return (
+        ""
+        if law is None
+        else f"{law.fixed:.0f} {'-' if law.divided < 0 else '+'} {abs(law.divided):.0f} / N (off by {law.residual:.0f} at most)"
+    )
 
 
 if __name__ == "__main__":

@@ -154,6 +154,23 @@ def test_the_result_is_the_live_tensors_and_none_is_lacking(folder: Path, togeth
     assert all(torch.equal(mine[key], moments[key]) for key in moments if key.startswith("step/"))
 
 
+@pytest.mark.slow
+def test_four_processes_are_one_and_resume_to_the_bit(folder: Path, alone: dict[str, Case], tmp_path: Path) -> None:
+    chosen = [it for it in CASES if it["name"] in ("full_0", "full_1", "full_2", "full_3", "lora_3")]
+    for base in ("phi3", "phi3_tied"):
+        (tmp_path / base).symlink_to(folder / base)
+    (tmp_path / "cases.json").write_text(json.dumps(chosen))
+    torchrun(4, str(WORKER), str(tmp_path), timeout=280)
+    for it in chosen:
+        seen = json.loads((tmp_path / it["name"] / "seen.json").read_text())
+        for one, four in zip(steps_of(alone[it["name"]]), steps_of(seen), strict=True):
+            assert four["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert four["norm"] == pytest.approx(one["norm"], rel=1e-5)
+        assert seen["again"] == seen["rest"]
+        for file in ("state.safetensors", "optimizer.safetensors"):
+            assert hash_file(tmp_path / it["name"] / "again" / file) == hash_file(tmp_path / it["name"] / "end" / file)
+
+
 def test_what_is_not_finite_in_one_process_stops_all_before_the_update(folder: Path, together: dict[str, Case]) -> None:
     assert together
     first, second = json.loads((folder / "broken.json").read_text())
