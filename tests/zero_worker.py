@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from kivnun.data.rows import TokenRow
+from kivnun.errors import NonFiniteLossError
 from kivnun.model.generate import SamplingParams
 from kivnun.model.load import Base, load_base
 from kivnun.train.data_parallel import DataParallelEngine
@@ -22,7 +24,7 @@ from kivnun.train.objectives import LikelihoodObjective
 from kivnun.train.optim import AdamWSettings
 from kivnun.train.processes import OneProcess, Processes, joined
 from kivnun.train.weights import FullWeights, LiveWeights, Weights
-from tiny import new_weights, random_ids, random_rows
+from tiny import VOCAB, new_weights, random_ids, random_rows, token_row
 
 ADAMW = AdamWSettings(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 # Trained tokens of each row of a step: uneven, and in the third step fewer rows than processes.
@@ -119,6 +121,30 @@ def run_cases(folder: Path, processes: Processes) -> None:
             (folder / case["name"] / "seen.json").write_text(json.dumps(seen))
 
 
+def _step(trainee: Any, rows: list[TokenRow], total_weight: float) -> None:
+    for batch in trainee.packs_of(rows, BUDGET, False)[0]:
+        trainee.forward_backward(batch, total_weight)
+    trainee.optim_step(RATE)
+
+
+def run_broken(folder: Path, processes: Processes) -> Case:
+    """Meet a loss that is not finite in one process alone, and a gradient too large to be squared; return what is raised."""
+    it = {"base": "broken", "kind": "lora", "stage": 3, "precision": "fp32"}
+    trainee = opened(folder, it, processes)
+    before = score(trainee)
+    seen: Case = {}
+    odd, plain = (token_row([5, 6, 7, last, 8], row, 4) for row, last in ((0, VOCAB - 1), (1, 9)))
+    with pytest.raises(NonFiniteLossError) as raised:
+        _step(trainee, [odd, plain], 8.0)
+    seen["loss"] = raised.value.message
+    trainee = opened(folder, it, processes)
+    with pytest.raises(NonFiniteLossError) as raised:
+        _step(trainee, [plain, plain], 1e-30)
+    seen["gradient"] = raised.value.message
+    seen["unchanged"] = score(trainee) == before
+    return seen
+
+
 def in_one_process(folder: Path, case: Case) -> Case:
     """Return what the case is in one process: the measure of all others."""
     return run_case(
@@ -130,3 +156,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined("cpu", int(os.environ["WORLD_SIZE"])) as together:
         run_cases(Path(sys.argv[1]), together)
+        broken = together.all_of(run_broken(Path(sys.argv[1]), together)) if Path(sys.argv[1], "broken").is_dir() else []
+        if together.rank == 0:
+            Path(sys.argv[1], "broken.json").write_text(json.dumps(broken))

@@ -79,17 +79,26 @@ def _page(stem: str, model: str, measured: list[tuple[Case, dict[str, Any]]], co
         "",
         f"`{command}` · " + " · ".join(f"{name}: {value}" for name, value in facts.items()),
         "",
-        f"A model of {size / 1e6:.1f} M parameters of Phi-3's shape with random weights (P = {weights:.0f} MiB in float32), a row of",
-        f"{TOKENS} tokens per process and step, {STEPS} steps, AdamW, one thread per process, gloo. Figures: the most anonymous memory",
-        "of a process during forward, backward and update above what it had before the model, MiB; of several processes the largest.",
+        f"A model of {size / 1e6:.1f} M parameters of Phi-3's shape with random weights (P = {weights:.0f} MiB in float32), a row",
+        f"of {TOKENS} tokens per process and step, {STEPS} steps, AdamW, one thread per process, gloo. Figures: the most anonymous",
+        "memory of a process during forward, backward and update above what it had before the model, MiB; of several processes",
+        "the largest.",
         "Single runs.",
         "",
         f"| what is divided | {' | '.join(f'N = {count}' for count in counts)} | a + b / N | b in P |",
         f"|---|{'---:|' * len(counts)}---|---:|",
     ]
     for group, (peaks, law) in laws(measured).items():
-        cells = " | ".join(f"{peaks[count]:.0f}" if count in peaks else "" for count in counts)
-        lines.append(f"| {group} | {cells} | {_law_text(law)} | {f'{law.divided / weights:.1f}' if law else ''} |")
+        lines.append(_row(group, peaks, law, counts, weights))
+    lines += [
+        "",
+        "Held when training begins, without what is gathered, made and freed on the way:",
+        "",
+        f"| what is divided | {' | '.join(f'N = {count}' for count in counts)} | a + b / N | b in P |",
+        f"|---|{'---:|' * len(counts)}---|---:|",
+    ]
+    for group, (held, law) in laws(measured, "opened").items():
+        lines.append(_row(group, held, law, counts, weights))
     lines += [
         "",
         "Until training begins every process holds the whole base once; the most it took by then at stage 3, full: "
@@ -101,8 +110,17 @@ def _page(stem: str, model: str, measured: list[tuple[Case, dict[str, Any]]], co
     return "\n".join(lines) + "\n"
 
 
+def _row(group: str, figures: dict[int, float], law: Law | None, counts: list[int], weights: float) -> str:
+    cells = " | ".join(f"{figures[count]:.0f}" if count in figures else "" for count in counts)
+    return f"| {group} | {cells} | {_law_text(law)} | {f'{abs(law.divided / weights):.1f}' if law else ''} |"
+
+
 def _law_text(law: Law | None) -> str:
-    return "" if law is None else f"{law.fixed:.0f} + {law.divided:.0f} / N (off by {law.residual:.0f} at most)"
+    return (
+        ""
+        if law is None
+        else f"{law.fixed:.0f} {'-' if law.divided < 0 else '+'} {abs(law.divided):.0f} / N (off by {law.residual:.0f} at most)"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.matrix import matrix
 from kivnun.cli.scenario import scenario
+from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.schema import schema
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa
@@ -79,4 +80,5 @@ def main() -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
+    keep_deepspeed_quiet()
     sys.exit(run(sys.argv[1:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 # glibc's names for mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -46,6 +47,13 @@ def _set_thresholds(wanted: tuple[tuple[int, int], ...]) -> bool:
         return False
     taken = [mallopt(name, value) for name, value in wanted]
     return all(answer == 1 for answer in taken)
+
+
+def keep_deepspeed_quiet() -> None:
+    """Tell DeepSpeed that there is no GPU, where there is none: it would say so on stdout, which is for data, as soon as
+    transformers saves a model, since that imports it wherever it is installed."""
+    if not Path("/proc/driver/nvidia").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def set_threads(threads: int | None) -> None:

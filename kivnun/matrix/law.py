@@ -60,9 +60,9 @@ def launch(case: Case, folder: Path, out: Path) -> dict[str, Any]:
     return found
 
 
-def peak_mib(measured: dict[str, Any]) -> float:
-    """Return the most that any of the processes took."""
-    return max(its["peak"] for its in measured["processes"]) / MIB
+def peak_mib(measured: dict[str, Any], what: str = "peak") -> float:
+    """Return the most that any of the processes took, or of another of its figures."""
+    return max(its[what] for its in measured["processes"]) / MIB
 
 
 def weights_mib(model: str) -> float:
@@ -70,11 +70,11 @@ def weights_mib(model: str) -> float:
     return 4 * MODELS[model].parameters / MIB
 
 
-def laws(measured: Sequence[tuple[Case, dict[str, Any]]]) -> dict[str, tuple[dict[int, float], Law | None]]:
-    """Return, by group, the peaks by number of processes and their law where there are two numbers or more."""
+def laws(measured: Sequence[tuple[Case, dict[str, Any]]], what: str = "peak") -> dict[str, tuple[dict[int, float], Law | None]]:
+    """Return, by group, the peaks (or another figure) by number of processes, and their law where there are two or more."""
     groups: dict[str, dict[int, float]] = {}
     for case, its in measured:
-        groups.setdefault(case.group, {})[case.processes] = peak_mib(its)
+        groups.setdefault(case.group, {})[case.processes] = peak_mib(its, what)
     return {group: (peaks, fit(peaks) if len(peaks) > 1 else None) for group, peaks in groups.items()}
 
 

@@ -133,7 +133,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
     yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
     yield from _sharing_mismatches(spec, facts)
-    yield from sharding_mismatches(spec, _device(spec, facts), facts.deepspeed)
+    yield from sharding_mismatches(spec, _device(spec, facts), _precision_of(spec, facts), facts.deepspeed)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
         text = f"base.precision is {precision}, but the base is stored in {stored} and loads as it is"

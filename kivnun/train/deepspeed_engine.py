@@ -146,10 +146,11 @@ class DeepSpeedTrainee:
         self.steps = steps
 
     def export(self, folder: Path, base_name: str) -> None:
-        """Write what others load, out of the live weights: they are whole in each process meanwhile, and the first writes."""
-        with lost_processes(), self._gathered():
+        """Write what others load, out of the live weights: the first process writes, and has them whole meanwhile."""
+        with lost_processes(), self._whole_in_the_first():
             if self._processes.rank == 0:
                 self.weights.export(folder, base_name)
+        self._processes.any(False)  # what was lent is given back before anybody computes on
 
     def _changed(self) -> None:
         """Forget what was derived from trained tensors: gathered again, they may lie where other values lay."""
@@ -211,12 +212,24 @@ class DeepSpeedTrainee:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _whole_in_the_first(self) -> Iterator[None]:
+        """Give the trained parameters of the first process all their values; the others keep their parts."""
         if self._stage < 3:
-            return contextlib.nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=None)
+            yield
+            return
+        lent: list[tuple[nn.Parameter, Tensor]] = []
+        for name, parameter in self._parameters.items():
+            pieces = [piece if self._processes.rank == 0 else None for piece in self._pieces(name)]
+            if self._processes.rank == 0:
+                whole = torch.cat([piece for piece in pieces if piece is not None]).view(self._shapes[name])
+                lent.append((parameter, parameter.data))
+                parameter.data = whole.to(parameter.device, parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, part in lent:
+                parameter.data = part
 
 
 class DeepSpeedEngine:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kivnun.artifacts import hash_file
 from kivnun.train.tensor_file import TensorFile
-from tiny import CONFIGS, write_base
+from tiny import CONFIGS, VOCAB, write_base
 from torchrun import WORKER, torchrun
 from zero_worker import STEPS, Case, in_one_process
 
@@ -28,6 +28,7 @@ CASES = [
     *(case(f"full_{stage}", "full", stage, again=True) for stage in (0, 1, 2, 3)),
     *(case(f"lora_{stage}", "lora", stage, again=True, dropout=0.2) for stage in (1, 2, 3)),
     case("dora_3", "dora", 3),
+    *(case(f"bf16_full_{stage}", "full", stage, "bf16", again=True) for stage in (2, 3)),
     case("nf4_2", "lora", 2, "nf4"),
     case("nf4_3", "lora", 3, "nf4", again=True),
     case("int8_3", "lora", 3, "int8"),
@@ -43,6 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("zero")
     for base in {it["base"] for it in CASES}:
         write_base(place / base, CONFIGS[base]())
+    write_base(place / "broken", CONFIGS["phi3"]())
+    weights = load_file(place / "broken" / "model.safetensors")
+    weights["model.embed_tokens.weight"][VOCAB - 1] = float("nan")
+    save_file(weights, place / "broken" / "model.safetensors", metadata={"format": "pt"})
     return place
 
 
@@ -82,12 +87,12 @@ def test_losses_and_norms_are_those_of_one_process(alone: dict[str, Case], toget
     assert together[name]["trained"] == alone[name]["trained"]
 
 
-@pytest.mark.parametrize("name", ["nf4_2", "nf4_3", "int8_3"])
-def test_adapters_of_quantised_bases_train_as_in_one_process(alone: dict[str, Case], together: dict[str, Case], name: str) -> None:
-    """Computed in bfloat16, whose last bit is 0.4 %: what differs is rounded away or is one bit."""
+@pytest.mark.parametrize("name", ["nf4_2", "nf4_3", "int8_3", "bf16_full_2", "bf16_full_3"])
+def test_what_computes_in_bfloat16_trains_as_in_one_process(alone: dict[str, Case], together: dict[str, Case], name: str) -> None:
+    """A last bit is 0.4 % there: what differs is rounded away or is some bits."""
     for one, two in zip(steps_of(alone[name]), steps_of(together[name]), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=4e-3)
-        assert two["norm"] == pytest.approx(one["norm"], rel=4e-3)
+        assert two["norm"] == pytest.approx(one["norm"], rel=1e-2)
     assert alone[name]["before"] == together[name]["before"]
     assert together[name]["after"] != together[name]["before"]
 
@@ -129,7 +134,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
         assert back["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [it["name"] for it in CASES])
+@pytest.mark.parametrize("name", [it["name"] for it in CASES if it["precision"] != "bf16"])
 def test_the_result_is_the_live_tensors_and_none_is_lacking(folder: Path, together: dict[str, Case], name: str) -> None:
     """Of float32 tensors the live ones are the checkpoint's."""
     assert together[name]
@@ -147,6 +152,41 @@ def test_the_result_is_the_live_tensors_and_none_is_lacking(folder: Path, togeth
     mine = load_file(folder / name / "end" / "optimizer.safetensors")
     assert {key: (t.shape, t.dtype) for key, t in mine.items()} == {key: (t.shape, t.dtype) for key, t in moments.items()}
     assert all(torch.equal(mine[key], moments[key]) for key in moments if key.startswith("step/"))
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_and_resume_to_the_bit(folder: Path, alone: dict[str, Case], tmp_path: Path) -> None:
+    chosen = [it for it in CASES if it["name"] in ("full_0", "full_1", "full_2", "full_3", "lora_3")]
+    for base in ("phi3", "phi3_tied"):
+        (tmp_path / base).symlink_to(folder / base)
+    (tmp_path / "cases.json").write_text(json.dumps(chosen))
+    torchrun(4, str(WORKER), str(tmp_path), timeout=280)
+    for it in chosen:
+        seen = json.loads((tmp_path / it["name"] / "seen.json").read_text())
+        for one, four in zip(steps_of(alone[it["name"]]), steps_of(seen), strict=True):
+            assert four["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert four["norm"] == pytest.approx(one["norm"], rel=1e-5)
+        assert seen["again"] == seen["rest"]
+        for file in ("state.safetensors", "optimizer.safetensors"):
+            assert hash_file(tmp_path / it["name"] / "again" / file) == hash_file(tmp_path / it["name"] / "end" / file)
+
+
+def test_what_is_not_finite_in_one_process_stops_all_before_the_update(folder: Path, together: dict[str, Case]) -> None:
+    assert together
+    first, second = json.loads((folder / "broken.json").read_text())
+    assert first == second
+    assert first["loss"] == "the loss of step 1 is nan; rows in it: rows.jsonl:1"
+    assert first["gradient"].startswith("the gradient of step 1 is not finite; rows in it: rows.jsonl:2")
+    assert first["unchanged"]
+
+
+@pytest.mark.parametrize("name", ["bf16_full_2", "bf16_full_3"])
+def test_a_bfloat16_result_is_the_checkpoint_rounded(folder: Path, together: dict[str, Case], name: str) -> None:
+    assert together[name]
+    masters = load_file(folder / name / "end" / "state.safetensors")
+    exported = load_file(folder / name / "export" / "model.safetensors")
+    assert exported.keys() == masters.keys()
+    assert all(torch.equal(exported[key], tensor.to(torch.bfloat16)) for key, tensor in masters.items())
 
 
 def test_files_written_in_pieces_are_those_of_safetensors(tmp_path: Path) -> None:
