@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kivnun.data.abc_notation import parse
+from kivnun.data.abc_notation import Tune, parse
 from kivnun.data.entity_spans import from_answer, text_of_prompt
 from kivnun.errors import DataError
 
@@ -146,14 +146,13 @@ def answer_f1(reply: str, reference: str) -> float:
 
 
 def is_valid_tune(reply: str, reference: str) -> bool:
-    """Return whether the reply is a tune in ABC notation of one voice, with the key and meter of the reference and as many bars in
-    each part. Raises DataError where the reference is no such tune."""
-    wanted = parse(reference)
+    """Return whether the reply is a tune in ABC notation of one voice, with the key, the meter and the first bar of the reference
+    and as many bars in each part. Raises DataError where the reference is no such tune."""
+    wanted = _what_was_asked(parse(reference))
     try:
-        tune = parse(reply)
+        return _what_was_asked(parse(reply)) == wanted
     except DataError:
         return False
-    return (tune.key, tune.meter_text, tune.parts) == (wanted.key, wanted.meter_text, wanted.parts)
 
 
 VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -173,6 +172,11 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "novelty": ratio,
 }
 """How each metric's sums become its figure."""
+
+
+def _what_was_asked(tune: Tune) -> tuple[object, ...]:
+    """Return what a prompt can ask of a tune: key, meter, the notes of the first bar, the bars of each part."""
+    return tune.key, tune.meter_text, [note for note in tune.notes if note.start < tune.bars[0].length], tune.parts
 
 
 def _normal(text: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from kivnun.cli.main import cli
 
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "onnxruntime", "matplotlib", "pydantic")
-COMMANDS = [[name] for name in cli.commands] + [["data", "check"], ["data", "show"]]
+COMMANDS = [[name] for name in cli.commands] + [["data", "check"], ["data", "show"], ["scenario", "write"]]
 
 PROGRAM = """
 import sys

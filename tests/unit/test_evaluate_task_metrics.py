@@ -152,9 +152,10 @@ def test_rules_are_read_from_the_prompt_and_the_last_of_a_kind_counts() -> None:
     assert not states_rules("Say something.")
 
 
-def test_a_tune_has_the_key_the_meter_and_the_parts_of_its_reference() -> None:
+def test_a_tune_has_the_key_the_meter_the_first_bar_and_the_parts_of_its_reference() -> None:
     assert is_valid_tune(TUNE, TUNE)
-    assert is_valid_tune(TUNE.replace("G6", "B4 d2").replace("T:A", "T:B"), TUNE)
+    assert is_valid_tune(TUNE.replace("A6", "B4 d2").replace("T:A", "T:B"), TUNE)
+    assert not is_valid_tune(TUNE.replace("G6", "B4 d2"), TUNE)
     assert not is_valid_tune(TUNE.replace("K:G", "K:D"), TUNE)
     assert not is_valid_tune(TUNE.replace("3/4", "6/8"), TUNE)
     assert not is_valid_tune(TUNE.replace("A6", "A6 | B6"), TUNE)
