@@ -77,7 +77,8 @@ def _in_a_fork(task: Callable[[], str]) -> str:
                 pipe.write(text)
             status = 0
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            first, *_ = str(error).splitlines() or [""]
+            print(f"{type(error).__name__}: {first}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
     os.close(sender)
