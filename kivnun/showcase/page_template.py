@@ -166,8 +166,8 @@ sides{% if r.seeds == 1 %}; with one seed only the draw of questions counts{% en
 bar can be computed again.</p>
 <table class="facts" style="margin-top:8px">
 <tr><td>date</td><td>{{ r.date }}</td></tr><tr><td>Kivnun</td><td>{{ r.kivnun }}, code {{ r.code_hash[:12] }}</td></tr>
-<tr><td>computing time of this page</td><td>{{ "%.0f" | format(r.seconds / 60) }} min{{ "" if not r.resumed else ", begun before
-and gone on with" }}</td></tr>
+<tr><td>time it took</td><td>{{ "%.0f" | format(r.seconds / 60) }} min{{ ", the last of several calls" if r.resumed else ""
+}}</td></tr>
 {% for name, value in r.environment.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
 </table></section>
 <details><summary>The spec of a run</summary><pre>{{ r.spec }}</pre></details>
