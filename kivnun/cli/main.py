@@ -20,8 +20,8 @@ from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.matrix import matrix
-from kivnun.cli.scenario import scenario
 from kivnun.cli.process import keep_deepspeed_quiet
+from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from benchmarks.zero.cases import Case
 from benchmarks.zero.run import fit, launch, peak_mib, weights_mib
 
