@@ -31,6 +31,7 @@ margin-bottom: 0; }
 .scroll td { text-align: right; padding: 5px 10px; border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums;
 vertical-align: top; }
 .scroll th:first-child, .scroll td:first-child { text-align: left; padding-left: 0; } .scroll td .soft { display: block; }
+.scroll td + td { white-space: nowrap; }
 .facts td { white-space: normal; } .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .ok { color: var(--good); font-weight: 600; } .no { color: var(--bad); font-weight: 600; }
 @media (max-width: 520px) { svg text, svg text.value, svg text.name { font-size: 13px; } }
@@ -98,8 +99,8 @@ test</th>
 <tr><td>{{ kind }} <span class="soft" style="display:inline">{{ skill }}</span></td><td>{{ count }}</td>
 {% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
-</table></div><p class="soft" style="margin-top:8px">Per cent; some forty questions a kind, so ten points either way may be
-chance.</p></section>
+</table></div><p class="soft" style="margin-top:8px">Per cent, over all seeds. With so few questions of a kind, ten points and
+more may be chance.</p></section>
 
 <h2>What was forgotten</h2>
 <section class="card"><div class="scroll"><table>
