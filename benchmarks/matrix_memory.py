@@ -42,7 +42,7 @@ def _colours() -> str:
     from kivnun.evaluate.page_template import STYLE
     from kivnun.matrix.memory_charts import STYLE as MORE
 
-    svg = [line for line in STYLE.splitlines() if "svg" in line or "--" in line]
+    svg = [line for line in STYLE.splitlines() if line.startswith((":root", "@media (prefers", "  --", "svg"))]
     return "\n".join([*svg, MORE])
 
 

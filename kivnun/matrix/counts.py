@@ -69,6 +69,14 @@ class Count:
         return self.trained / self.base_numbers
 
     @property
+    def text(self) -> str:
+        """Return a cell of row 8 in words."""
+        size = self.tensor_bytes if self.file_bytes is None else self.file_bytes
+        where = ", ".join(f"{number} {ending}" for ending, number in self.matched.items())
+        held = f"{self.moment_bytes / 1e6:,.2f} MB of moments, a file of {size / 1e6:,.2f} MB"
+        return f"{self.trained:,} of {self.base_numbers:,} numbers ({100 * self.share:.3g} %); {held}; {where}"
+
+    @property
     def matched(self) -> dict[str, int]:
         """Return how many modules were matched of each last name."""
         endings = [name.rpartition(".")[2] for name in self.modules]

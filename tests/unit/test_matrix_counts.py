@@ -81,6 +81,9 @@ def test_kronecker_factors_are_pefts(options: dict[str, Any]) -> None:
 
 def test_counts_as_text_and_as_a_picture(phi: Any) -> None:
     counts = {name: count_config(name, phi) for name in TECHNIQUES}
+    assert counts["prompt"].text == (
+        "61,440 of 3,821,079,552 numbers (0.00161 %); 0.49 MB of moments, a file of 0.25 MB; 1 virtual_tokens"
+    )
     assert json.loads(as_json(counts))["lora"]["trained"] == 25_165_824
     drawn = counts_chart(counts)
     assert all(technique.label in drawn for technique in TECHNIQUES.values())
