@@ -15,12 +15,10 @@ import io
 import json
 import os
 import resource
-import signal
-import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +88,7 @@ from kivnun.train.loop import fit, shareable
 from kivnun.train.new_weights import check_targets, new_weights
 from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
 from kivnun.train.optim import AdamWSettings, MuonSettings
-from kivnun.train.processes import OneProcess, Processes, joined
+from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 from kivnun.train.schedule import Schedule
 from kivnun.train.weights import LiveWeights, Weights
 
@@ -176,9 +174,6 @@ def _claimed(folder: RunFolder, spec: TuneSpec, resume: bool) -> dict[str, Any] 
         return None
     check_finished(folder, spec)
     return folder.read_result()
-
-
-WORTH_TELLING = 0.2  # of a step's tokens, spared by an option that is off
 
 
 @dataclass(frozen=True)
@@ -340,7 +335,7 @@ class _Run:
                 scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
                 self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
 
-        with _stop_on_signals() as stop_requested:
+        with stop_on_signals() as stop_requested:
             fit(
                 trainee,
                 dataset.train.rows,
@@ -608,26 +603,6 @@ def _read_reference(cache: Path, key: str) -> dict[int, tuple[float, float]] | N
             return dict(zip(kept["rows"].tolist(), map(tuple, kept["sums"].tolist()), strict=True))
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         return None
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Let the first SIGINT or SIGTERM ask for a stop after the step in progress; a second SIGINT ends at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _peak_bytes(device: str) -> int:

@@ -116,11 +116,10 @@ def _row(group: str, figures: dict[int, float], law: Law | None, counts: list[in
 
 
 def _law_text(law: Law | None) -> str:
-    return (
-        ""
-        if law is None
-        else f"{law.fixed:.0f} {'-' if law.divided < 0 else '+'} {abs(law.divided):.0f} / N (off by {law.residual:.0f} at most)"
-    )
+    if law is None:
+        return ""
+    sign = "-" if law.divided < 0 else "+"
+    return f"{law.fixed:.0f} {sign} {abs(law.divided):.0f} / N (off by {law.residual:.0f} at most)"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ decides what is done next is decided together. Next: `deepspeed_engine.py` (what
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -136,6 +138,26 @@ def lost_processes() -> Iterator[None]:
             f"another process of the run is gone: {(text.strip().splitlines() or [type(error).__name__])[0]}",
             hint="go on from the last checkpoint with --resume",
         ) from error
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Let the first SIGINT or SIGTERM ask for a stop after the step in progress; a second SIGINT ends at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def tokens_apart(lengths: Sequence[int], count: int) -> list[list[int]]:
