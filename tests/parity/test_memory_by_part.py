@@ -9,6 +9,7 @@ import pytest
 from kivnun.matrix.counts import count_config
 from kivnun.matrix.memory import PARTS, Form, Measured, Point, ProbeFailed, Surface, measure
 from kivnun.matrix.shapes import SHAPES, config_of
+from kivnun.model.kernels import native_or_reason
 
 LINE = [(2, 64), (4, 64), (4, 128)]
 POINTS = [
@@ -62,6 +63,9 @@ def test_an_adapter_has_moments_for_what_it_trains_alone(technique: str, surface
 def test_codes_and_packed_weights_are_counted_as_they_are_held(surface: Surface) -> None:
     plain = one(surface, "lora").parts["weights"]
     assert one(surface, "qlora").parts["weights"] < 0.5 * plain
+    native = native_or_reason()
+    if isinstance(native, str) or "bf16" not in native.packs():
+        pytest.skip("nothing reads packed weights in bfloat16 on this processor")
     assert 1.5 * plain < one(surface, "lora", packed=True).parts["weights"] < 2.1 * plain
 
 
