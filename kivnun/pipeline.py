@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import resource
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import PreferencePair
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
@@ -83,12 +79,13 @@ from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.data_parallel import DataParallelEngine
 from kivnun.train.deepspeed_settings import ShardSettings
-from kivnun.train.engine import Engine, FixedModel, TorchEngine, Trainee
+from kivnun.train.engine import Engine, TorchEngine, Trainee
 from kivnun.train.loop import fit, shareable
 from kivnun.train.new_weights import check_targets, new_weights
-from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective, row_sums
+from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
+from kivnun.train.reference import reference_sums
 from kivnun.train.schedule import Schedule
 from kivnun.train.weights import LiveWeights, Weights
 
@@ -568,41 +565,7 @@ def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache:
     pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
     of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
     key = hashlib.sha256(of.encode()).hexdigest()
-    return DpoObjective(spec.objective.beta, _reference(engine.base_model(), pairs, key, cache, spec.compute, writes))
-
-
-def _reference(
-    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec, writes: bool
-) -> dict[int, tuple[float, float]]:
-    """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number.
-
-    Pairs are packed as they are in training, so that a policy that has not moved is as likely as the reference.
-    """
-    kept = _read_reference(cache, key)
-    if kept is not None:
-        return kept
-    sums: dict[int, tuple[float, float]] = {}
-    for part in micro_batches(pairs, cast(int, compute.micro_batch_tokens), compute.share_prefixes):
-        batch = pack(part, compute.share_prefixes)
-        both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
-        sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
-    if not writes:
-        return sums
-    stream = io.BytesIO()
-    np.savez(stream, key=np.array(key), rows=np.array(list(sums)), sums=np.array(list(sums.values())))
-    atomic_write(cache, stream.getvalue())
-    return sums
-
-
-def _read_reference(cache: Path, key: str) -> dict[int, tuple[float, float]] | None:
-    """Return what `cache` holds, or None where it is absent, damaged or of other rows or another base: it is made again then."""
-    try:
-        with np.load(io.BytesIO(cache.read_bytes())) as kept:
-            if str(kept["key"]) != key:
-                return None
-            return dict(zip(kept["rows"].tolist(), map(tuple, kept["sums"].tolist()), strict=True))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
-        return None
+    return DpoObjective(spec.objective.beta, reference_sums(engine.base_model(), pairs, key, cache, spec.compute, writes))
 
 
 def _peak_bytes(device: str) -> int:
