@@ -14,10 +14,11 @@ import numpy as np
 from kivnun.data.scenarios import Scenario
 from kivnun.evaluate.intervals import Interval
 from kivnun.matrix.jobs import Done, Job, read_done
-from kivnun.matrix.methods import METHODS, OF_COLUMN
+from kivnun.matrix.methods import METHODS
 from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import Cell, judged, least_favourable
+from kivnun.matrix.techniques import COLUMNS
 
 COST_SHARE = 0.8  # of what full tuning takes off the loss: the fixed loss to which cost is counted
 
@@ -27,7 +28,7 @@ def task_cells(folder: Path, scale: Scale) -> list[Cell]:
     cells: list[Cell] = []
     for row in sorted({scenario.table_row for scenario in scale.scenarios}):
         tasks = [scenario for scenario in scale.scenarios if scenario.table_row == row]
-        for technique, methods in OF_COLUMN.items():
+        for technique, methods in COLUMNS.items():
             offered = [method for method in methods if method in scale.methods]
             found = {method: {task.name: scored(folder, scale, task, method) for task in tasks} for method in offered}
             cells.append(_task_cell(folder, scale, row, technique, tasks, found))
@@ -108,7 +109,7 @@ def cost_cells(folder: Path, scale: Scale, prices: Mapping[str, float]) -> list[
     full = spent["full"]
     assert all(seconds is not None for seconds in full), "the loss is one that full tuning passes"
     cells: list[Cell] = []
-    for technique, methods in OF_COLUMN.items():
+    for technique, methods in COLUMNS.items():
         offered = [method for method in methods if method in scale.methods]
         found = {method: _cost(spent[method], full, prices) for method in offered}
         ranked = sorted(offered, key=lambda method: found[method]["ratio_to_full"] or np.inf)

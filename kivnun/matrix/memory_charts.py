@@ -169,6 +169,34 @@ def counts_chart(counts: Mapping[str, Count]) -> str:
     return _svg(body, bottom + 40, "Numbers that each technique trains, on a logarithmic axis")
 
 
+def law_chart(laws: Mapping[str, Mapping[int, float]]) -> str:
+    """Return bars of a process's MiB for each way to divide a run, one below another for each number of processes."""
+    counts = sorted({count for by_count in laws.values() for count in by_count})
+    fills = dict(zip(counts, ("p-weights", "p-activations", "p-adapter", "p-moments"), strict=False))
+    most = max(mib for by_count in laws.values() for mib in by_count.values())
+    left, thin, group = 190, 13, len(counts) * 15 + GAP
+    bottom = TOP + len(laws) * group
+
+    def x(mib: float) -> float:
+        return left + mib / most * (WIDTH - left - RIGHT)
+
+    body = [
+        f'<rect class="{fills[count]}" x="{left + number * 130}" y="4" width="11" height="11" rx="2"/>'
+        f'<text x="{left + 16 + number * 130}" y="14">{count} process{"es" * (count > 1)}</text>'
+        for number, count in enumerate(counts)
+    ]
+    body += _vertical_grid([(x(tick), f"{short_number(tick)}") for tick in ticks_between(0, most)], bottom, "MiB of a process")
+    for number, (name, by_count) in enumerate(laws.items()):
+        y = TOP + number * group
+        body.append(f'<text class="name" x="{left - 8}" y="{y + group / 2}" text-anchor="end">{escape(name)}</text>')
+        for place, (count, mib) in enumerate(sorted(by_count.items())):
+            top, title = y + place * 15, f"{name}: {mib:,.0f} MiB, {count} processes"
+            rect = f'<rect class="{fills[count]}" x="{left}" y="{top}" width="{x(mib) - left:.1f}" height="{thin}">'
+            body.append(f"{rect}<title>{escape(title)}</title></rect>")
+            body.append(f'<text x="{x(mib) + 6:.1f}" y="{top + thin - 2}">{mib:,.0f}</text>')
+    return _svg(body, bottom + 40, "Memory of a process over the number of processes")
+
+
 def _power(power: int) -> str:
     return {3: "1 k", 4: "10 k", 5: "100 k", 6: "1 M", 7: "10 M", 8: "100 M", 9: "1 G", 10: "10 G"}.get(power, f"1e{power}")
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from kivnun.evaluate.page_template import STYLE as REPORT_STYLE
+from kivnun.matrix.memory_charts import STYLE as CHART_STYLE
 from kivnun.matrix.page_template import PAGE, STYLE
 from kivnun.matrix.table import ROWS, RULE, TECHNIQUES, Cell
 
@@ -64,7 +65,7 @@ def render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
         m=facts,
-        style=Markup(REPORT_STYLE + STYLE),  # ours
+        style=Markup(REPORT_STYLE + CHART_STYLE + STYLE),  # ours
         techniques=TECHNIQUES,
         rows=ROWS,
         rule=RULE,

@@ -6,19 +6,20 @@ Next: `memory.py`, `counts.py`, `law.py`.
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kivnun.artifacts import atomic_write, make_folder
-from kivnun.evaluate.charts import Line, line_chart
+from kivnun.errors import KivnunError
 from kivnun.evaluate.intervals import Interval
 from kivnun.matrix.counts import Count, count_all
 from kivnun.matrix.law import MIB, fit, launch, peak_mib, weights_mib
 from kivnun.matrix.law_cases import Case
-from kivnun.matrix.memory import measure_memory
-from kivnun.matrix.memory_charts import counts_chart, parts_chart, tokens_chart
+from kivnun.matrix.memory import ProbeFailed, Surface, measure_memory, plan
+from kivnun.matrix.memory_charts import counts_chart, law_chart, parts_chart, tokens_chart
 from kivnun.matrix.memory_summary import MemoryCell, crossings, main_form, memory_cells, outlooks
 from kivnun.matrix.methods import SHARDED
 from kivnun.matrix.page import Chart, Section, Table
@@ -55,9 +56,7 @@ FULL_LAW = LawScale("95m", (1, 2, 4), (PLAIN, 1, 2, 3), 2)
 def measure(output: Path, *, quick: bool, screen: Any) -> Measured:
     """Measure what is not measured yet, and return the cells of rows 7 to 9."""
     scale = QUICK_LAW if quick else FULL_LAW
-    screen.stage("bytes of a step", 1)
-    surface = measure_memory(output / "memory", quick, lambda name, done, total: None)
-    screen.done("all points")
+    surface = _surface(output / "memory", quick, screen)
     screen.stage("numbers trained", 1)
     counts = count_all()
     screen.done("all techniques")
@@ -101,11 +100,30 @@ def measure(output: Path, *, quick: bool, screen: Any) -> Measured:
             f"Full tuning of a model of {weights_mib(scale.model) / 4 * MIB / 1e6:.0f} M parameters in float32: the most anonymous "
             "memory of a process above what it had before the model. Plain data parallelism divides rows alone; ZeRO divides "
             "optimizer state (1), gradients (2) and weights (3).",
-            (Chart("MiB of a process over their number", _law_chart(peaks)),) if len(scale.counts) > 1 else (),
+            (Chart("By number of processes", law_chart({_named(*key): law["mib"] for key, law in _laws(peaks).items()})),),
             (_law_table(peaks, scale),),
         ),
     ]
     return Measured(cells, sections, record, next(iter(counts.values())).base_numbers)
+
+
+def _surface(folder: Path, quick: bool, screen: Any) -> Surface:
+    """Measure the points that the folder lacks, heard one by one."""
+    screen.stage("bytes of a step", len(plan(quick)))
+    known = 0
+
+    def hear(name: str, done: int, total: int) -> None:
+        nonlocal known
+        for _ in range(known, done):
+            screen.done(name)
+        known = done
+
+    try:
+        surface = measure_memory(folder, quick, hear)
+    except ProbeFailed as error:
+        raise KivnunError(f"a step could not be measured: {error}", hint="run the command again: what is done is kept") from error
+    hear("all points", len(surface.points), len(surface.points))
+    return surface
 
 
 def law_cases(scale: LawScale) -> list[tuple[Case, int]]:
@@ -134,7 +152,11 @@ def _peaks(folder: Path, cases: Iterable[tuple[Case, int]], screen: Any) -> Peak
         name = f"{case.model}-{case.kind}-{case.precision}-stage-{case.zero_stage}-of-{case.processes}-{repeat}"
         path = folder / f"{name}.json"
         if not path.is_file():
-            measured = launch(case, folder / "models", folder / "measured.json")
+            try:
+                measured = launch(case, folder / "models", folder / "measured.json")
+            except subprocess.CalledProcessError as error:
+                said = str(error.stderr).strip()[-400:]
+                raise KivnunError(f"{name} failed: {said}", hint="run the command again: what is done is kept") from error
             atomic_write(path, json.dumps(measured) + "\n")
         peak = peak_mib(json.loads(path.read_text(encoding="utf-8")))
         found.setdefault((case.kind, case.precision, case.zero_stage), {}).setdefault(case.processes, []).append(peak)
@@ -307,18 +329,3 @@ def _law_table(peaks: Peaks, scale: LawScale) -> Table:
         cells = (f"{law['mib'][count]:.0f}" if count in law["mib"] else "" for count in scale.counts)
         lines.append((_named(*key), *cells, f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N", f"{law['residual_mib']:.0f}"))
     return Table("MiB of a process", ("", *(f"N = {count}" for count in scale.counts), "law", "off by"), lines)
-
-
-def _law_chart(peaks: Peaks) -> str:
-    styles = {PLAIN: "held", 1: "faint", 2: "rate", 3: "train"}
-    lines = [
-        Line(
-            styles[stage],
-            [(float(count), mib) for count, mib in sorted(law["mib"].items())],
-            dots=True,
-            label=f"ZeRO {stage}" if stage else "plain",
-        )
-        for (kind, precision, stage), law in _laws(peaks).items()
-        if kind == "full" and precision == "fp32"
-    ]
-    return line_chart(lines, "processes", "MiB of a process", "Memory of a process over the number of processes, by ZeRO stage")

@@ -16,7 +16,7 @@ from kivnun.evaluate.metrics import Measure
 from kivnun.matrix.cells import _cpu_to, cost_cells, task_cells
 from kivnun.matrix.jobs import Done, Job, read_done, result_path, spec_tree
 from kivnun.matrix.matrix import _claim
-from kivnun.matrix.methods import METHODS, OF_COLUMN
+from kivnun.matrix.methods import METHODS
 from kivnun.matrix.page import Section, Table, render
 from kivnun.matrix.plan import (
     COST_TASK,
@@ -33,6 +33,7 @@ from kivnun.matrix.plan import (
 from kivnun.matrix.sharding import Sharded, _apart, equality_cells, sharded_cost_cells, sharded_names
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import DOCUMENT, ROWS, TECHNIQUES, UPSTREAM, Cell, judged, least_favourable, said
+from kivnun.matrix.techniques import COLUMNS
 from kivnun.spec import load_spec
 
 ROWS_HELD_OUT = 40
@@ -151,7 +152,7 @@ def test_every_job_has_a_name_of_its_own() -> None:
 
 def test_cells_say_what_each_technique_gained(finished: Path) -> None:
     cells = {(cell.row, cell.technique): cell for cell in task_cells(finished, SMALL)}
-    assert set(cells) == {(row, technique) for row in (1, 2, 4) for technique in OF_COLUMN}
+    assert set(cells) == {(row, technique) for row in (1, 2, 4) for technique in COLUMNS}
     lora, peft = cells[2, "LoRA"], cells[2, "PEFT"]
     assert lora.verdict == "supported"
     assert lora.measured["translation"]["gain"] == pytest.approx(0.4, abs=0.02)
