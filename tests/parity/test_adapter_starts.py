@@ -81,11 +81,6 @@ def test_training_from_a_start_is_pefts(init: str, kind: Any, tiny_base: TinyBas
         r=RANK, lora_alpha=6, init_lora_weights=init, use_dora=kind is DoraSpec, target_modules="all-linear", task_type="CAUSAL_LM"  # type: ignore[arg-type]
     )  # fmt: skip
     model: Any = peft.get_peft_model(tiny.reference(folder), config)
-    if kind is DoraSpec:  # PEFT takes the magnitudes of the base that is left, of which the start is no part; DoRA means the base's
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "magnitude" in name:
-                    p.copy_(base.linears[name.removeprefix("base_model.model.").split(".lora_")[0]].dense().norm(dim=1))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     total = sum(row.total_weight for row in rows)
     for _ in range(5):
