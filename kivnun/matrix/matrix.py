@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kivnun.artifacts import atomic_write
 from kivnun.errors import RunFolderError
@@ -30,7 +30,7 @@ VERSION = 1
 BASE = "kivnun/tiny-phi"
 
 
-class Screen:
+class Screen(Protocol):
     """Hears how far the work is: `stage` begins a part of so many units, `done` ends one of them."""
 
     def stage(self, title: str, units: int) -> None: ...
