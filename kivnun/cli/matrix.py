@@ -12,7 +12,6 @@ from typing import Any, cast
 import click
 
 from kivnun.errors import SpecError
-from kivnun.spec.section import as_mapping
 
 EXAMPLE = 'write {"cpu_core_hour": 0.04}'
 
@@ -59,6 +58,8 @@ def matrix(output: Path, quick: bool, prices: Path | None, as_json: bool) -> int
 def _read_prices(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
+    from kivnun.spec.section import as_mapping
+
     try:
         held = cast("object", json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:

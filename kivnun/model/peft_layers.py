@@ -53,10 +53,11 @@ def peft() -> Any:
 @contextmanager
 def peft_is_right() -> Iterator[None]:
     """Keep from people what PEFT 0.21 warns of without cause: norms that are none of torch's (LN tuning), and AdaLoRA's ranks,
-    whose names it reads as LoRA's."""
+    whose names it reads as LoRA's and of which a layer may have given up all."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*LoRA tensor.*have invalid shape")
         yield
 
 
@@ -184,7 +185,8 @@ class LayerAdapter:
         """Write PEFT's folder by PEFT. Its state may share memory between layers (VeRA): each tensor is written by itself."""
         config = self.model.peft_config[NAME]
         config.base_model_name_or_path, config.task_type, config.inference_mode = base_name, "CAUSAL_LM", True
-        tensors = peft().get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        with peft_is_right():
+            tensors = peft().get_peft_model_state_dict(self.model, save_embedding_layers=False)
         kept = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)

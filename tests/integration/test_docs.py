@@ -143,6 +143,8 @@ def test_the_commands_of_a_page_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kivnun.showcase.run.QUICK", QUICK)
+    # A table takes ten minutes and more: the pages' commands are read, test_matrix_whole.py measures.
+    monkeypatch.setattr("kivnun.matrix.matrix.make_matrix", lambda output, **given: {"cells": []})
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):

@@ -34,6 +34,15 @@ SETUPS: dict[str, Tree] = {
     },
     "dpo": {**LORA, "objective": {"kind": "dpo"}},
     "linear": {**LORA, "schedule": {**LORA["schedule"], "decay": "cosine"}},
+    **{
+        kind: {**LORA, "adapter": {"kind": kind, **options}, "schedule": {"epochs": None, "steps": 8}}
+        for kind, options in {
+            "lokr": {"rank": 1, "decompose_factor": 8},
+            "vera": {"rank": 16},
+            "adalora": {"rank": 4, "target_rank": 2},
+            "prompt": {"num_virtual_tokens": 4},
+        }.items()
+    },
     "epochs": {"adapter": LORA["adapter"], "schedule": {"epochs": 1}},
 }
 
@@ -66,6 +75,19 @@ CASES = (
     Case("adapter.target_modules", "[o_proj]", NUMBERS),
     Case("adapter.rslora", "true", NUMBERS, "lora_alpha"),
     Case("adapter.init", "gaussian", NUMBERS),
+    Case("adapter.init", "pissa", NUMBERS),
+    Case("adapter.init", "olora", NUMBERS),
+    Case("adapter.init", "eva", NUMBERS),
+    Case("adapter.loraplus_lr_ratio", "4", NUMBERS),
+    Case("adapter.decompose_factor", "4", NUMBERS, "lokr"),
+    Case("adapter.decompose_both", "true", NUMBERS, "lokr"),
+    Case("adapter.d_initial", "0.5", NUMBERS, "vera"),
+    Case("adapter.target_rank", "1", NUMBERS, "adalora"),
+    Case("adapter.initial_share", "0.5", NUMBERS, "adalora"),
+    Case("adapter.final_share", "0.6", NUMBERS, "adalora"),
+    Case("adapter.allocate_every_steps", "2", NUMBERS, "adalora"),
+    Case("adapter.orth_reg_weight", "5", NUMBERS, "adalora"),
+    Case("adapter.num_virtual_tokens", "3", NUMBERS, "prompt"),
     Case("objective.kind", "pretraining", REFUSED),
     Case("objective.beta", "0.7", NUMBERS, "dpo"),
     Case("schedule.epochs", "2", NUMBERS, "epochs"),
@@ -107,9 +129,14 @@ CASES = (
     Case("compute.packed_weights", "false", SAME),
     Case("compute.kernels", "torch", ANY),
 )
+SIZES = ("bucket_elements", "live_elements", "persistent_elements", "sub_group_elements")
 NOT_HERE = {
     "version": "one value is allowed",
-    "compute.kind": "one value is allowed",
+    "compute.kind": "several processes are started by torchrun: test_multi_process.py",
+    **{
+        f"compute.{name}": "asked of several processes: test_multi_process.py"
+        for name in ("processes", "zero_stage", "offload", "deepspeed", *SIZES)
+    },
     "compute.threads": "two threads need a process of their own: test_resume_process.py",
     "base.revision": "names a version on the hub; nothing is downloaded here",
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.zero.cases import Case
-from benchmarks.zero.run import fit, launch, peak_mib, weights_mib
+
+from kivnun.matrix.law import fit, launch, peak_mib, weights_mib
+from kivnun.matrix.law_cases import Case
 
 pytest.importorskip("deepspeed")
 

@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
     "a start that changes the base": (lambda config, tensors: config.update(init_lora_weights="pissa"), "init_lora_weights"),
     "trained token rows": (lambda config, tensors: config.update(trainable_token_indices=[1]), "trainable_token_indices"),
     "an activated adapter": (lambda config, tensors: config.update(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
-    "another method": (lambda config, tensors: config.update(peft_type="IA3"), "IA3"),
+    "another method": (lambda config, tensors: config.update(peft_type="OFT"), "OFT"),
     "a rank that is no number": (lambda config, tensors: config.update(r="many"), "many"),
 }
 

@@ -123,10 +123,6 @@ def test_a_folder_called_no_keeps_its_name() -> None:
         ("adapter: {init: pissa, dropout: 0.1}", "adapter.init is pissa, whose start is taken off again and must not be dropped"),
         ("adapter: {loraplus_lr_ratio: 0.5}", "adapter.loraplus_lr_ratio must be a number from 1 to 1024, got 0.5"),
         (
-            "adapter: {loraplus_lr_ratio: 4}\nschedule: {optimizer: {kind: muon}}",
-            "schedule has the optimizer muon, which takes no rates of their own for adapter.loraplus_lr_ratio",
-        ),
-        (
             "adapter: {kind: adalora, rank: 8, target_rank: 8}",
             "adapter.target_rank is 8, but must be below adapter.rank, which is 8",
         ),
@@ -165,6 +161,27 @@ def test_a_value_that_is_not_allowed_is_refused_in_words(line: str, said: str) -
     message = refusal(MINIMAL + line)
     assert said in message
     assert message.startswith("spec.yaml:4: ")
+
+
+def test_a_rate_of_its_own_for_b_is_refused_under_muon() -> None:
+    with pytest.raises(SpecError, match=r"schedule has the optimizer muon, which takes no rates of their own"):
+        parse_spec(MINIMAL + "adapter: {loraplus_lr_ratio: 4}\nschedule: {optimizer: {kind: muon}}\n", folder=Path("/specs"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "stage", "allowed"),
+    [
+        ("{kind: dora}", 3, True), ("{init: eva}", 2, True), ("{kind: vera}", 0, True), ("{kind: vera}", 1, False),
+        ("{init: pissa}", 2, False), ("{loraplus_lr_ratio: 2}", 3, False),
+    ],
+)  # fmt: skip
+def test_state_is_divided_for_full_lora_and_dora_alone(adapter: str, stage: int, allowed: bool) -> None:
+    text = MINIMAL + f"adapter: {adapter}\ncompute: {{kind: multi_process, zero_stage: {stage}}}\n"
+    if allowed:
+        parse_spec(text, folder=Path("/specs"))
+        return
+    with pytest.raises(SpecError, match=r"compute divides its state \(zero_stage above 0\)"):
+        parse_spec(text, folder=Path("/specs"))
 
 
 @pytest.mark.parametrize(
