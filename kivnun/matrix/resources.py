@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kivnun.artifacts import atomic_write, make_folder
 from kivnun.errors import KivnunError
 from kivnun.evaluate.intervals import Interval
 from kivnun.matrix.counts import Count, count_all
-from kivnun.matrix.law import MIB, fit, launch, peak_mib, weights_mib
+from kivnun.matrix.law import MIB, fit, launch, peak_mib, weights_mib, write_model
 from kivnun.matrix.law_cases import Case
 from kivnun.matrix.memory import ProbeFailed, Surface, measure_memory, plan
 from kivnun.matrix.memory_charts import counts_chart, law_chart, parts_chart, tokens_chart
@@ -145,23 +146,31 @@ Peaks = dict[tuple[str, str, int], dict[int, list[float]]]
 """MiB by (kind, precision, stage), by number of processes, one for each repeat."""
 
 
-def _peaks(folder: Path, cases: Iterable[tuple[Case, int]], screen: Any) -> Peaks:
+def _peaks(folder: Path, cases: Sequence[tuple[Case, int]], screen: Any) -> Peaks:
+    """Launch what is not measured yet, two at a time: bytes do not mind who else computes."""
     make_folder(folder)
+    write_model(folder / "models", cases[0][0].model)
     found: Peaks = {}
-    for case, repeat in cases:
-        name = f"{case.model}-{case.kind}-{case.precision}-stage-{case.zero_stage}-of-{case.processes}-{repeat}"
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            try:
-                measured = launch(case, folder / "models", folder / "measured.json")
-            except subprocess.CalledProcessError as error:
-                said = str(error.stderr).strip()[-400:]
-                raise KivnunError(f"{name} failed: {said}", hint="run the command again: what is done is kept") from error
-            atomic_write(path, json.dumps(measured) + "\n")
-        peak = peak_mib(json.loads(path.read_text(encoding="utf-8")))
-        found.setdefault((case.kind, case.precision, case.zero_stage), {}).setdefault(case.processes, []).append(peak)
-        screen.done(name)
+    with ThreadPoolExecutor(2) as launches:
+        for (case, _), peak in zip(cases, launches.map(lambda it: _peak(folder, *it), cases), strict=True):
+            found.setdefault((case.kind, case.precision, case.zero_stage), {}).setdefault(case.processes, []).append(peak)
+            screen.done(f"{case.group}, N = {case.processes}")
     return found
+
+
+def _peak(folder: Path, case: Case, repeat: int) -> float:
+    """Return the MiB of a case's largest process, measured now or before."""
+    name = f"{case.model}-{case.kind}-{case.precision}-stage-{case.zero_stage}-of-{case.processes}-{repeat}"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        try:
+            measured = launch(case, folder / "models", folder / f"{name}.measured")
+        except subprocess.CalledProcessError as error:
+            said = str(error.stderr).strip()[-400:]
+            raise KivnunError(f"{name} failed: {said}", hint="run the command again: what is done is kept") from error
+        atomic_write(path, json.dumps(measured) + "\n")
+        (folder / f"{name}.measured").unlink()
+    return peak_mib(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _laws(peaks: Peaks) -> dict[tuple[str, str, int], dict[str, Any]]:
