@@ -21,9 +21,7 @@ EXAMPLE = 'write {"cpu_core_hour": 0.04}'
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR",
     help="The folder of the table; one that holds part of it is gone on with.",
 )  # fmt: skip
-@click.option(
-    "--quick", is_flag=True, help="A look: one seed, default learning rates, fewer methods and tasks.  [under 10 minutes]"
-)
+@click.option("--quick", is_flag=True, help="A look: one seed, one learning rate, fewer methods and tasks.  [under 10 minutes]")
 @click.option(
     "--prices", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
     help='What resources cost, as JSON: {"cpu_core_hour": 0.04}; money is shown beside CPU time then.',

@@ -15,7 +15,7 @@ from kivnun.data.scenarios import Scenario
 from kivnun.evaluate.intervals import Interval
 from kivnun.matrix.jobs import Done, Job, read_done
 from kivnun.matrix.methods import METHODS
-from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate
+from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate, cost_seeds
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import Cell, judged, least_favourable
 from kivnun.matrix.techniques import COLUMNS
@@ -93,9 +93,10 @@ def _task_cell(
 
 
 def _merit(scored: Mapping[str, Any]) -> float:
-    """Return a method's gain as a share of full tuning's, so that tasks of different scales can be put together."""
-    full = scored["gain"] - scored["to_full"]
-    return scored["gain"] / abs(full) if full else scored["gain"]
+    """Return how far a method's score is above full tuning's, as a share of full tuning's gain: tasks of different scales can be
+    put together so. Gains would not do: a quantised base may begin lower."""
+    full = abs(scored["gain"] - scored["to_full"])
+    return scored["to_full"] / full if full else scored["to_full"]
 
 
 def _without_runs(by_task: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def cost_cells(folder: Path, scale: Scale, prices: Mapping[str, float]) -> list[
 def cost_runs(folder: Path, scale: Scale, method: str) -> list[Done]:
     """Return the finished runs that looked at their loss on the way, one per seed."""
     rate = chosen_rate(folder, scale, COST_TASK, method)
-    return [_done(folder, Job("cost", COST_TASK, method, rate, seed)) for seed in range(scale.seeds)]
+    return [_done(folder, Job("cost", COST_TASK, method, rate, seed)) for seed in range(cost_seeds(scale))]
 
 
 def _target(folder: Path, scale: Scale) -> float:

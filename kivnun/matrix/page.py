@@ -138,7 +138,7 @@ def number(value: float, metric: str) -> str:
 
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     metric = task["metric"]
-    ranked = sorted(task["methods"].items(), key=lambda item: item[1]["gain"], reverse=True)
+    ranked = _ranked(task)
     lines = [{"method": "base", "score": number(task["base"], metric), "gain": "", "trained": "", "first": False}]
     lines += [
         {
@@ -166,10 +166,10 @@ def advice(cells: Sequence[Cell], scores: Sequence[Mapping[str, Any]]) -> list[s
     found = {(cell.row, cell.technique): cell for cell in cells}
     lines: list[str] = []
     for task in scores:
-        ranked = sorted(task["methods"].items(), key=lambda item: item[1]["gain"], reverse=True)
+        ranked = _ranked(task)
         (first, best), metric = ranked[0], task["metric"]
-        near = [name for name, it in ranked[1:] if it["score"] == best["score"] or _within(it, best)]
-        also = f"; within its interval: {', '.join(near)}" if near else ""
+        near = [name for name, it in ranked[1:] if _within(it, best, task)]
+        also = f"; not told apart from it: {', '.join(near)}" if near else ""
         lines.append(
             f"{task['title']}: {first} did best ({str(metric).replace('_', ' ')} {number(best['score'], metric)}, base "
             f"{number(task['base'], metric)}){also}."
@@ -183,7 +183,12 @@ def advice(cells: Sequence[Cell], scores: Sequence[Mapping[str, Any]]) -> list[s
     return lines
 
 
-def _within(it: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Return whether a method's gain lies in the interval of the best one's."""
+def _ranked(task: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the methods by score, best first. Not by gain: a quantised base may begin lower."""
+    return sorted(task["methods"].items(), key=lambda item: item[1]["score"], reverse=bool(task["higher_is_better"]))
+
+
+def _within(it: Mapping[str, Any], best: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
+    """Return whether a method's score is nearer to the best one's than half the interval of the best one's gain."""
     low, high = best["gain_interval"]
-    return bool(low <= it["gain"] <= high)
+    return bool(abs(it["score"] - best["score"]) <= (high - low) / 2)

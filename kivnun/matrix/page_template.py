@@ -10,8 +10,9 @@ table.matrix th { text-align: left; font-weight: 600; font-size: .9rem; vertical
 table.matrix th:first-child { width: 150px; }
 table.matrix td { background: var(--card); border: 1px solid var(--rule); border-top-width: 4px; border-radius: 8px;
   padding: 8px 10px; vertical-align: top; font-size: .84rem; line-height: 1.4; }
-td.supported { border-top-color: var(--good); } td.contradicted { border-top-color: var(--bad); }
-td.no_detectable_effect { border-top-color: var(--base); } td.not_applicable { border-top-color: var(--rule); }
+table.matrix td.supported { border-top-color: var(--good); } table.matrix td.contradicted { border-top-color: var(--bad); }
+table.matrix td.no_detectable_effect { border-top-color: var(--base); }
+table.matrix td.not_applicable { border-top-color: var(--rule); }
 td .what { font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 td .says { color: var(--soft); font-size: .78rem; margin-top: 4px; }
 .word { font-weight: 600; font-size: .78rem; } .supported .word { color: var(--good); } .contradicted .word { color: var(--bad); }
@@ -70,8 +71,7 @@ a No in each cell. Here each cell is a measurement on the base <code>{{ m.base }
 
 <h2>Scores</h2>
 <p class="soft lead">Held-out topics; the mean over {{ m.seeds }} seed{{ "" if m.seeds == 1 else "s" }},
-{% if m.sweep %}each method at the learning rate that did best on rows held back from training.
-{% else %}default learning rates.{% endif %}
+{{ "each method at the rate that did best on rows held back from training" if m.sweep else "one usual learning rate each" }}.
 In brackets: 95 % interval of the difference to the base, rows and seeds resampled together.</p>
 <div class="grid wide">
 {% for task in tasks %}

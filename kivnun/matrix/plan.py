@@ -74,14 +74,20 @@ def cost_jobs(folder: Path, scale: Scale) -> list[Job]:
     return [
         Job("cost", COST_TASK, method, chosen_rate(folder, scale, COST_TASK, method), seed)
         for method in scale.methods
-        for seed in range(scale.seeds)
+        for seed in range(cost_seeds(scale))
     ]
 
 
+def cost_seeds(scale: Scale) -> int:
+    """Return how many runs tell the cost of a method: one would have no interval."""
+    return max(2, scale.seeds)
+
+
 def chosen_rate(folder: Path, scale: Scale, task: str, method: str) -> float:
-    """Return the rate with the least loss on the rows that the sweep held back, or the default where there is no sweep."""
+    """Return the rate with the least loss on the rows that the sweep held back, or the middle one where there is no sweep."""
     if not scale.sweep:
-        return METHODS[method].usual_rate(objective_of(task))
+        rates = METHODS[method].rates(objective_of(task))
+        return rates[len(rates) // 2]
     tried = dict(_tried(folder, task, method))
     return min(tried, key=lambda rate: tried[rate])
 

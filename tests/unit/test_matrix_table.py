@@ -140,6 +140,7 @@ def test_a_sweep_decides_the_rate_and_a_quick_table_takes_the_default(finished: 
     rates = METHODS["lora"].rates("supervised")
     assert chosen_rate(finished, SMALL, "translation", "lora") == rates[0] == METHODS["lora"].usual_rate("supervised")
     assert chosen_rate(finished, QUICK, "translation", "ia3") == METHODS["ia3"].usual_rate("supervised")
+    assert chosen_rate(finished, QUICK, "translation", "lora") == METHODS["lora"].rates("supervised")[1]
     assert sweep_jobs(QUICK) == []
     assert objective_of("domain") == "pretraining"
 
