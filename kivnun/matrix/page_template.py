@@ -21,7 +21,7 @@ table.plain { border-collapse: collapse; width: 100%; font-size: .86rem; font-va
 table.plain th, table.plain td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 table.plain th:first-child, table.plain td:first-child { text-align: left; }
 table.plain tr.first td { font-weight: 600; }
-.lead { max-width: 74ch; } .lead + .lead { margin-top: 8px; }
+.lead { max-width: 74ch; margin-bottom: 10px; } .lead + .lead { margin-top: 8px; }
 .key2 { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 5px 0 12px; vertical-align: -1px; }
 """
 

@@ -287,7 +287,7 @@ def _law_cells(peaks: Peaks, scale: LawScale) -> list[Cell]:
         share, effect = _saved_share(law)
         fewest, most = min(law["mib"]), max(law["mib"])
         said = [
-            f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N MiB",
+            f"{_law_text(law)} MiB",
             f"{_named(*key)}: {law['mib'][fewest]:.0f} to {law['mib'][most]:.0f} MiB, {fewest} to {most} processes",
         ]
         measured = {"said": said, "share_saved": share, **{name: law[name] for name in law if name != "mib"}, "mib": law["mib"]}
@@ -304,12 +304,17 @@ def _named(kind: str, precision: str, stage: int) -> str:
     return f"{what}, {f'ZeRO {stage}' if stage else 'data parallel'}"
 
 
+def _law_text(law: Mapping[str, Any]) -> str:
+    sign = "+" if law["divided_mib"] >= 0 else "−"
+    return f"{law['fixed_mib']:.0f} {sign} {abs(law['divided_mib']):.0f} / N"
+
+
 def _crossing_words(found: Sequence[Any], meets: Sequence[str]) -> str:
     more = [crossing for crossing in found if crossing.more_above]
     if more:
         first = min(more, key=lambda crossing: crossing.pass_tokens)
         return (
-            f"Adapters are not always smaller: {len(more)} crossings on the grid, the first where {first.technique} passes full "
+            f"Adapters are not always smaller: {len(more)} crossing{'s' * (len(more) > 1)} on the grid, the first where {first.technique} passes full "
             f"tuning at {first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})."
         )
     said = "On this grid no technique takes more than full tuning."
@@ -336,5 +341,5 @@ def _law_table(peaks: Peaks, scale: LawScale) -> Table:
     lines = []
     for key, law in _laws(peaks).items():
         cells = (f"{law['mib'][count]:.0f}" if count in law["mib"] else "" for count in scale.counts)
-        lines.append((_named(*key), *cells, f"{law['fixed_mib']:.0f} + {law['divided_mib']:.0f} / N", f"{law['residual_mib']:.0f}"))
+        lines.append((_named(*key), *cells, _law_text(law), f"{law['residual_mib']:.0f}"))
     return Table("MiB of a process", ("", *(f"N = {count}" for count in scale.counts), "law", "off by"), lines)
