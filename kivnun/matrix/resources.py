@@ -312,11 +312,9 @@ def _law_text(law: Mapping[str, Any]) -> str:
 def _crossing_words(found: Sequence[Any], meets: Sequence[str]) -> str:
     more = [crossing for crossing in found if crossing.more_above]
     if more:
-        first = min(more, key=lambda crossing: crossing.pass_tokens)
-        return (
-            f"Adapters are not always smaller: {len(more)} crossing{'s' * (len(more) > 1)} on the grid, the first where {first.technique} passes full "
-            f"tuning at {first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})."
-        )
+        first, many = min(more, key=lambda crossing: crossing.pass_tokens), "s" * (len(more) > 1)
+        where = f"{first.technique} passes full tuning at {first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})"
+        return f"Adapters are not always smaller: {len(more)} crossing{many} on the grid, the first where {where}."
     said = "On this grid no technique takes more than full tuning."
     return said + (f" By their straight lines they would from: {'; '.join(meets)}." if meets else "")
 
