@@ -313,7 +313,8 @@ def _crossing_words(found: Sequence[Any], meets: Sequence[str]) -> str:
     more = [crossing for crossing in found if crossing.more_above]
     if more:
         first, many = min(more, key=lambda crossing: crossing.pass_tokens), "s" * (len(more) > 1)
-        where = f"{first.technique} passes full tuning at {first.pass_tokens:,.0f} tokens a pass ({first.form.model}, {first.form.precision})"
+        form = f"{first.form.model}, {first.form.precision}"
+        where = f"{first.technique} passes full tuning at {first.pass_tokens:,.0f} tokens a pass ({form})"
         return f"Adapters are not always smaller: {len(more)} crossing{many} on the grid, the first where {where}."
     said = "On this grid no technique takes more than full tuning."
     return said + (f" By their straight lines they would from: {'; '.join(meets)}." if meets else "")
