@@ -22,6 +22,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the base of whole runs: a Phi-3 of two layers with a tokenizer and a chat template."""
+    from tiny_task import make_base
+
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Set the number of torch's threads for one test."""
