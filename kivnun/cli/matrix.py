@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import click
 
-from kivnun.errors import SpecError
+from kivnun.errors import InterruptedRun, SpecError
 
 EXAMPLE = 'write {"cpu_core_hour": 0.04}'
 
@@ -44,7 +45,11 @@ def matrix(output: Path, quick: bool, prices: Path | None, as_json: bool) -> int
     with _progress() as screen:
         from kivnun.matrix.matrix import make_matrix
 
-        held = make_matrix(output, quick=quick, prices=known, screen=screen, command=command)
+        try:
+            held = make_matrix(output, quick=quick, prices=known, screen=screen, command=command)
+        except KeyboardInterrupt:
+            again = shlex.join([*command[:-1], str(output), *(["--prices", str(prices)] if prices else [])])
+            raise InterruptedRun("stopped; what is finished is kept", hint=f"go on with: {again}") from None
     verdicts = {f"{cell['row']}/{cell['technique']}": cell["verdict"] for cell in held["cells"]}
     if as_json:
         print_json({"output": str(output), "cells": len(verdicts), "verdicts": verdicts})
@@ -86,7 +91,7 @@ def _progress() -> Generator[Any]:
 
 class _Bars:
     def __init__(self, bars: Any) -> None:
-        self._bars, self._task, self._said = bars, None, 0
+        self._bars, self._task = bars, None
 
     def stage(self, title: str, units: int) -> None:
         if self._bars.disable:

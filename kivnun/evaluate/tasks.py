@@ -150,11 +150,6 @@ def _shares(scores: Sequence[float]) -> np.ndarray:
     return np.stack([np.array(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
 
 
-def _prompt_text(row: TokenRow, tokenizer: ChatTokenizer) -> str:
-    """Return the prompt for people to read: without the template's markers."""
-    return tokenizer.decode(row.ids[: row.prompt_len].tolist(), skip_special=True).strip()
-
-
 def _reply_text(ids: Sequence[int], tokenizer: ChatTokenizer) -> str:
     """Return the text before the first stop id. Other markers are kept: a reply that holds one is not the reference."""
     stops = set(tokenizer.stop_ids)
