@@ -27,6 +27,8 @@ FUSED_PARTS = {
     "gate_up_proj": frozenset({"gate_proj", "up_proj"}),
 }
 
+FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "w2")  # layers whose inputs IA3 scales: the second of an MLP
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 REFUSED = {

@@ -32,7 +32,6 @@ from kivnun.model.load import Base
 from kivnun.randomness import generator
 
 NAME = "default"  # PEFT's own name for an adapter that is alone
-FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "w2")  # layers whose inputs IA3 scales: the second of an MLP
 
 
 def peft() -> Any:

@@ -9,6 +9,7 @@ from kivnun.data.packing import PackedBatch, micro_batches, pack
 from kivnun.data.rows import Trainable
 from kivnun.errors import SpecError
 from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_targets
+from kivnun.model.families import FEEDFORWARD
 from kivnun.model.load import Base
 from kivnun.randomness import key_128, permutation
 from kivnun.spec.adapters import (
@@ -81,7 +82,7 @@ def _looked_at(rows: Sequence[Trainable], seed: int) -> Iterator[PackedBatch]:
 
 def _peft_config(spec: Targeted, sites: Sequence[str], steps: int, seed: int) -> Any:
     """Return PEFT's configuration of a method whose layers are PEFT's."""
-    from kivnun.model.peft_layers import FEEDFORWARD, peft
+    from kivnun.model.peft_layers import peft
 
     configs = peft()
     if isinstance(spec, LohaSpec):

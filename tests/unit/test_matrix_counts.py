@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from kivnun.matrix.counts import BUILT_IN, _kronecker_numbers, as_json, count, count_config
+from kivnun.matrix.counts import BUILT_IN, as_json, count, count_config
 from kivnun.matrix.memory_charts import counts_chart
 from kivnun.matrix.shapes import PHI_3_MINI, config_of
 from kivnun.matrix.techniques import TECHNIQUES
 from kivnun.model.families import find_base
 from kivnun.model.peft_layers import peft
 from kivnun.model.read_model import open_config
+from kivnun.plan.trained import kronecker_numbers
 from kivnun.spec.adapters import AdapterSpec, DoraSpec, LokrSpec, LoraSpec
 
 
@@ -76,7 +77,7 @@ def test_kronecker_factors_are_pefts(options: dict[str, Any]) -> None:
         root.config = {"model_type": "custom"}  # type: ignore[assignment]
         model = peft().PeftModel(root, config)
         expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert _kronecker_numbers(LokrSpec(**options), inputs, outputs) == expected
+        assert kronecker_numbers(LokrSpec(**options), inputs, outputs) == expected
 
 
 def test_counts_as_text_and_as_a_picture(phi: Any) -> None:
