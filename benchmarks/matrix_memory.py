@@ -15,7 +15,7 @@ from benchmarks.engine.report import Section, machine
 from kivnun.matrix.memory import PARTS, REFERENCE, Surface, measure_memory, plan
 from kivnun.matrix.memory_charts import parts_chart, tokens_chart
 from kivnun.matrix.memory_summary import Form, Law, crossings, figures_of, main_form, outlooks
-from kivnun.matrix.techniques import TECHNIQUES
+from kivnun.plan.techniques import TECHNIQUES
 
 RESULTS = Path(__file__).parent / "results"
 

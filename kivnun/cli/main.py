@@ -14,6 +14,7 @@ import click
 
 from kivnun import __version__
 from kivnun.cli import failure
+from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
 from kivnun.cli.data import data
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, matrix, showcase, truthfulqa, schema):
+for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, schema):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

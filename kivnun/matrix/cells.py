@@ -18,7 +18,7 @@ from kivnun.matrix.methods import METHODS
 from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate, cost_seeds
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import Cell, judged, least_favourable
-from kivnun.matrix.techniques import COLUMNS
+from kivnun.plan.techniques import COLUMNS
 
 COST_SHARE = 0.8  # of what full tuning takes off the loss: the fixed loss to which cost is counted
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from kivnun.data.packing import pack
 from kivnun.data.rows import TokenRow, Where
-from kivnun.matrix.techniques import TECHNIQUES, adapter_of
 from kivnun.model.families import find_base
 from kivnun.model.load import DTYPES, load_base
 from kivnun.plan.sizes import Sizes
+from kivnun.plan.techniques import TECHNIQUES, adapter_of
 from kivnun.plan.trained import trained_of
 from kivnun.spec.adapters import AdapterSpec, FullSpec
 from kivnun.train.engine import TorchEngine

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from kivnun.artifacts import atomic_write, make_folder
 from kivnun.errors import IntegrityError
-from kivnun.matrix.techniques import TECHNIQUES
+from kivnun.plan.techniques import TECHNIQUES
 
 PARTS = ("weights", "adapter", "gradients", "moments", "activations", "workspace")
 MAIN = ("full", "lora", "qlora", "dora")

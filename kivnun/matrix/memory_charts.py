@@ -15,7 +15,7 @@ from kivnun.evaluate.charts import short_number, ticks_between
 from kivnun.matrix.counts import Count
 from kivnun.matrix.memory import PARTS, Form, Surface
 from kivnun.matrix.memory_summary import figures_of, peaks
-from kivnun.matrix.techniques import TECHNIQUES
+from kivnun.plan.techniques import TECHNIQUES
 
 # Six hues that stay apart for colour-blind readers on light and on dark cards; lines differ by dash as well.
 STYLE = """

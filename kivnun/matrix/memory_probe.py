@@ -28,11 +28,11 @@ from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import TokenRow, Where
 from kivnun.matrix.memory import Measured, Point
 from kivnun.matrix.shapes import SHAPES, write_shape
-from kivnun.matrix.techniques import TECHNIQUES, adapter_of
 from kivnun.model.kernels import choose
 from kivnun.model.load import Base, load_base
 from kivnun.model.peft_layers import LayerAdapter, peft
 from kivnun.model.products import PackedMatrix
+from kivnun.plan.techniques import TECHNIQUES, adapter_of
 from kivnun.randomness import generator
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.new_weights import new_weights

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import linear_regression, median
 
 from kivnun.matrix.memory import PARTS, REFERENCE, Form, Measured, Surface
-from kivnun.matrix.techniques import COLUMNS, TECHNIQUES
+from kivnun.plan.techniques import COLUMNS, TECHNIQUES
 
 
 @dataclass(frozen=True, slots=True)

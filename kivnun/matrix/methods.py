@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kivnun.matrix.techniques import TECHNIQUES
+from kivnun.plan.techniques import TECHNIQUES
 from kivnun.spec.resolve import default_rate
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from kivnun.matrix.counts import BUILT_IN, as_json, count, count_config
 from kivnun.matrix.memory_charts import counts_chart
 from kivnun.matrix.shapes import PHI_3_MINI, config_of
-from kivnun.matrix.techniques import TECHNIQUES
 from kivnun.model.families import find_base
 from kivnun.model.peft_layers import peft
 from kivnun.model.read_model import open_config
+from kivnun.plan.techniques import TECHNIQUES
 from kivnun.plan.trained import kronecker_numbers
 from kivnun.spec.adapters import AdapterSpec, DoraSpec, LokrSpec, LoraSpec
 

@@ -14,7 +14,7 @@ from kivnun.matrix import memory
 from kivnun.matrix.memory import MAIN, PARTS, REFERENCE, REPEATS, Form, Measured, Point, Surface, measure, plan
 from kivnun.matrix.memory_charts import parts_chart, tokens_chart
 from kivnun.matrix.memory_summary import crossings, law_of, main_form, memory_cells, outlooks
-from kivnun.matrix.techniques import COLUMNS, TECHNIQUES, adapter_of
+from kivnun.plan.techniques import COLUMNS, TECHNIQUES, adapter_of
 
 FORM = Form("9m", "bf16")
 MB = 10**6

@@ -33,7 +33,7 @@ from kivnun.matrix.plan import (
 from kivnun.matrix.sharding import Sharded, _apart, equality_cells, sharded_cost_cells, sharded_names
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import DOCUMENT, ROWS, TECHNIQUES, UPSTREAM, Cell, judged, least_favourable, said
-from kivnun.matrix.techniques import COLUMNS
+from kivnun.plan.techniques import COLUMNS
 from kivnun.spec import load_spec
 
 ROWS_HELD_OUT = 40

@@ -1,6 +1,6 @@
 """The techniques that the table's columns stand for, each with its default options and the precision its base is held in.
 
-Next: `counts.py` (how many numbers each trains), `memory.py` (how many bytes a step of each takes).
+Next: `trained.py` (how many numbers each trains), `memory.py` (how many bytes a step of each takes).
 """
 
 from __future__ import annotations

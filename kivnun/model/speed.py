@@ -1,0 +1,33 @@
+"""How many operations a second this machine does in a product of the size that layers have: `python -m kivnun.model.speed fp32`.
+
+Prints one number. A process of its own, so that who only plans loads no torch (`plan/time.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from kivnun.model.load import DTYPES
+
+TOKENS, INPUTS, OUTPUTS = 1024, 512, 2048
+SECONDS = 0.5
+
+
+def products_per_second(precision: str) -> float:
+    """Return the operations a second of a product in the precision that a base is computed in, the median of several."""
+    x_TI = torch.ones(TOKENS, INPUTS, dtype=DTYPES[precision])
+    w_OI = torch.ones(OUTPUTS, INPUTS, dtype=DTYPES[precision])
+    spent: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(spent) < 5:
+        began = time.perf_counter()
+        x_TI @ w_OI.T
+        spent.append(time.perf_counter() - began)
+    return 2.0 * TOKENS * INPUTS * OUTPUTS / sorted(spent)[len(spent) // 2]
+
+
+if __name__ == "__main__":
+    print(products_per_second(sys.argv[1]))
