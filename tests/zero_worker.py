@@ -151,7 +151,9 @@ def run_broken(folder: Path, processes: Processes) -> Case:
 def in_one_process(folder: Path, case: Case) -> Case:
     """Return what the case is in one process: the measure of all others."""
     return run_case(
-        folder, {**{k: v for k, v in case.items() if k not in ("stage", "again", "offload")}, "name": f"one_{case['name']}"}, OneProcess()
+        folder,
+        {**{k: v for k, v in case.items() if k not in ("stage", "again", "offload")}, "name": f"one_{case['name']}"},
+        OneProcess(),
     )
 
 

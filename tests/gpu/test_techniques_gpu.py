@@ -225,7 +225,9 @@ def test_a_saved_state_takes_the_same_next_step(
     # An AdamW step moves a number by at most the rate (or that times LoRA+'s ratio), and by its sign where it is near zero.
     for name, parameter in straight.weights.parameters().items():
         assert float((parameter - resumed.weights.parameters()[name]).abs().max()) < 10 * RATE, name
-        assert tiny.relative_difference(resumed.weights.parameters()[name], parameter) < (1e-4 if precision == "fp32" else 2e-2), name
+        assert tiny.relative_difference(resumed.weights.parameters()[name], parameter) < (1e-4 if precision == "fp32" else 2e-2), (
+            name
+        )
 
 
 @every_case

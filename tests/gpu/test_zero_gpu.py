@@ -1,11 +1,12 @@
 """ZeRO on one GPU over NCCL, its state on the GPU or left in the machine's memory: what TorchEngine computes there.
 
-One process is all that one GPU serves: NCCL refuses two ranks on a device. Each launch has its own timeout, so that what hangs costs
-little. Several processes are held to one on the CPU (`tests/parity/test_zero_engine.py`).
+One process is all that one GPU serves: NCCL refuses two ranks on a device. Each launch has its own timeout, so that what hangs
+costs little. Several processes are held to one on the CPU (`tests/parity/test_zero_engine.py`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,13 +24,12 @@ from tiny import CONFIGS, write_base
 from torchrun import WORKER, environment, torchrun
 from zero_worker import Case, in_one_process
 
-pytest.importorskip("deepspeed")
-
 DEVICE = "cuda"
 TIMEOUT_S = 100
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 SHAPES = [(1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
 FP32 = {"full": ("full", "fp32"), "lora": ("lora", "fp32")}
