@@ -395,7 +395,8 @@ def _deepspeed(device: torch.device) -> Any:
     from deepspeed.utils.logging import logger
 
     logger.setLevel(logging.ERROR)
-    if get_accelerator().device_name() != device.type:  # another library loaded it before, and it took what the machine has
+    present: Any = get_accelerator()
+    if present.device_name() != device.type:  # another library loaded it before, and it took what the machine has
         set_accelerator(_accelerator(device.type))
     # Its exchange through shared memory would be compiled at the start, for minutes, and is not used for what ZeRO exchanges.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
