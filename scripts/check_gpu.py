@@ -1,42 +1,91 @@
-"""Check Kivnun on a GPU machine: against float64 on the CPU, then the facts of tests/gpu; then time LoRA, DoRA and full steps.
+"""Check Kivnun on a GPU machine: against float64 on the CPU and by the facts of tests/gpu; then time every adapter; then what
+leaving state in the machine's memory saves and costs.
 
-Run from the repository root; nothing needs to be installed but torch, transformers, peft and pytest:
-`python -m scripts.check_gpu`. With `--device cpu` it measures a much smaller model, to try the script itself. How fast others are
-on the same work is measured by `python -m benchmarks.gpu`.
+Run from the repository root; nothing needs to be installed but torch, transformers, peft, pytest and, for ZeRO, deepspeed:
+`python -m scripts.check_gpu`, or a part of it with `--only facts|speed|offload`. Each part has a limit of time, so that what hangs
+is cut. With `--device cpu` it measures much smaller models, to try the script itself. How fast others are on the same work is
+measured by `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
+import json
+import os
 import platform
+import signal
+import subprocess
 import sys
-import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
 
 from benchmarks.gpu.correct import check_all
+from benchmarks.gpu.offload import measure_offload
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import TokenRow, Where
-from kivnun.model.adapters import AdapterShape, new_adapter, resolve_targets
 from kivnun.model.generate import SamplingParams, generate
-from kivnun.model.load import load_base
-from kivnun.train.engine import TorchEngine, Trainee
+from kivnun.model.load import base_from_model
+from kivnun.spec import (
+    AdaloraSpec,
+    AdapterSpec,
+    DoraSpec,
+    FullSpec,
+    Ia3Spec,
+    LnTuningSpec,
+    LohaSpec,
+    LokrSpec,
+    LoraSpec,
+    PrefixSpec,
+    PromptSpec,
+    VeraSpec,
+)
+from kivnun.train.engine import TorchEngine
+from kivnun.train.new_weights import new_weights
 from kivnun.train.objectives import LikelihoodObjective
 from kivnun.train.optim import AdamWSettings
-from kivnun.train.weights import AdapterWeights, FullWeights
 
 if TYPE_CHECKING:
     from kivnun.model.load import Base
 
 FACTS = Path(__file__).parent.parent / "tests" / "gpu"
-KINDS = ("lora", "dora", "full")
-STEPS = 8  # measured, after two that warm up
+PARTS = ("facts", "speed", "offload")
+FACTS_S, SPEED_S, OFFLOAD_S, CASE_S = 240, 100, 170, 60  # limits; one case of the offload table
+WORKERS = 12
+STEPS = 6  # measured, after two that warm up
+RUN = 100  # steps of the run that AdaLoRA believes to be in
+
+LORA, DORA = LoraSpec(alpha=32.0), DoraSpec(alpha=32.0)
+# What another start or rate makes of LoRA costs a step nothing, but for PiSSA's and OLoRA's, which is taken off again.
+MEASURED: list[tuple[str, dict[str, AdapterSpec]]] = [
+    (
+        "bf16",
+        {
+            "lora": LORA,
+            "dora": DORA,
+            "lora, olora": LoraSpec(alpha=32.0, init="olora"),
+            "ia3": Ia3Spec(),
+            "loha": LohaSpec(alpha=16.0),
+            "lokr": LokrSpec(alpha=16.0),
+            "vera": VeraSpec(),
+            "adalora": AdaloraSpec(alpha=24.0),
+            "ln_tuning": LnTuningSpec(),
+            "prompt": PromptSpec(),
+            "prefix": PrefixSpec(),
+        },
+    ),
+    ("nf4", {"lora": LORA, "dora": DORA, "ia3": Ia3Spec(), "adalora": AdaloraSpec(alpha=24.0)}),
+    ("int8", {"lora": LORA}),
+    ("bf16", {"full": FullSpec()}),  # it changes its base
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,42 +109,96 @@ CPU = Size(hidden=128, intermediate=320, layers=2, heads=4, vocabulary=1024, row
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--skip-facts", action="store_true", help="measure only")
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--json", type=Path, help="write what was found to this file too")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = str(arguments.device)
+    if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here (torch.cuda.is_available() is false)", file=sys.stderr)
         return 1
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-    print(f"{name} · Python {platform.python_version()} · torch {torch.__version__} · transformers {transformers.__version__}")
-    failed = 0 if arguments.skip_facts else max(_compared(arguments.device), _facts())
-    _measure(arguments.device, GPU if arguments.device == "cuda" else CPU)
-    return failed
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    machine = f"{name} · Python {platform.python_version()} · torch {torch.__version__} · transformers {transformers.__version__}"
+    _say(machine)
+    found: dict[str, Any] = {"machine": machine}
+    for part in PARTS if arguments.only is None else (arguments.only,):
+        began = time.monotonic()
+        if part == "facts":
+            found[part] = _facts(device)
+        elif part == "speed":
+            found[part] = _speed(device, GPU if device == "cuda" else CPU)
+        else:
+            found[part] = measure_offload(device, time.monotonic() + OFFLOAD_S, CASE_S, _say)
+        _say(f"({part}: {time.monotonic() - began:.0f} s)")
+        if arguments.json is not None:  # after each part: what comes later may be cut
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows = [*found.get("speed", []), *found.get("offload", [])]
+    facts = found.get("facts", {"status": 0, "wrong": 0})
+    return int(bool(facts["status"] or facts["wrong"] or any("failed" in row for row in rows)))
 
 
-def _compared(device: str) -> int:
-    checks = check_all(device)
-    print(*checks, sep="\n", flush=True)
-    return 0 if all(check.passed for check in checks) else 1
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
-def _facts() -> int:
-    import pytest
-
+def _facts(device: str) -> dict[str, Any]:
+    """Compare with float64 on the CPU while pytest asks the rest; return how many were wrong, and pytest's status."""
     # Warnings are errors at home, where versions are pinned; here they are only shown.
-    return int(pytest.main([str(FACTS), "-q", "-rs", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]))
+    command = [sys.executable, "-m", "pytest", str(FACTS), "-q", "-rfEs", "--tb=short", "--no-header", "--timeout=110"]
+    command += ["-o", "filterwarnings=default", "--disable-warnings", "-p", "no:cacheprovider", "--durations=8"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    given = {**os.environ, "OMP_NUM_THREADS": "1"}
+    asked = subprocess.Popen(command, env=given, start_new_session=True)
+    until = time.monotonic() + FACTS_S
+    try:
+        checks = check_all(device)
+        _say("\n".join(str(check) for check in checks))
+        wrong, failed = sum(not check.passed for check in checks), None
+    except Exception:  # the others are still worth asking
+        wrong, failed = 1, traceback.format_exc()
+        _say(failed)
+    try:
+        status = asked.wait(timeout=max(1.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(asked.pid, signal.SIGKILL)
+        asked.wait()
+        status = 124
+        _say(f"the facts were cut after {FACTS_S} s")
+    return {"status": status, "wrong": wrong, "failed": failed}
 
 
-def _measure(device: str, size: Size) -> None:
-    print(f"\n{size.layers} layers of width {size.hidden}, bf16, {size.rows} rows of {size.row_length} tokens, all trained")
-    print(f"{'':12}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'peak GiB':>10}{'first loss':>12}{'last':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), size)
-        for kind in KINDS:
-            _measure_kind(Path(folder), kind, device, size)
-        _measure_generation(Path(folder), device)
+def _speed(device: str, size: Size) -> list[dict[str, Any]]:
+    """Time generation, every adapter, then full tuning; stop beginning when time is up."""
+    _say(f"\n{size.layers} layers of width {size.hidden}, {size.rows} rows of {size.row_length} tokens, all trained")
+    _say(f"{'':18}{'ms/step':>9}{'tokens/s':>10}{'TFLOP/s':>9}{'peak GiB':>10}{'trained M':>11}{'first loss':>12}{'last':>8}")
+    until, found = time.monotonic() + SPEED_S, []
+    for precision, kinds in MEASURED:
+        if time.monotonic() > until:
+            _say(f"{precision}: no time was left")
+            continue
+        base = base_from_model(_model(device, size), precision, device)
+        if not found:
+            found.append(_guarded("generate", lambda base=base: _generation(base, device)))
+        for kind, spec in kinds.items():
+            name = kind if precision == "bf16" else f"{kind}, {precision}"
+            found.append(_guarded(name, lambda base=base, spec=spec, name=name: _timed(base, name, spec, device, size)))
+        del base
+    return found
 
 
-def _write(folder: Path, size: Size) -> None:
+def _guarded(name: str, measure: Any) -> dict[str, Any]:
+    """Return what is measured, or why it could not be: the others are still worth measuring."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return {"name": name, **measure()}
+    except Exception as error:  # whatever it is: the table names it
+        _say(f"{name:18}  {type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}")
+        return {"name": name, "failed": traceback.format_exc()}
+
+
+def _model(device: str, size: Size) -> Any:
     config = transformers.Phi3Config(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -109,34 +212,25 @@ def _write(folder: Path, size: Size) -> None:
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def _open(base: Base, kind: str) -> Trainee:
-    if kind == "full":
-        weights = FullWeights(base)
-    else:
-        shape = AdapterShape("dora" if kind == "dora" else "lora", 16, 32.0, 0.0, False, resolve_targets(base, "all-linear"))
-        weights = AdapterWeights(base, new_adapter(base, shape, "kaiming", 0))
-    settings = AdamWSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-    return TorchEngine(base).open(weights, LikelihoodObjective(), settings, 1.0)
-
-
-def _pack(size: Size) -> PackedBatch:
+def _rows(size: Size) -> list[TokenRow]:
     draws = np.random.default_rng(0)
     weights = np.ones(size.row_length, dtype=np.float32)
     weights[0] = 0.0
-    return pack(
-        [
-            TokenRow(draws.integers(3, size.vocabulary, size.row_length).astype(np.int32), weights, row, Where("random", row), 1)
-            for row in range(size.rows)
-        ]
-    )
+    return [
+        TokenRow(draws.integers(3, size.vocabulary, size.row_length).astype(np.int32), weights, row, Where("random", row + 1), 1)
+        for row in range(size.rows)
+    ]
 
 
-def _measure_kind(folder: Path, kind: str, device: str, size: Size) -> None:
-    base = load_base(folder, "bf16", device)
-    trainee, batch = _open(base, kind), _pack(size)
+def _timed(base: Base, name: str, spec: AdapterSpec, device: str, size: Size) -> dict[str, Any]:
+    rows = _rows(size)
+    batch: PackedBatch = pack(rows)
+    settings = AdamWSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    trainee = TorchEngine(base).open(new_weights(spec, base, rows, RUN, 0), LikelihoodObjective(), settings, 1.0)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     losses, began = [], 0.0
@@ -150,17 +244,24 @@ def _measure_kind(folder: Path, kind: str, device: str, size: Size) -> None:
     seconds = (time.perf_counter() - began) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     # Six operations per weight and token for full tuning; the gradient of frozen weights is not computed.
-    matrices = sum(linear.dense().numel() for linear in base.linears.values())
-    operations = (6 if kind == "full" else 4) * matrices * batch.num_tokens
-    print(
-        f"{kind:12}{seconds * 1e3:10.1f}{batch.num_tokens / seconds:12.0f}{operations / seconds / 1e12:10.1f}"
-        f"{peak:10.2f}{losses[0]:12.4f}{losses[-1]:8.4f}",
-        flush=True,
+    matrices = sum(linear.in_features * linear.out_features for linear in base.linears.values())
+    rate = (6 if name == "full" else 4) * matrices * batch.num_tokens / seconds / 1e12
+    trained = trainee.trainable_parameters
+    _say(
+        f"{name:18}{seconds * 1e3:9.1f}{batch.num_tokens / seconds:10.0f}{rate:9.1f}{peak:10.2f}{trained / 1e6:11.3f}"
+        f"{losses[0]:12.4f}{losses[-1]:8.4f}"
     )
+    found = {
+        "ms": seconds * 1e3,
+        "tokens_per_s": batch.num_tokens / seconds,
+        "peak_gib": peak,
+        "trained": trained,
+        "losses": losses,
+    }
+    return found if device == "cuda" else {**found, "peak_gib": None}
 
 
-def _measure_generation(folder: Path, device: str) -> None:
-    base = load_base(folder, "bf16", device)
+def _generation(base: Base, device: str) -> dict[str, Any]:
     prompts, new = [[1, 5, 7, 11]] * 32, 32
     generate(base, prompts, SamplingParams(2, ()))
     _wait(device)
@@ -168,7 +269,8 @@ def _measure_generation(folder: Path, device: str) -> None:
     generate(base, prompts, SamplingParams(new, ()))
     _wait(device)
     seconds = time.perf_counter() - began
-    print(f"{'generate':12}{seconds / new * 1e3:10.1f}{len(prompts) * new / seconds:12.0f}   (ms per token of {len(prompts)} rows)")
+    _say(f"{'generate':18}{seconds / new * 1e3:9.1f}{len(prompts) * new / seconds:10.0f}   (ms per token of {len(prompts)} rows)")
+    return {"ms_per_token": seconds / new * 1e3, "tokens_per_s": len(prompts) * new / seconds}
 
 
 def _wait(device: str) -> None:

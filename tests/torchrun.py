@@ -12,7 +12,8 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    places = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(processes: int, *arguments: str, timeout: float = 240) -> None:

@@ -1,4 +1,4 @@
-"""What one process of a ZeRO test does, under torchrun: `zero_worker.py FOLDER`.
+"""What one process of a ZeRO test does, under torchrun: `zero_worker.py FOLDER [DEVICE]`.
 
 FOLDER holds bases and cases.json; for each case the first process writes what it saw, and the files of its trainee."""
 
@@ -50,8 +50,8 @@ def weights_of(base: Base, case: Case) -> Weights:
 
 def opened(folder: Path, case: Case, processes: Processes) -> Any:
     """Return the case's trainee: one process's own without a stage."""
-    base = load_base(folder / case["base"], case["precision"], recompute=case.get("recompute", False))
-    settings = ShardSettings(case.get("stage") or 0, "none", 3000, 4000, 1, 1)
+    base = load_base(folder / case["base"], case["precision"], case.get("device", "cpu"), recompute=case.get("recompute", False))
+    settings = ShardSettings(case.get("stage") or 0, case.get("offload", "none"), 3000, 4000, 1, 1)
     if "stage" not in case:
         engine: Any = TorchEngine(base)
     elif case["stage"] == 0:
@@ -151,13 +151,15 @@ def run_broken(folder: Path, processes: Processes) -> Case:
 def in_one_process(folder: Path, case: Case) -> Case:
     """Return what the case is in one process: the measure of all others."""
     return run_case(
-        folder, {**{k: v for k, v in case.items() if k not in ("stage", "again")}, "name": f"one_{case['name']}"}, OneProcess()
+        folder,
+        {**{k: v for k, v in case.items() if k not in ("stage", "again", "offload")}, "name": f"one_{case['name']}"},
+        OneProcess(),
     )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with joined("cpu", int(os.environ["WORLD_SIZE"])) as together:
+    with joined(sys.argv[2] if len(sys.argv) > 2 else "cpu", int(os.environ["WORLD_SIZE"])) as together:
         run_cases(Path(sys.argv[1]), together)
         broken = together.all_of(run_broken(Path(sys.argv[1]), together)) if Path(sys.argv[1], "broken").is_dir() else []
         if together.rank == 0:

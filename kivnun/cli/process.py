@@ -52,7 +52,7 @@ def _set_thresholds(wanted: tuple[tuple[int, int], ...]) -> bool:
 def keep_deepspeed_quiet() -> None:
     """Tell DeepSpeed that there is no GPU, where there is none: it would say so on stdout, which is for data, as soon as
     transformers saves a model, since that imports it wherever it is installed."""
-    if not Path("/proc/driver/nvidia").exists():
+    if not any(Path(place).exists() for place in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia-uvm")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

@@ -139,8 +139,8 @@ class DeepSpeedTrainee:
             with lost_processes(), self._whole_again():
                 for name, parameter in self._parameters.items():
                     self._take(parameter, state.get_tensor(name), {m: moments.get_tensor(f"{m}/{name}") for m in MOMENTS})
-        for its in self._engine.optimizer.optimizer.state.values():
-            its["step"] = torch.tensor(float(steps))  # one for each: a shared one would count as often as there are sub-groups
+        for flat, its in self._engine.optimizer.optimizer.state.items():
+            its["step"] = _count_of(flat, steps)  # one for each: a shared one would count as often as there are sub-groups
         self._changed()
         self._rows_of_step.clear()
         self.steps = steps
@@ -330,9 +330,14 @@ def _fragment(optimizer: Any, parameter: Any, stage: int) -> _Fragment | None:
         return None
     state = optimizer.optimizer.state[flat]
     if not state:  # before the first update
-        state["step"] = torch.tensor(0.0)
+        state["step"] = _count_of(flat, 0)
         state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
     return _Fragment(start, flat.data[at : at + length], {moment: state[moment][at : at + length] for moment in MOMENTS})
+
+
+def _count_of(flat: Tensor, steps: int) -> Tensor:
+    """Return a count of steps where torch's fused AdamW reads it: beside what it updates."""
+    return torch.tensor(float(steps), device=flat.device)
 
 
 def _gathered_bits(own: _Fragment | None, values: Tensor | None, first: int, end: int, device: torch.device) -> Tensor:
@@ -383,19 +388,32 @@ def _engine(
 
 def _deepspeed(device: torch.device) -> Any:
     """Return the library, quiet, told what computes, and with bounded gathers."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
     import deepspeed.runtime.utils as runtime_utils
+    from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.utils.logging import logger
 
     logger.setLevel(logging.ERROR)
+    present: Any = get_accelerator()
+    if present.device_name() != device.type:  # another library loaded it before, and it took what the machine has
+        set_accelerator(_accelerator(device.type))
     # Its exchange through shared memory would be compiled at the start, for minutes, and is not used for what ZeRO exchanges.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
         runtime_utils.dist = _BoundedGathers(deepspeed.comm)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed
+
+
+def _accelerator(kind: str) -> Any:
+    if kind == "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        return CPU_Accelerator()
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    return CUDA_Accelerator()
 
 
 class _BoundedGathers:
