@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def start(processes: int, arguments: Sequence[str]) -> None:
             local_addr="localhost",
             max_restarts=0,
             signals_to_handle="SIGQUIT",
-            shutdown_timeout=PATIENCE_S,
+            **_patience(LaunchConfig),
         )
         try:
             with _passing_on_signals(Path(place)):
@@ -83,6 +84,11 @@ def start(processes: int, arguments: Sequence[str]) -> None:
             raise _ended(Path(place), error) from None
         finally:
             del os.environ[REPORTS]
+
+
+def _patience(config: type) -> dict[str, int]:
+    """Return how long torch waits for processes that were asked to stop; torch before 2.12 has no such option."""
+    return {"shutdown_timeout": PATIENCE_S} if any(field.name == "shutdown_timeout" for field in fields(config)) else {}
 
 
 def say_where() -> None:

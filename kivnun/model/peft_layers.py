@@ -117,6 +117,10 @@ class LayerAdapter:
     _named: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for site in self.sites.values():
+            ranks: nn.Module | None = getattr(site.layer, "ranknum", None)
+            if ranks is not None:  # AdaLoRA's count of ranks: PEFT 0.21 makes it one of the trained when it moves it to a GPU
+                ranks.requires_grad_(False)
         self._named = {
             f"{name}.{own.removesuffix('.' + NAME)}": p
             for name, site in self.sites.items()

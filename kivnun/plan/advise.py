@@ -18,7 +18,7 @@ from kivnun.plan.measured import MeasuredTable, Score, Task
 from kivnun.plan.memory import Shape, StepMemory, step_memory
 from kivnun.plan.rows import TrainingRows
 from kivnun.plan.techniques import TECHNIQUES, adapter_of
-from kivnun.plan.time import AGAIN, Work, cpu_seconds, gpu_seconds, gpu_share
+from kivnun.plan.time import AGAIN, GPU_SHARE, Work, cpu_seconds, gpu_seconds
 from kivnun.plan.trained import trained_of
 from kivnun.spec.adapters import AdapterSpec
 from kivnun.spec.resolve import CPU_MICRO_BATCH, CPU_MICRO_BATCH_FROM, MIN_MICRO_BATCH, SMALL_BASE, TINY_BASE
@@ -127,7 +127,7 @@ def _candidate(question: Question, technique: str, shape: Shape) -> Candidate:
     elif device.flops is None:
         seconds = float("nan")
     else:
-        seconds = gpu_seconds(sizes, adapter, work, gpu_share(technique) * device.flops * device.count)
+        seconds = gpu_seconds(sizes, adapter, work, GPU_SHARE[technique] * device.flops * device.count)
     seconds *= AGAIN if shape.recompute else 1.0
     numbers, fits = trained_of(sizes, adapter).numbers, memory.peak <= device.memory_bytes
     return Candidate(technique, adapter, shape, memory, seconds, numbers, question.task.methods[technique], fits)
@@ -140,7 +140,7 @@ def _shapes(question: Question, technique: str) -> Iterator[Shape]:
     # A pass holds no more than a step has, which varies with its rows.
     of_a_step = max(longest, round(STEP_SPREAD * question.batch_rows * question.rows.tokens / question.rows.count))
     usual, small = min(max(_micro_batch(question, technique), longest), of_a_step), max(512, longest)
-    first = Shape(_precision(question, technique), usual, processes=device.count)
+    first = Shape(_precision(question, technique), usual, device.kind, processes=device.count)
     ways = [first, replace(first, pass_tokens=min(usual, small)), replace(first, pass_tokens=min(usual, small), recompute=True)]
     yield from ways
     if device.count > 1 and TECHNIQUES[technique].kind in SHARDABLE:
@@ -185,11 +185,13 @@ def _others(
 def _reasons(question: Question, chosen: Candidate, best: Candidate, candidates: Sequence[Candidate]) -> Iterator[str]:
     task, table, device = question.task, question.table, question.device
     score, full = chosen.score, task.methods["full"]
-    yield (
-        f"On {task.name} ({task.metric}) {chosen.label} came from {task.base:.3g} to {score.score:.3g}; full tuning came to "
-        f"{full.score:.3g}. The gain over the base is {_interval(score.gain, score.gain_interval)}"
-        + (f", over full tuning {_interval(score.to_full, score.to_full_interval)}." if chosen.technique != "full" else ".")
-    )
+    began = f"On {task.name} ({task.metric}) {chosen.label} came from {task.base:.3g} to {score.score:.3g}"
+    gain = f"The gain over the base is {_interval(score.gain, score.gain_interval)}"
+    if chosen.technique == "full":
+        yield f"{began}. {gain}."
+    else:
+        beside = f"over full tuning {_interval(score.to_full, score.to_full_interval)}"
+        yield f"{began}; full tuning came to {full.score:.3g}. {gain}, {beside}."
     if chosen is not best:
         yield (
             f"{best.label} scored best ({best.score.score:.3g}), but within what {chosen.label}'s interval reaches; of those as "

@@ -1,14 +1,16 @@
 """The most memory that a training step takes, by part, above a process at rest: predicted from sizes, without running anything.
 
 What stays is counted exactly: weights, adapter, moments. What a pass keeps follows from what each layer saves for its backward pass
-(`model/decoder.py`, `model/linear.py`); what operations need for a moment was fitted to measured steps of models of 28 and 71 M
-parameters (benchmarks/results/matrix_memory_2026-11-27), which `tests/unit/test_plan_memory.py` holds it to.
+(`model/decoder.py`, `model/linear.py`); what operations need for a moment was fitted to measured steps: on a CPU of models of 28 and
+71 M parameters (benchmarks/results/matrix_memory_2026-11-27), on a GPU of eight layers of Phi-4-mini's width (gpu_2026-11-27.json
+there). `tests/unit/test_plan_memory.py` holds it to all of them.
 T tokens of a pass, D model width, F inner width, L layers, V vocabulary. Next: `time.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.trained import chosen_linears, trained_of
@@ -19,11 +21,12 @@ COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2, "nf4": 2}  # of a number that 
 # scales are too few to count.
 CODE_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 # What operations need for a moment, per token of a pass: bytes per word of the vocabulary and per inner width, and a method's share
-# of that beside LoRA's; the rest is what the allocator keeps.
+# of that beside LoRA's; the rest is what the allocator keeps. Kernels in Triton hold no logits of a whole pass.
 WORD_BYTES = {2: 2.5, 4: 1.9}
 INNER_BYTES = {2: 32.0, 4: 80.0}
+GPU_INNER_BYTES = {2: 16.0, 4: 32.0}
 WORKSPACE = {
-    "full": 1.1, "lora": 1.0, "dora": 1.0, "adalora": 3.0, "loha": 2.3, "lokr": 2.0, "vera": 2.5, "ia3": 2.0, "ln_tuning": 1.0,
+    "full": 1.1, "lora": 1.0, "dora": 1.0, "adalora": 1.0, "loha": 2.3, "lokr": 2.0, "vera": 2.5, "ia3": 2.0, "ln_tuning": 1.0,
     "prompt": 1.0, "prefix": 1.15,
 }  # fmt: skip
 ALLOCATOR = 14e6  # bytes
@@ -52,6 +55,7 @@ class Shape:
 
     precision: str
     pass_tokens: int
+    device: Literal["cpu", "cuda"] = "cpu"
     recompute: bool = False
     processes: int = 1
     zero_stage: int = 0
@@ -66,7 +70,7 @@ def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     adapter = (0 if number == 4 else 4 * trained.numbers) if full else 4 * (trained.numbers + trained.fixed)
     moments, gradients = 8.0 * trained.numbers, 4.0 * trained.numbers
     kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
-    workspace = WORKSPACE[spec.kind] * _workspace(sizes, number, shape.pass_tokens)
+    workspace = WORKSPACE[spec.kind] * _workspace(sizes, number, shape)
     if shape.recompute:  # inputs of all layers, and one layer whole
         workspace += number * shape.pass_tokens * (sizes.layers * sizes.hidden + _kept(sizes, spec, shape) / sizes.layers)
         kept = 0.0
@@ -97,8 +101,8 @@ def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int) -> float:
             return kept + 2 * sizes.hidden + sizes.mlp
         case "dora":  # outputs of the frozen layers, for the gradient of magnitudes
             return kept + outputs
-        case "adalora":
-            return kept + 2 * inputs
+        case "adalora":  # in float32 both ways
+            return kept + 2 * inputs + 2 * outputs
         case "ia3":
             return kept + outputs + sizes.mlp + sizes.hidden
         case "vera":
@@ -123,5 +127,7 @@ def _kept(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> float:
     return kept
 
 
-def _workspace(sizes: Sizes, number: int, pass_tokens: int) -> float:
-    return ALLOCATOR + pass_tokens * (WORD_BYTES[number] * sizes.vocab + INNER_BYTES[number] * sizes.mlp)
+def _workspace(sizes: Sizes, number: int, shape: Shape) -> float:
+    if shape.device == "cuda":
+        return ALLOCATOR + shape.pass_tokens * GPU_INNER_BYTES[number] * sizes.mlp
+    return ALLOCATOR + shape.pass_tokens * (WORD_BYTES[number] * sizes.vocab + INNER_BYTES[number] * sizes.mlp)

@@ -34,9 +34,8 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
         from kivnun.data.template import load_tokenizer
         from kivnun.spec import DataSpec
 
-        data = load_dataset(
-            DataSpec.model_validate({"train": str(file), "validation": None}), load_tokenizer(base.folder), 0, base.sizes.longest
-        )
+        spec = DataSpec.model_validate({"train": str(file), "validation": None})
+        data = load_dataset(spec, load_tokenizer(base.folder), 0, base.sizes.longest)
         return TrainingRows(len(data.train), data.report.train_tokens, data.report.longest_row, True)
     _, records, problems = read_records(file, "auto")
     if problems or not records:

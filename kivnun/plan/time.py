@@ -22,10 +22,12 @@ KEPT_S = {2: 6.84e-9, 4: 10.4e-9}  # seconds per number that a pass keeps
 UPDATE_S = 4.4e-9  # seconds of AdamW per number trained and step
 REFERENCE_FLOPS = {2: 300e9, 4: 100e9}  # what `model/speed.py` found on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
-# The share of a GPU's dense bfloat16 peak that a step's operations come to, by technique: an H100 on eight layers of Phi-4-mini's
-# width (scripts/check_gpu.py).
-GPU_SHARE = {"full": 0.40, "lora": 0.40, "qlora": 0.3, "dora": 0.3}
-OTHER_SHARE = 0.2
+# The share of a GPU's dense bfloat16 peak that a step's operations come to: an H100 on eight layers of Phi-4-mini's width, 8,192
+# tokens a pass (benchmarks/results/gpu_2026-11-27.json).
+GPU_SHARE = {
+    "full": 0.27, "lora": 0.44, "qlora": 0.43, "dora": 0.36, "adalora": 0.21, "loha": 0.04, "lokr": 0.04, "vera": 0.19, "ia3": 0.32,
+    "ln_tuning": 0.47, "prompt": 0.37, "prefix": 0.41,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,8 @@ def cpu_seconds(sizes: Sizes, spec: AdapterSpec, precision: str, work: Work, *, 
 
 
 def gpu_seconds(sizes: Sizes, spec: AdapterSpec, work: Work, flops: float) -> float:
-    """Return the seconds of all steps on a GPU that computes so many operations a second at this work."""
+    """Return the seconds of all steps on a GPU that does so many operations a second at such work."""
     return operations(sizes, spec) * work.tokens / flops
-
-
-def gpu_share(technique: str) -> float:
-    """Return the share of a GPU's peak that training by a technique comes to."""
-    return GPU_SHARE.get(technique, OTHER_SHARE)
 
 
 def machine_speed(precision: str) -> float:

@@ -180,13 +180,16 @@ def test_kernels_in_triton_train_as_torchs_do(kind: str, precision: str, tiny_ba
     if isinstance(triton_or_reason(), str):
         pytest.skip(str(triton_or_reason()))
     found = []
-    for kernels in ("auto", "torch"):
-        base = load_base(tiny_base("phi4_mini"), precision, DEVICE, kernels=kernels)
+    for device, kernels in ((DEVICE, "auto"), (DEVICE, "torch"), ("cpu", "torch")):
+        base = load_base(tiny_base("phi4_mini"), precision, device, kernels=kernels)
         trainee = tiny.new_trainee(base, tiny.new_weights(base, kind, dropout=0.2))  # type: ignore[arg-type]
         trainee.forward_backward(pack(tiny.random_rows((5, 30, 2))), 37.0)
         found.append(tiny.gradients(trainee))
     for name, gradient in found[0].items():
-        assert tiny.relative_difference(gradient, found[1][name]) < (1e-4 if precision == "fp32" else 6e-2), name
+        # In 16 bits two ways to round are as far apart as torch is from itself on another device.
+        itself = tiny.relative_difference(found[1][name], found[2][name])
+        allowed = 1e-4 if precision == "fp32" else 1.5 * itself + 0.02
+        assert tiny.relative_difference(gradient, found[1][name]) < allowed, name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
