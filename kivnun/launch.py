@@ -86,7 +86,7 @@ def start(processes: int, arguments: Sequence[str]) -> None:
             del os.environ[REPORTS]
 
 
-def _patience(config: type) -> dict[str, int]:
+def _patience(config: type) -> dict[str, Any]:
     """Return how long torch waits for processes that were asked to stop; torch before 2.12 has no such option."""
     return {"shutdown_timeout": PATIENCE_S} if any(field.name == "shutdown_timeout" for field in fields(config)) else {}
 
