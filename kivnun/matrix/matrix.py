@@ -21,7 +21,7 @@ from kivnun.matrix import resources
 from kivnun.matrix.cells import cost_cells, score_runs, scored, task_cells
 from kivnun.matrix.machine import machine_facts
 from kivnun.matrix.page import render
-from kivnun.matrix.plan import FULL, QUICK, Scale, base_jobs, cost_jobs, score_jobs, sweep_jobs
+from kivnun.matrix.plan import FULL, QUICK, Scale, base_jobs, confirm_jobs, cost_jobs, score_jobs, sweep_jobs
 from kivnun.matrix.sharding import do_all_sharded, equality_cells, sharded_cost_cells, sharded_names
 from kivnun.matrix.table import TECHNIQUES, Cell
 from kivnun.matrix.work import do_all
@@ -62,6 +62,7 @@ def make_matrix(output: Path, *, quick: bool, prices: Mapping[str, float], scree
     stages: list[tuple[str, Callable[[], list[Any]]]] = [
         ("bases", lambda: base_jobs(scale)),
         ("learning rates", lambda: sweep_jobs(scale)),
+        ("rates again", lambda: confirm_jobs(output, scale)),
         ("scores", lambda: score_jobs(output, scale)),
         ("cost", lambda: cost_jobs(output, scale)),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +58,19 @@ def sweep_jobs(scale: Scale) -> list[Job]:
     ]
 
 
+def confirm_jobs(folder: Path, scale: Scale) -> list[Job]:
+    """Return a second run, of another seed, of the two rates that did best in the sweep: the largest rate that trains is the most
+    likely to fail with another start."""
+    if not scale.sweep:
+        return []
+    jobs: list[Job] = []
+    for task in scale.tasks:
+        for method in scale.methods:
+            tried = {rate: _swept(folder, task, method, rate) for rate in METHODS[method].rates(objective_of(task))}
+            jobs += [Job("sweep", task, method, rate, 1) for rate in sorted(tried, key=lambda rate: tried[rate])[:2]]
+    return jobs
+
+
 def score_jobs(folder: Path, scale: Scale) -> list[Job]:
     """Return a run per method, task and seed, at the rate that its sweep found best."""
     return [
@@ -84,16 +96,17 @@ def cost_seeds(scale: Scale) -> int:
 
 
 def chosen_rate(folder: Path, scale: Scale, task: str, method: str) -> float:
-    """Return the rate with the least loss on the rows that the sweep held back, or the middle one where there is no sweep."""
+    """Return the rate with the least loss on the rows that the sweep held back, the worse of its two seeds deciding; or the middle
+    one where there is no sweep."""
+    rates = METHODS[method].rates(objective_of(task))
     if not scale.sweep:
-        rates = METHODS[method].rates(objective_of(task))
         return rates[len(rates) // 2]
-    tried = dict(_tried(folder, task, method))
-    return min(tried, key=lambda rate: tried[rate])
+    confirmed = [rate for rate in rates if read_done(folder, Job("sweep", task, method, rate, 1)) is not None]
+    assert confirmed, f"the sweep of {task}/{method} is not done"
+    return min(confirmed, key=lambda rate: max(_swept(folder, task, method, rate, seed) for seed in (0, 1)))
 
 
-def _tried(folder: Path, task: str, method: str) -> Iterator[tuple[float, float]]:
-    for rate in METHODS[method].rates(objective_of(task)):
-        done = read_done(folder, Job("sweep", task, method, rate))
-        assert done is not None, f"sweep of {task}/{method} at {rate:g} is not done"
-        yield rate, done.figures["nll"]
+def _swept(folder: Path, task: str, method: str, rate: float, seed: int = 0) -> float:
+    done = read_done(folder, Job("sweep", task, method, rate, seed))
+    assert done is not None, f"the sweep of {task}/{method} at {rate:g} with seed {seed} is not done"
+    return done.figures["nll"]
