@@ -1,9 +1,9 @@
 """The most memory that a training step takes, by part, above a process at rest: predicted from sizes, without running anything.
 
-What stays is counted exactly: weights, adapter, moments. What a pass keeps follows from what each layer saves for its backward pass
-(`model/decoder.py`, `model/linear.py`). What operations need for a moment was fitted to measured steps: on a CPU of models of 28 and
-71 M parameters (matrix_memory_2026-11-27 in benchmarks/results), on a GPU of eight layers of Phi-4-mini's width (gpu_2026-11-27.json
-there); `tests/unit/test_plan_memory.py` holds it to all of them.
+What stays is counted exactly: weights, adapter, moments. What a pass keeps follows from what each layer saves for its backward
+pass (`model/decoder.py`, `model/linear.py`). What operations need for a moment was fitted to measured steps: on a CPU of models of
+28 and 71 M parameters (benchmarks/results/matrix_memory_2026-11-27), on a GPU of eight layers of Phi-4-mini's width
+(gpu_2026-11-27.json there); `tests/unit/test_plan_memory.py` holds it to all of them.
 T tokens of a pass, D model width, F inner width, L layers, V vocabulary. Next: `time.py`.
 """
 

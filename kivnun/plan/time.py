@@ -20,7 +20,7 @@ from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec
 CORE_FLOPS = {2: 273e9, 4: 149e9}  # of one core of the reference machine, by the bytes of a number
 KEPT_S = {2: 6.84e-9, 4: 10.4e-9}  # seconds per number that a pass keeps
 UPDATE_S = 4.4e-9  # seconds of AdamW per number trained and step
-REFERENCE_FLOPS = {2: 300e9, 4: 100e9}  # what `model/speed.py` found on one core of the reference machine
+REFERENCE_FLOPS = {2: 165e9, 4: 66e9}  # what `model/speed.py` found on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
 # The share of a GPU's dense bfloat16 peak that a step's operations come to: an H100 on eight layers of Phi-4-mini's width, 8,192
 # tokens a pass (benchmarks/results/gpu_2026-11-27.json).

@@ -25,6 +25,7 @@ from kivnun.matrix.plan import (
     Scale,
     base_jobs,
     chosen_rate,
+    confirm_jobs,
     cost_jobs,
     objective_of,
     score_jobs,
@@ -102,12 +103,12 @@ def _measure(name: str, figure: float) -> Measure:
 METRICS = {"domain": "perplexity", "translation": "exact_match", "chat": "format_compliance"}
 
 
-def _write(folder: Path, job: Job) -> None:
-    """Write a job's result as if it had been done; a lower rate of a sweep is the better one."""
+def _write(folder: Path, job: Job, worse: float = 0.0) -> None:
+    """Write a job's result as if it had been done; a lower rate of a sweep is the better one, `worse` is added to its loss."""
     metric, gain = METRICS[job.task], 0.0 if job.kind == "base" else GAIN[job.method]
     better = {"perplexity": 5.0 - 4 * gain}.get(metric, 0.2 + gain)
     measure = _measure(metric, better)
-    nll = 1.0 + job.rate if job.kind == "sweep" else 3.0 - 2 * gain
+    nll = 1.0 + job.rate + worse if job.kind == "sweep" else 3.0 - 2 * gain
     steps = [(step, 3.0 - 2 * gain * step / 10, 0.1 * step * (2 if job.method == "full" else 1)) for step in range(11)]
     figures = {metric: measure.figure, "nll": nll}
     done = Done(
@@ -121,6 +122,8 @@ def _write(folder: Path, job: Job) -> None:
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     for job in (*base_jobs(SMALL), *sweep_jobs(SMALL)):
+        _write(tmp_path, job)
+    for job in confirm_jobs(tmp_path, SMALL):
         _write(tmp_path, job)
     for job in (*score_jobs(tmp_path, SMALL), *cost_jobs(tmp_path, SMALL)):
         _write(tmp_path, job)
@@ -143,6 +146,16 @@ def test_a_sweep_decides_the_rate_and_a_quick_table_takes_the_default(finished: 
     assert chosen_rate(finished, QUICK, "translation", "lora") == METHODS["lora"].rates("supervised")[1]
     assert sweep_jobs(QUICK) == []
     assert objective_of("domain") == "pretraining"
+
+
+def test_a_rate_that_fails_with_another_seed_is_not_taken(finished: Path) -> None:
+    """The best two of the first seed are tried again, and the worse of both seeds decides."""
+    rates = METHODS["lora"].rates("supervised")
+    tried = [job for job in confirm_jobs(finished, SMALL) if (job.task, job.method) == ("translation", "lora")]
+    assert [(job.rate, job.seed) for job in tried] == [(rates[0], 1), (rates[1], 1)]
+    _write(finished, tried[0], worse=1.0)
+    assert chosen_rate(finished, SMALL, "translation", "lora") == rates[1]
+    assert confirm_jobs(finished, QUICK) == []
 
 
 def test_every_job_has_a_name_of_its_own() -> None:
