@@ -79,10 +79,6 @@ class OpenedRun:
             model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base
         )
 
-    def fresh_base(self) -> Base:
-        """Return the pretrained model loaded anew: full tuning changes the one it is given."""
-        return self._load(self.base_folder)
-
     @property
     def kernels(self) -> str:
         """Return which kernels to use: torch's where the run did, else the best there are here, which may be another machine."""

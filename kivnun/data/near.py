@@ -1,7 +1,9 @@
 """How near test texts come to training texts: equal ones, and the nearest by shared runs of characters.
 
 Held-out topics do not prove that a question is new: the same sentence with another name is nearly the same sentence. This counts
-what is equal and shows the closest pair, so that a reader can judge. Next: `scenarios/multiple_choice/questions.py`.
+what is equal and shows the closest pair, so that a reader can judge. Next:
+`scenarios/overlap.py`,
+`scenarios/multiple_choice/questions.py`.
 
 Source: the resemblance of Broder 1997, "On the resemblance and containment of documents", with runs of characters as shingles.
 """
@@ -9,7 +11,7 @@ Source: the resemblance of Broder 1997, "On the resemblance and containment of d
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 RUN = 5
@@ -44,19 +46,27 @@ def near_duplicates(train: Sequence[str], test: Sequence[str]) -> NearDuplicates
     """Compare each test text with every training text. Neither may be empty. White space and case do not count."""
     assert train, "no training text"
     assert test, "no test text"
-    kept = [_plain(text) for text in train]
-    runs = [_runs(text) for text in kept]
+    kept, asked = [_plain(text) for text in train], [_plain(text) for text in test]
+    known = set(kept)
+    nearest = nearest_by_runs([runs_of(text, RUN) for text in kept], [runs_of(text, RUN) for text in asked])
+    return NearDuplicates(sum(text in known for text in asked), tuple(nearest))
+
+
+def nearest_by_runs(train: Sequence[Set[str]], test: Sequence[Set[str]]) -> list[Nearest]:
+    """Return for each test text, given as its runs, the training text that is most like it, the first of equals."""
     holders: dict[str, list[int]] = defaultdict(list)
-    for number, own in enumerate(runs):
+    for number, own in enumerate(train):
         for run in own:
             holders[run].append(number)
-    known = set(kept)
-    asked = [_plain(text) for text in test]
-    nearest = tuple(_nearest(number, _runs(text), runs, holders) for number, text in enumerate(asked))
-    return NearDuplicates(sum(text in known for text in asked), nearest)
+    return [_nearest(number, own, train, holders) for number, own in enumerate(test)]
 
 
-def _nearest(test: int, own: set[str], runs: Sequence[set[str]], holders: dict[str, list[int]]) -> Nearest:
+def runs_of(text: str, length: int) -> set[str]:
+    """Return the runs of so many characters; a shorter text is one run."""
+    return {text[start : start + length] for start in range(max(1, len(text) - length + 1))}
+
+
+def _nearest(test: int, own: Set[str], runs: Sequence[Set[str]], holders: Mapping[str, Sequence[int]]) -> Nearest:
     shared: Counter[int] = Counter()
     for run in own:
         shared.update(holders.get(run, ()))
@@ -71,7 +81,3 @@ def _nearest(test: int, own: set[str], runs: Sequence[set[str]], holders: dict[s
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
-
-def _runs(text: str) -> set[str]:
-    """Return the runs of RUN characters; a shorter text is one run."""
-    return {text[start : start + RUN] for start in range(max(1, len(text) - RUN + 1))}

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+from kivnun.data.near import nearest_by_runs, runs_of
+
 LENGTH = 8
 COMMON = 1 / 3
 NEAR = 0.8
@@ -62,27 +64,11 @@ def overlap(train: Sequence[Labelled], validation: Sequence[Labelled]) -> Overla
 
 def nearest_of(train: Sequence[str], held: Sequence[str]) -> list[float]:
     """Return, for each held-out text, its Jaccard index with the nearest training text."""
-    grams = [ngrams(text) for text in train]
-    counts = Counter(gram for row in grams for gram in row)
-    common = {gram for gram, count in counts.items() if count > COMMON * len(train)}
-    own = [row - common for row in grams]
-    places: defaultdict[str, list[int]] = defaultdict(list)
-    for place, row in enumerate(own):
-        for gram in row:
-            places[gram].append(place)
-    found: list[float] = []
-    for text in held:
-        row = ngrams(text) - common
-        shared: Counter[int] = Counter()
-        for gram in row:
-            shared.update(places.get(gram, ()))
-        found.append(max((both / (len(row) + len(own[place]) - both) for place, both in shared.items()), default=0.0))
-    return found
-
-
-def ngrams(text: str) -> set[str]:
-    """Return the runs of LENGTH characters; of a shorter text the text itself."""
-    return {text[start : start + LENGTH] for start in range(max(1, len(text) - LENGTH + 1))}
+    runs = [runs_of(text, LENGTH) for text in train]
+    counts = Counter(run for row in runs for run in row)
+    common = {run for run, count in counts.items() if count > COMMON * len(train)}
+    own = [row - common for row in runs]
+    return [pair.likeness for pair in nearest_by_runs(own, [runs_of(text, LENGTH) - common for text in held])]
 
 
 def text_of(row: dict[str, Any]) -> str:
