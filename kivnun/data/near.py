@@ -1,9 +1,8 @@
 """How near test texts come to training texts: equal ones, and the nearest by shared runs of characters.
 
 Held-out topics do not prove that a question is new: the same sentence with another name is nearly the same sentence. This counts
-what is equal and shows the closest pair, so that a reader can judge. Next:
-`scenarios/overlap.py`,
-`scenarios/multiple_choice/questions.py`.
+what is equal and shows the closest pair, so that a reader can judge. Next: `scenarios/overlap.py`, which leaves out what a template
+says in every row, and `scenarios/multiple_choice/questions.py`.
 
 Source: the resemblance of Broder 1997, "On the resemblance and containment of documents", with runs of characters as shingles.
 """
