@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from kivnun.events import RunInterrupted, StepDone, Warned, read_events
-from runs import Tree, chats, numbers_of, result_hashes, run_spec, state_hashes, steps_of, write_spec
+from runs import Tree, chats, numbers_of, pairs, prompted, result_hashes, run_spec, state_hashes, steps_of, write_spec
 from torchrun import environment
 
 pytest.importorskip("deepspeed")
@@ -206,8 +206,11 @@ def test_bad_rows_are_told_once_with_their_lines(task: Path, base: Path, tmp_pat
         ({"adapter": {"kind": "full"}, "schedule": {"learning_rate": 0.001}}, None),
         ({"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}, "compute": {**COMPUTE, "zero_stage": 0}}, None),
         ({"adapter": {"kind": "full"}, "compute": {**COMPUTE, "zero_stage": 2, "activation_checkpointing": True}}, None),
+        ({"compute": {**COMPUTE, "share_prefixes": True}}, prompted(chats())),
+        ({}, pairs()),
+        ({"adapter": {"kind": "full"}, "schedule": {"learning_rate": 0.001}, "compute": {**COMPUTE, "zero_stage": 2}}, pairs()),
     ],
-    ids=["full", "rows_alone", "full_recomputed"],
+    ids=["full", "rows_alone", "full_recomputed", "shared_prefixes", "preferences", "preferences_full"],
 )
 def test_other_kinds_are_those_of_one_process(base: Path, tmp_path: Path, sections: Tree, rows: Any) -> None:
     spec = write_spec(tmp_path, base, rows or chats(), **{"compute": COMPUTE, **sections})
