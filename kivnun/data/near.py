@@ -79,4 +79,3 @@ def _nearest(test: int, own: Set[str], runs: Sequence[Set[str]], holders: Mappin
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
-

@@ -18,6 +18,7 @@ from kivnun.evaluate.page_template import STYLE as REPORT_STYLE
 from kivnun.matrix.memory_charts import STYLE as CHART_STYLE
 from kivnun.matrix.page_template import PAGE, STYLE
 from kivnun.matrix.table import ROWS, RULE, TECHNIQUES, Cell
+from kivnun.plan.techniques import TECHNIQUES as METHOD_LABELS
 
 WORDS = {
     "supported": "supported",
@@ -108,7 +109,7 @@ def _in_words(cell: Cell) -> tuple[str, str]:
         what = "; ".join(f"{number(it['base'], it['metric'])} → {number(it['score'], it['metric'])}" for it in tasks.values())
         metrics = ", ".join(dict.fromkeys(str(it["metric"]).replace("_", " ") for it in tasks.values()))
         if "best" in measured:
-            return what, f"{metrics}; best {best['method']}, worst {measured['worst']['method']}"
+            return what, f"{metrics}; {_best_and_worst(measured)}"
         return what, metrics
     return cell_in_words(cell)
 
@@ -122,11 +123,23 @@ def cell_in_words(cell: Cell) -> tuple[str, str]:
     if "ratio_to_full" in best:
         ratio = best["ratio_to_full"]
         second = f"CPU time to a loss of {cell.measured['target_nll']:.3f}"
-        second += f"; best {best['method']}, worst {cell.measured['worst']['method']}" if "best" in cell.measured else ""
-        return (f"{ratio:.2f} of full tuning" if ratio is not None else "does not get there"), second
+        second += f"; {_best_and_worst(cell.measured)}" if "best" in cell.measured else ""
+        if ratio is None:
+            reached = best["seeds_that_reached"]
+            return (f"{reached} of its runs get there" if reached else "does not get there"), second
+        return f"{ratio:.2f} of full tuning", second
     stages = [(name, it["ratio_to_one_process"]) for name, it in cell.measured.items() if isinstance(it, Mapping)]
     name, ratio = min(stages, key=lambda stage: stage[1])
     return f"{ratio:.2f} of one process", f"core-seconds of a step; {name}"
+
+
+def _best_and_worst(measured: Mapping[str, Any]) -> str:
+    return f"best {_label(measured['best']['method'])}, worst {_label(measured['worst']['method'])}"
+
+
+def _label(method: str) -> str:
+    """Return a method as people call it."""
+    return METHOD_LABELS[method].label if method in METHOD_LABELS else method
 
 
 def number(value: float, metric: str) -> str:
@@ -142,7 +155,7 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     lines = [{"method": "base", "score": number(task["base"], metric), "gain": "", "trained": "", "first": False}]
     lines += [
         {
-            "method": method,
+            "method": _label(method),
             "score": number(it["score"], metric),
             "gain": _gain(it, metric),
             "trained": f"{it['trainable']:,}",
@@ -168,10 +181,10 @@ def advice(cells: Sequence[Cell], scores: Sequence[Mapping[str, Any]]) -> list[s
     for task in scores:
         ranked = _ranked(task)
         (first, best), metric = ranked[0], task["metric"]
-        near = [name for name, it in ranked[1:] if _within(it, best, task)]
+        near = [_label(name) for name, it in ranked[1:] if _within(it, best, task)]
         also = f"; not told apart from it: {', '.join(near)}" if near else ""
         lines.append(
-            f"{task['title']}: {first} did best ({str(metric).replace('_', ' ')} {number(best['score'], metric)}, base "
+            f"{task['title']}: {_label(first)} did best ({str(metric).replace('_', ' ')} {number(best['score'], metric)}, base "
             f"{number(task['base'], metric)}){also}."
         )
     for row, of in ((6, "cost"), (7, "memory"), (8, "trained numbers")):

@@ -7,7 +7,7 @@ main { max-width: 1280px; }
 .scroll { overflow-x: auto; }
 table.matrix { border-collapse: separate; border-spacing: 6px; width: 100%; min-width: 940px; table-layout: fixed; }
 table.matrix th { text-align: left; font-weight: 600; font-size: .9rem; vertical-align: bottom; padding: 2px 4px; }
-table.matrix th:first-child { width: 150px; }
+table.matrix th:first-child { width: 150px; vertical-align: top; padding-top: 10px; }
 table.matrix td { background: var(--card); border: 1px solid var(--rule); border-top-width: 4px; border-radius: 8px;
   padding: 8px 10px; vertical-align: top; font-size: .84rem; line-height: 1.4; }
 table.matrix td.supported { border-top-color: var(--good); } table.matrix td.contradicted { border-top-color: var(--bad); }

@@ -25,6 +25,7 @@ from kivnun.matrix.memory_summary import MemoryCell, crossings, main_form, memor
 from kivnun.matrix.methods import SHARDED
 from kivnun.matrix.page import Chart, Section, Table
 from kivnun.matrix.table import Cell, judged
+from kivnun.plan.techniques import TECHNIQUES as LABELS
 
 PLAIN = 0  # rows are divided, and nothing else
 NOISE_MIB = 8.0  # by which single runs of one case differed at most (docs/LOG.md, 2026-11-27)
@@ -203,7 +204,7 @@ def _memory_cell(column: str, found: MemoryCell) -> Cell:
     effect = Interval(1 - best.interval[1], 1 - best.interval[0])
     said = [f"{best.ratio:.2f} of full tuning", f"peak bytes at {found.rows} x {found.tokens} tokens"]
     if len(figures) > 1:
-        said[1] += f"; best {best.technique}, worst {worst.technique} ({worst.ratio:.2f})"
+        said[1] += f"; best {LABELS[best.technique].label}, worst {LABELS[worst.technique].label} ({worst.ratio:.2f})"
     measured = {
         "said": said,
         "ratio_to_full": best.ratio,
@@ -249,7 +250,7 @@ def _count_cells(counts: Mapping[str, Count]) -> list[Cell]:
         best, worst = counts[ranked[0]], counts[ranked[-1]]
         effect = Interval(1 - best.trained / full.trained, 1 - best.trained / full.trained)
         second = f"{best.trained:,} of {full.trained:,} numbers"
-        second += f"; {ranked[0]} to {ranked[-1]} ({100 * worst.share:.1f} %)" if len(names) > 1 else ""
+        second += f"; {LABELS[ranked[0]].label} to {LABELS[ranked[-1]].label} ({100 * worst.share:.1f} %)" if len(names) > 1 else ""
         measured = {
             "said": [f"{100 * best.share:.2f} %", second],
             **{
