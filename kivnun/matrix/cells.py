@@ -15,7 +15,7 @@ from kivnun.data.scenarios import Scenario
 from kivnun.evaluate.intervals import Interval
 from kivnun.matrix.jobs import Done, Job, read_done
 from kivnun.matrix.methods import METHODS
-from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate, cost_seeds
+from kivnun.matrix.plan import COST_TASK, Scale, chosen_rate, confirmed_rates, cost_seeds
 from kivnun.matrix.statistics import effect_over_seeds, ratio_interval
 from kivnun.matrix.table import Cell, judged, least_favourable
 from kivnun.plan.techniques import COLUMNS
@@ -104,15 +104,17 @@ def _without_runs(by_task: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost_cells(folder: Path, scale: Scale, prices: Mapping[str, float]) -> list[Cell]:
-    """Return the cells of row 6: CPU time (and money) to a fixed validation loss, as a ratio to full tuning's."""
+    """Return the cells of row 6: CPU time (and money) to a fixed validation loss, as a ratio to full tuning's; each method at the
+    rate that gets there at the least."""
     target = _target(folder, scale)
-    spent = {method: [_cpu_to(done, target) for done in cost_runs(folder, scale, method)] for method in scale.methods}
+    runs_of = {method: _cheapest_runs(folder, scale, method, target) for method in scale.methods}
+    spent = {method: [_cpu_to(done, target) for done in runs] for method, runs in runs_of.items()}
     full = spent["full"]
     assert all(seconds is not None for seconds in full), "the loss is one that full tuning passes"
     cells: list[Cell] = []
     for technique, methods in COLUMNS.items():
         offered = [method for method in methods if method in scale.methods]
-        found = {method: _cost(spent[method], full, prices) for method in offered}
+        found = {method: {"learning_rate": runs_of[method][0].job.rate, **_cost(spent[method], full, prices)} for method in offered}
         ranked = sorted(offered, key=lambda method: found[method]["ratio_to_full"] or np.inf)
         best, worst = ranked[0], ranked[-1]
         effect = found[best].pop("effect")
@@ -123,20 +125,29 @@ def cost_cells(folder: Path, scale: Scale, prices: Mapping[str, float]) -> list[
             measured = {"best": {"method": best, **found[best]}, "worst": {"method": worst, **found[worst]}, "methods": offered}
         measured |= {"task": COST_TASK, "target_nll": target}
         baseline = {"full_cpu_s": float(np.mean([s for s in full if s is not None])), **_money(full, prices)}
-        runs = tuple(done.job.name for method in offered for done in cost_runs(folder, scale, method))
+        runs = tuple(done.job.name for method in offered for done in runs_of[method])
         cells.append(Cell(6, technique, measured, baseline, effect, judged(6, technique, effect), runs))
     return cells
 
 
-def cost_runs(folder: Path, scale: Scale, method: str) -> list[Done]:
+def _cheapest_runs(folder: Path, scale: Scale, method: str, target: float) -> list[Done]:
+    """Return a method's runs, one per seed, at the rate at which most of them reach the target, the cheapest of such rates."""
+
+    def rank(runs: list[Done]) -> tuple[int, float]:
+        spent = [seconds for done in runs if (seconds := _cpu_to(done, target)) is not None]
+        return -len(spent), sum(spent)
+
+    return min((_cost_runs(folder, scale, method, r) for r in confirmed_rates(folder, scale, COST_TASK, method)), key=rank)
+
+
+def _cost_runs(folder: Path, scale: Scale, method: str, rate: float) -> list[Done]:
     """Return the finished runs that looked at their loss on the way, one per seed."""
-    rate = chosen_rate(folder, scale, COST_TASK, method)
     return [_done(folder, Job("cost", COST_TASK, method, rate, seed)) for seed in range(cost_seeds(scale))]
 
 
 def _target(folder: Path, scale: Scale) -> float:
     """Return the loss at which COST_SHARE of full tuning's gain is had, the worst seed deciding."""
-    runs = cost_runs(folder, scale, "full")
+    runs = _cost_runs(folder, scale, "full", chosen_rate(folder, scale, COST_TASK, "full"))
     before = runs[0].base["nll"]
     return before - COST_SHARE * (before - max(done.figures["nll"] for done in runs))
 

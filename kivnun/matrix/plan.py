@@ -82,10 +82,12 @@ def score_jobs(folder: Path, scale: Scale) -> list[Job]:
 
 
 def cost_jobs(folder: Path, scale: Scale) -> list[Job]:
-    """Return the runs that look at their loss on the way, on one task."""
+    """Return the runs that look at their loss on the way, on one task: at both rates that a sweep confirmed, since the rate that ends
+    best need not be the one that gets there first."""
     return [
-        Job("cost", COST_TASK, method, chosen_rate(folder, scale, COST_TASK, method), seed)
+        Job("cost", COST_TASK, method, rate, seed)
         for method in scale.methods
+        for rate in confirmed_rates(folder, scale, COST_TASK, method)
         for seed in range(cost_seeds(scale))
     ]
 
@@ -98,12 +100,20 @@ def cost_seeds(scale: Scale) -> int:
 def chosen_rate(folder: Path, scale: Scale, task: str, method: str) -> float:
     """Return the rate with the least loss on the rows that the sweep held back, the worse of its two seeds deciding; or the middle
     one where there is no sweep."""
+    rates = confirmed_rates(folder, scale, task, method)
+    if not scale.sweep:
+        return rates[0]
+    return min(rates, key=lambda rate: max(_swept(folder, task, method, rate, seed) for seed in (0, 1)))
+
+
+def confirmed_rates(folder: Path, scale: Scale, task: str, method: str) -> list[float]:
+    """Return the rates that were tried with a second seed, smallest first; the middle one alone where there is no sweep."""
     rates = METHODS[method].rates(objective_of(task))
     if not scale.sweep:
-        return rates[len(rates) // 2]
+        return [rates[len(rates) // 2]]
     confirmed = [rate for rate in rates if read_done(folder, Job("sweep", task, method, rate, 1)) is not None]
     assert confirmed, f"the sweep of {task}/{method} is not done"
-    return min(confirmed, key=lambda rate: max(_swept(folder, task, method, rate, seed) for seed in (0, 1)))
+    return confirmed
 
 
 def _swept(folder: Path, task: str, method: str, rate: float, seed: int = 0) -> float:
