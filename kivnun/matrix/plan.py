@@ -82,8 +82,8 @@ def score_jobs(folder: Path, scale: Scale) -> list[Job]:
 
 
 def cost_jobs(folder: Path, scale: Scale) -> list[Job]:
-    """Return the runs that look at their loss on the way, on one task: at both rates that a sweep confirmed, since the rate that ends
-    best need not be the one that gets there first."""
+    """Return the runs that look at their loss on the way, on one task: at both rates that a sweep confirmed, since the rate that
+    ends best need not be the one that gets there first."""
     return [
         Job("cost", COST_TASK, method, rate, seed)
         for method in scale.methods
