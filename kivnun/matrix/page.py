@@ -18,6 +18,7 @@ from kivnun.evaluate.page_template import STYLE as REPORT_STYLE
 from kivnun.matrix.memory_charts import STYLE as CHART_STYLE
 from kivnun.matrix.page_template import PAGE, STYLE
 from kivnun.matrix.table import ROWS, RULE, TECHNIQUES, Cell
+from kivnun.plan.measured import score_of, told_apart
 from kivnun.plan.techniques import TECHNIQUES as METHOD_LABELS
 
 WORDS = {
@@ -181,7 +182,7 @@ def advice(cells: Sequence[Cell], scores: Sequence[Mapping[str, Any]]) -> list[s
     for task in scores:
         ranked = _ranked(task)
         (first, best), metric = ranked[0], task["metric"]
-        near = [_label(name) for name, it in ranked[1:] if _within(it, best, task)]
+        near = [_label(name) for name, it in ranked[1:] if not told_apart(score_of(it), score_of(best))]
         also = f"; not told apart from it: {', '.join(near)}" if near else ""
         lines.append(
             f"{task['title']}: {_label(first)} did best ({str(metric).replace('_', ' ')} {number(best['score'], metric)}, base "
@@ -199,9 +200,3 @@ def advice(cells: Sequence[Cell], scores: Sequence[Mapping[str, Any]]) -> list[s
 def _ranked(task: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the methods by score, best first. Not by gain: a quantised base may begin lower."""
     return sorted(task["methods"].items(), key=lambda item: item[1]["score"], reverse=bool(task["higher_is_better"]))
-
-
-def _within(it: Mapping[str, Any], best: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
-    """Return whether a method's score is nearer to the best one's than half the interval of the best one's gain."""
-    low, high = best["gain_interval"]
-    return bool(abs(it["score"] - best["score"]) <= (high - low) / 2)

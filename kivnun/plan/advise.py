@@ -14,7 +14,7 @@ from typing import Any
 from kivnun.errors import SpecError
 from kivnun.plan.bases import KnownBase
 from kivnun.plan.devices import GIB, Device
-from kivnun.plan.measured import MeasuredTable, Score, Task
+from kivnun.plan.measured import MeasuredTable, Score, Task, told_apart
 from kivnun.plan.memory import Shape, StepMemory, step_memory
 from kivnun.plan.rows import TrainingRows
 from kivnun.plan.techniques import TECHNIQUES, adapter_of
@@ -102,7 +102,7 @@ def advise(question: Question) -> Advice:
     if not fitting:
         raise _too_small(question, helping)
     best = max(fitting, key=lambda it: it.score.to_full)
-    good = [it for it in fitting if it is best or it.score.to_full_interval[1] > best.score.to_full]
+    good = [it for it in fitting if it is best or not told_apart(it.score, best.score)]
     least = min(it.seconds for it in good)
     chosen = max((it for it in good if it.seconds <= NEAR * least), key=lambda it: it.score.to_full) if question.timed else best
     others = tuple(_others(question, chosen, best, helping))[:OTHERS]
@@ -194,7 +194,7 @@ def _reasons(question: Question, chosen: Candidate, best: Candidate, candidates:
         yield f"{began}; full tuning came to {full.score:.3g}. {gain}, {beside}."
     if chosen is not best:
         yield (
-            f"{best.label} scored best ({best.score.score:.3g}), but within what {chosen.label}'s interval reaches; of those as "
+            f"{best.label} scored best ({best.score.score:.3g}) and is not told apart from {chosen.label}; of those as "
             f"good, {chosen.label} takes the least time, or nearly."
         )
     size = question.base.sizes.numbers

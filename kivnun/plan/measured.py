@@ -95,7 +95,7 @@ def _table(held: Mapping[str, Any]) -> MeasuredTable:
             it["metric"],
             it["higher_is_better"],
             it["base"],
-            {name: _score(found) for name, found in it["methods"].items()},
+            {name: score_of(found) for name, found in it["methods"].items()},
         )
         for it in held["tasks"]
     }
@@ -112,7 +112,14 @@ def _table(held: Mapping[str, Any]) -> MeasuredTable:
     )
 
 
-def _score(found: Mapping[str, Any]) -> Score:
+def told_apart(score: Score, best: Score) -> bool:
+    """Return whether a score is behind the best one by more than what is left open: neither interval of the difference to full
+    tuning reaches the other's figure."""
+    return score.to_full_interval[1] <= best.to_full and best.to_full_interval[0] >= score.to_full
+
+
+def score_of(found: Mapping[str, Any]) -> Score:
+    """Return a method's score as `matrix.json` holds it."""
     low, high = found["gain_interval"]
     to_low, to_high = found["to_full_interval"]
     return Score(found["score"], found["gain"], (low, high), found["to_full"], (to_low, to_high), found["learning_rate"])
