@@ -173,6 +173,8 @@ def test_bases_by_name_folder_and_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**PHI[PHI_4_MINI], "model_type": "phi3small"}))
     with pytest.raises(BaseModelError, match="block-sparse"):
         known_base(str(tmp_path))
+    with pytest.raises(BaseModelError, match="block-sparse"):
+        known_base("microsoft/Phi-3-small-8k-instruct")
     with pytest.raises(BaseModelError, match="neither a folder nor a model id"):
         known_base("kivnun/tiny-fi")
 
