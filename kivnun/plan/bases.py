@@ -30,7 +30,8 @@ PHI: dict[str, dict[str, Any]] = {
         **_MINI, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064, "max_position_embeddings": 131072,
         "tie_word_embeddings": True,
     },
-    **dict.fromkeys(("microsoft/Phi-3-small-8k-instruct", "microsoft/Phi-3-small-128k-instruct"), {"model_type": "phi3small"}),
+    "microsoft/Phi-3-small-8k-instruct": {"model_type": "phi3small"},
+    "microsoft/Phi-3-small-128k-instruct": {"model_type": "phi3small"},
 }  # fmt: skip
 
 
