@@ -95,9 +95,14 @@ class Question:
 
 
 def advise(question: Question) -> Advice:
-    """Return the technique to begin with, and three others. Raises SpecError where nothing that helps fits the device."""
+    """Return the technique to begin with, and three others. Raises SpecError where nothing helps, or nothing that does fits."""
     candidates = tuple(_first_that_fits(question, technique) for technique in question.task.methods)
     helping = [candidate for candidate in candidates if candidate.score.gain_interval[0] > 0]
+    if not helping:
+        raise SpecError(
+            f"no technique of the table of {question.table.date} beat the base on {question.task.name}",
+            hint="give a table with more seeds or tokens (--matrix), or choose a task more like yours",
+        )
     fitting = [candidate for candidate in helping if candidate.fits]
     if not fitting:
         raise _too_small(question, helping)
@@ -117,10 +122,8 @@ def _first_that_fits(question: Question, technique: str) -> Candidate:
 
 def _candidate(question: Question, technique: str, shape: Shape) -> Candidate:
     sizes, device, adapter = question.base.sizes, question.device, adapter_of(technique)
-    memory, work = (
-        step_memory(sizes, adapter, shape),
-        Work(question.rows.tokens * question.epochs, question.steps, shape.pass_tokens),
-    )
+    memory = step_memory(sizes, adapter, shape)
+    work = Work(question.rows.tokens * question.epochs, question.steps, shape.pass_tokens)
     if device.kind == "cpu":
         slower = question.table.slower.get(technique, 1.0)
         seconds = cpu_seconds(sizes, adapter, shape.precision, work, slower=slower, speed=question.speed)

@@ -66,6 +66,13 @@ def test_what_helps_nothing_is_never_advised() -> None:
     assert "prompt" not in [advice.chosen.technique, *(it.technique for _, it in advice.others)]
 
 
+def test_a_table_in_which_nothing_helps_gives_no_advice() -> None:
+    asked = question({"lora": score(0.0, gain=0.0)}, gpu(200))
+    nothing = replace(asked, task=replace(asked.task, methods={"full": score(0.0, gain=0.01), "lora": score(0.0, gain=0.0)}))
+    with pytest.raises(SpecError, match="no technique of the table of 2026-01-01 beat the base on entities"):
+        advise(nothing)
+
+
 def test_three_others_each_once_and_each_with_what_speaks_for_it() -> None:
     methods = {name: score(-0.02 * place) for place, name in enumerate(TECHNIQUES) if name != "full"}
     advice = advise(question(methods, gpu(70)))
