@@ -15,7 +15,7 @@ import os
 import types
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,23 @@ class DataLoaded:
     trained_tokens: Annotated[int, "those of them that carry weight in the loss"]
     skipped: Annotated[int, "rows left out, as the spec allows; each is listed in the report"]
     truncated: Annotated[int, "rows cut to max_seq_len, as the spec allows"]
+    time: Time = ""
+    findings: Annotated[
+        dict[str, object],
+        "what looking at the rows brought up: counts of exact and near duplicates and of overlap, and `lengths`, a histogram of "
+        "[most tokens, training rows, held-out rows]",
+    ] = field(default_factory=dict[str, object])
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the run will take, predicted before the base was loaded; `run_finished` tells what it took."""
+
+    name: ClassVar[str] = "planned"
+    peak_bytes: Annotated[int, "the most memory of one process: resident on a CPU, allocated on a GPU"]
+    parts: Annotated[dict[str, int], "bytes by part: process, weights, adapter, gradients, moments, activations, workspace"]
+    seconds: Annotated[float, "wall-clock seconds of the whole run; nan where what the device computes a second is not known"]
+    steps: Annotated[int, "updates that the whole run makes"]
     time: Time = ""
 
 
@@ -176,7 +193,7 @@ class RunInterrupted:
 
 
 Event: TypeAlias = (
-    RunStarted | DataLoaded | BaseLoaded | AdapterOpened | Evaluated | StepDone | CheckpointSaved | Resumed | Warned
+    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | CheckpointSaved | Resumed | Warned
     | RunFinished | RunFailed | RunInterrupted
 )  # fmt: skip
 EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in get_args(Event)}
@@ -210,6 +227,8 @@ def from_json(line: str) -> Event:
     if kind is StepDone and "tokens" in values:  # records from before rows could share what they begin with
         values.setdefault("computed_tokens", values["tokens"])
     types_of = _field_types(kind)
+    for name, default in _defaults(kind).items():  # records from before the field was there
+        values.setdefault(name, default)
     if types_of.keys() != values.keys():
         raise IntegrityError(f"{kind.name} has the fields {', '.join(values)}; it must have {', '.join(types_of)}")
     try:
@@ -222,6 +241,11 @@ def from_json(line: str) -> Event:
 def _field_types(kind: type[Event]) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _defaults(kind: type[Event]) -> dict[str, Any]:
+    made = {field.name: field.default_factory for field in fields(kind) if field.default_factory is not MISSING}
+    return {name: make() for name, make in made.items()}
 
 
 def _checked(value: Any, annotation: Any, name: str) -> Any:

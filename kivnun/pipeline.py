@@ -10,10 +10,7 @@ for use).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +22,6 @@ import torch
 
 from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
 from kivnun.data.loader import Dataset, load_dataset
-from kivnun.data.order import RowOrder
-from kivnun.data.rows import PreferencePair
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
 from kivnun.evaluate.evaluation import (
@@ -57,37 +52,35 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.families import copy_tokenizer, count_parameters, find_base, longest_row, stored_precision
-from kivnun.model.kernels import names_of, native_or_reason, triton_or_reason
+from kivnun.model.families import copy_tokenizer, find_base, longest_row
+from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
-from kivnun.model.read_model import open_config
-from kivnun.model.rope import rows_turn_from
+from kivnun.parts import (
+    open_engine,
+    open_objective,
+    open_weights,
+    optimizer_settings,
+    peak_memory,
+    resolve_facts,
+    row_order,
+    schedule_of,
+    spared_tokens,
+)
 from kivnun.run_folder import (
     RunFolder,
     check_finished,
     check_same,
     check_start,
     claim,
-    read_json_file,
     seconds_worked,
     write_specs,
 )
-from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MultiProcessSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
-from kivnun.spec.adapters import dropout_of
-from kivnun.spec.resolve import MIN_MICRO_BATCH
-from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
+from kivnun.spec import FullSpec, MultiProcessSpec, TuneSpec, resolve
 from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
-from kivnun.train.data_parallel import DataParallelEngine
-from kivnun.train.deepspeed_settings import ShardSettings
-from kivnun.train.engine import Engine, TorchEngine, Trainee
-from kivnun.train.loop import fit, shareable
-from kivnun.train.new_weights import check_targets, new_weights
-from kivnun.train.objectives import DpoObjective, LikelihoodObjective, Objective
-from kivnun.train.optim import AdamWSettings, MuonSettings
+from kivnun.train.engine import TorchEngine, Trainee
+from kivnun.train.loop import fit
+from kivnun.train.new_weights import check_targets
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
-from kivnun.train.reference import reference_sums
-from kivnun.train.schedule import Schedule
-from kivnun.train.weights import LiveWeights, Weights
 
 Emit = Callable[[Event], None]
 WORTH_TELLING = 0.2  # of a step's tokens, which an option that is off would spare
@@ -207,7 +200,7 @@ class _Run:
 
         self._export(spec, trainee, base_folder)
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base)
-        peak_bytes = max(self.processes.all_of(_peak_bytes(spec.compute.device)))
+        peak_bytes = max(self.processes.all_of(peak_memory(spec.compute.device)))
         return self.processes.from_first(
             lambda: self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
         )
@@ -315,7 +308,7 @@ class _Run:
         return trainee
 
     def _tell_spared(self, spec: TuneSpec, base: Base, dataset: Dataset) -> None:
-        spared = _spared(spec, base, dataset)
+        spared = spared_tokens(spec, base, dataset)
         if spared >= WORTH_TELLING:
             what = f"{spared:.0%} of the tokens of a pass are beginnings that its rows have in common"
             self.emit(Warned(message=f"{what}: compute.share_prefixes computes them once"))
@@ -459,117 +452,3 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
         "base_hash": base.content_hash,
         "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }
-
-
-def resolve_facts(
-    dataset: Dataset, base_folder: Path, compute: ComputeSpec | None = None, folder: RunFolder | None = None
-) -> ResolveFacts:
-    """Return what is known of data, base and machine, and of the folder's run where it was begun already."""
-    native = native_or_reason()
-    return ResolveFacts(
-        objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
-        max_seq_len=longest_row(base_folder),
-        longest_row=dataset.report.longest_row,
-        base_parameters=count_parameters(base_folder),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        threads=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        data_format=dataset.format,  # type: ignore[arg-type]
-        stored_precision=stored_precision(base_folder),
-        no_native_reason=_reason(native),
-        packs=frozenset() if isinstance(native, str) else native.packs(),
-        rows_turn_from=_rows_turn_from(dataset, base_folder),
-        no_triton_reason=_reason(triton_or_reason()) if torch.cuda.is_available() else "there is no CUDA device",
-        local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if isinstance(compute, MultiProcessSpec) else 1,
-        threads_before=None if compute is None or folder is None else folder.threads_in_another_shape(compute),
-        deepspeed=read_json_file(compute.deepspeed) if isinstance(compute, MultiProcessSpec) and compute.deepspeed else None,
-    )
-
-
-def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:
-    """Return the engine that the spec's compute asks for."""
-    compute = spec.compute
-    if not isinstance(compute, MultiProcessSpec):
-        return TorchEngine(base)
-    if compute.zero_stage == 0:
-        return DataParallelEngine(base, processes)
-    from kivnun.train.deepspeed_engine import DeepSpeedEngine  # an extra: imported where it is asked for
-
-    sizes = (compute.bucket_elements, compute.sub_group_elements, compute.live_elements, compute.persistent_elements)
-    settings = ShardSettings(compute.zero_stage, compute.offload, *cast(tuple[int, int, int, int], sizes))
-    return DeepSpeedEngine(base, settings, processes)
-
-
-def _rows_turn_from(dataset: Dataset, base_folder: Path) -> int | None:
-    length = rows_turn_from(open_config(base_folder))
-    longest = max(side.length for row in dataset.train.rows for side in row.sides)
-    return length if length is not None and longest > length else None
-
-
-def _reason(found: object) -> str | None:
-    return found if isinstance(found, str) else None
-
-
-def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:
-    """Return the order of training that the spec and the data give."""
-    sources, schedule = dataset.train, spec.schedule
-    return RowOrder(
-        lengths=sources.lengths,
-        source_sizes=sources.sizes,
-        shares=sources.shares,
-        batch_rows=schedule.batch_rows,
-        batch_tokens=schedule.batch_tokens,
-        epochs=schedule.epochs,
-        num_steps=schedule.steps,
-        seed=spec.seed,
-    )
-
-
-def _spared(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
-    """Return which part of the tokens `compute.share_prefixes` would spare where it is off and may be turned on, else 0."""
-    rows = dataset.train.rows
-    longest = max(side.length for row in rows for side in row.sides)
-    turns = base.rotary is not None and base.rotary.turns_by_length(longest)
-    if spec.compute.share_prefixes or turns or dropout_of(spec.adapter):
-        return 0.0
-    tokens = max(cast(int, spec.compute.micro_batch_tokens), MIN_MICRO_BATCH)  # which a run that shares would take
-    return shareable(rows, row_order(spec, dataset), tokens)
-
-
-def schedule_of(spec: TuneSpec, steps: int) -> Schedule:
-    given = spec.schedule
-    return Schedule(
-        steps, cast(float, given.learning_rate), given.warmup_share, given.decay, given.decay_start_share, given.final_share
-    )
-
-
-def optimizer_settings(spec: OptimizerSpec) -> AdamWSettings | MuonSettings:
-    adamw = AdamWSettings(spec.beta1, spec.beta2, spec.eps, spec.weight_decay)
-    if isinstance(spec, MuonSpec):
-        return MuonSettings(spec.momentum, spec.weight_decay, spec.adamw_share, adamw)
-    return adamw
-
-
-def open_weights(spec: TuneSpec, base: Base, dataset: Dataset) -> Weights:
-    """Return what the spec trains, at its start."""
-    compute = spec.compute
-    if isinstance(spec.adapter, FullSpec) and isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0:
-        return LiveWeights(base)
-    return new_weights(spec.adapter, base, dataset.train.rows, row_order(spec, dataset).steps, spec.seed)
-
-
-def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path, *, writes: bool = True) -> Objective:
-    """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
-    if not isinstance(spec.objective, DpoSpec):
-        return LikelihoodObjective()
-    pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
-    of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
-    key = hashlib.sha256(of.encode()).hexdigest()
-    return DpoObjective(spec.objective.beta, reference_sums(engine.base_model(), pairs, key, cache, spec.compute, writes))
-
-
-def _peak_bytes(device: str) -> int:
-    """Return the most memory this process held: resident on a CPU, allocated on a GPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -164,7 +164,7 @@ def _looking_often(spec: Any) -> Any:
     from kivnun.data.loader import load_dataset
     from kivnun.data.template import load_tokenizer
     from kivnun.model.families import find_base, longest_row
-    from kivnun.pipeline import resolve_facts, row_order
+    from kivnun.parts import resolve_facts, row_order
     from kivnun.spec import resolve
 
     base = find_base(spec.base.model, spec.base.revision)

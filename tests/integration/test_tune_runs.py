@@ -17,7 +17,7 @@ from kivnun.artifacts import check_manifest, read_manifest, write_manifest
 from kivnun.errors import RunFolderError
 from kivnun.events import DataLoaded, Evaluated, Warned, read_events
 from kivnun.opened import open_run
-from kivnun.pipeline import row_order
+from kivnun.parts import row_order
 from runs import chats, numbers_of, pairs, prompted, result_hashes, run_spec, steps_of, write_rows, write_spec
 from tiny_task import HEBREW, WORDS
 

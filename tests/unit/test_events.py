@@ -28,6 +28,7 @@ from kivnun.events import (
     Evaluated,
     Event,
     EventLog,
+    Planned,
     Resumed,
     RunFailed,
     RunFinished,
@@ -57,7 +58,8 @@ def evaluated(which: str, number: int) -> Evaluated:
 
 ONE_OF_EACH: list[Event] = [
     RunStarted("demo", "ab" * 32),
-    DataLoaded("messages", 36, 4, 1000, 300, 1, 0),
+    DataLoaded("messages", 36, 4, 1000, 300, 1, 0, findings={"duplicates": 2, "lengths": [[16, 30, 4], [32, 6, 0]]}),
+    Planned(2**30, {"weights": 2**29, "process": 2**29}, 12.5, 10),
     BaseLoaded("kivnun/tiny-phi", 3_800_000, "fp32", "cd" * 32, 0.25),
     AdapterOpened("lora", 1024, {"qkv_proj": 4, "o_proj": 4}, 8),
     evaluated("base", 0),
