@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def harness(
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     with working("loading the harness") as show:
         _require()
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars: these are on the screen already
         from kivnun.evaluate.harness import Tasks, differences, score_tasks
         from kivnun.opened import open_base, open_run
 
@@ -99,9 +101,7 @@ def _as_harness(opened: OpenedRun | OpenedBase, model: Any, which: str, show: Pr
         show(f"{which}: {what}", done, total)
 
     past_end = isinstance(opened.base.model, Decoder)  # positions are rotations there; elsewhere they may be a table that ends
-    return HarnessModel(
-        model, opened.tokenizer, longest_row(opened.base.folder), MICRO_BATCH_TOKENS, told, reads_past_end=past_end
-    )
+    return HarnessModel(model, opened.tokenizer, longest_row(opened.base.folder), MICRO_BATCH_TOKENS, told, reads_past_end=past_end)
 
 
 def _record(

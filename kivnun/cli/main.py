@@ -53,7 +53,22 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, harness, schema):
+for _command in (
+    tune,
+    data,
+    evaluate,
+    chat,
+    export,
+    verify,
+    bases,
+    scenario,
+    advise,
+    matrix,
+    showcase,
+    truthfulqa,
+    harness,
+    schema,
+):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import datasets
 import numpy as np
-from lm_eval import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -67,6 +69,7 @@ class HarnessModel(TemplateLM):
         on_progress: Progress | None = None,
         *,
         reads_past_end: bool = True,
+        shares_up_to: int = NO_LIMIT,
     ) -> None:
         super().__init__()
         self._model = model
@@ -74,6 +77,7 @@ class HarnessModel(TemplateLM):
         self._longest = UNKNOWN_LONGEST if longest == NO_LIMIT else longest
         # The last token of a row is scored, not read: a row may hold one more than the base reads, unless positions are a table.
         self._longest_scored = self._longest + reads_past_end
+        self._shares_up_to = shares_up_to  # above, LongRoPE turns rows by their length, and beginnings are no longer alike
         self._micro_batch_tokens = micro_batch_tokens
         self._on_progress = on_progress or (lambda what, done, total: None)
 
@@ -110,12 +114,15 @@ class HarnessModel(TemplateLM):
 
     # --- its three questions ------------------------------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(self, requests: list[Asked], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]  # texts are None where a running text is scored, there as here
+        self, requests: list[Asked], **options: Any
+    ) -> list[tuple[float, bool]]:
         rows = [_scored_row(before, scored, self._longest_scored, at) for at, (_, before, scored) in enumerate(requests)]
         sums, greedy = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
         done = 0
-        for run in micro_batches(rows, self._micro_batch_tokens, share_prefixes=True):
-            batch = pack(run, share_prefixes=True)
+        share = max((row.length for row in rows), default=0) <= self._shares_up_to
+        for run in micro_batches(rows, self._micro_batch_tokens, share):
+            batch = pack(run, share)
             log_probs_S, likeliest_S = self._model.forward_and_choice(batch)
             own, count = list(batch.rows), len(batch.rows)
             sums[own] = np.bincount(batch.segment_S, weights=log_probs_S.astype(np.float64), minlength=count)
@@ -155,7 +162,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _continue(self, context: str, given: Mapping[str, Any]) -> str:
-        options = normalize_gen_kwargs(dict(given), DEFAULT_NEW_TOKENS)
+        options: dict[str, Any] = {**normalize_gen_kwargs(dict(given), DEFAULT_NEW_TOKENS)}
         _refuse_other_options(options)
         stops = handle_stop_sequences(options.get("until"), eos=self._tokenizer.decode([self.eot_token_id]))
         new_tokens = int(options["max_gen_toks"])
@@ -225,9 +232,12 @@ class TaskScores:
 def score_tasks(model: HarnessModel, tasks: Tasks) -> TaskScores:
     """Run the harness. Raises SpecError for a task that it does not know, DataError where a task's data cannot be had."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()  # ours are shown
+    # It asks git for the commit of the current folder, which prints git's complaint where that is none.
+    evaluator.get_git_commit_hash = lambda: None
     manager = _manager(tasks)
     try:
-        found = simple_evaluate(
+        found: Any = evaluator.simple_evaluate(  # its decorators hide its parameters from type checkers
             model=model,
             tasks=list(tasks.names),
             num_fewshot=tasks.num_fewshot,
@@ -256,19 +266,20 @@ def _manager(tasks: Tasks) -> TaskManager:
         if set(tasks.names) <= set(own.all_tasks):
             return own
     manager = TaskManager(include_path=None if tasks.folder is None else str(tasks.folder))
-    _refuse_unknown(tasks, set(manager.all_tasks))
+    refuse_unknown(tasks.names, set(manager.all_tasks))
     return manager
 
 
-def _refuse_unknown(tasks: Tasks, known: set[str]) -> None:
-    unknown = [name for name in tasks.names if name not in known]
+def refuse_unknown(names: Sequence[str], known: set[str]) -> None:
+    """Raise SpecError for names that are not among the known ones, with those nearest to the first."""
+    unknown = [name for name in names if name not in known]
     if unknown:
-        from difflib import get_close_matches
-
         near = get_close_matches(unknown[0], known, n=3)
         raise SpecError(
             f"the harness knows no task {', '.join(map(repr, unknown))}",
-            hint=f"did you mean {', '.join(near)}? " if near else "lm_eval --tasks list prints all; --include-path adds a folder",
+            hint=f"did you mean {' or '.join(near)}?"
+            if near
+            else "lm-eval ls tasks prints all; --include-path adds a folder of yours",
         )
 
 

@@ -57,8 +57,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, in the prompts' order, stop ids left out.
 
-    `on_token(row, id)` hears each token as it is chosen, and ends the row where it returns True. Runs with whatever adapter the base has been lent. Prompts must not be
-    empty: there would be nothing to predict the first token from.
+    `on_token(row, id)` hears each token as it is chosen, and ends the row where it returns True. Runs with whatever adapter the
+    base has been lent. Prompts must not be empty: there would be nothing to predict the first token from.
     """
     rows = [_row(number, prompt, params) for number, prompt in enumerate(prompts)]
     for at in range(0, len(rows), ROWS_AT_ONCE):
