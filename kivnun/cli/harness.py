@@ -95,13 +95,23 @@ def _models(opened: OpenedRun | OpenedBase, show: Progress) -> Any:
 def _as_harness(opened: OpenedRun | OpenedBase, model: Any, which: str, show: Progress) -> HarnessModel:
     from kivnun.evaluate.harness import HarnessModel
     from kivnun.model.decoder import Decoder
-    from kivnun.model.families import longest_row
+    from kivnun.model.families import NO_LIMIT, longest_row
+    from kivnun.model.read_model import open_config
+    from kivnun.model.rope import rows_turn_from
 
     def told(what: str, done: int, total: int) -> None:
         show(f"{which}: {what}", done, total)
 
     past_end = isinstance(opened.base.model, Decoder)  # positions are rotations there; elsewhere they may be a table that ends
-    return HarnessModel(model, opened.tokenizer, longest_row(opened.base.folder), MICRO_BATCH_TOKENS, told, reads_past_end=past_end)
+    return HarnessModel(
+        model,
+        opened.tokenizer,
+        longest_row(opened.base.folder),
+        MICRO_BATCH_TOKENS,
+        told,
+        reads_past_end=past_end,
+        shares_up_to=rows_turn_from(open_config(opened.base.folder)) or NO_LIMIT,
+    )
 
 
 def _record(
