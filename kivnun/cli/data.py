@@ -36,7 +36,7 @@ def data() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(file: Path, format_name: str, as_json: bool) -> None:
-    """Check every row of FILE (JSONL) and say what is in it.
+    """Check every row of FILE (JSONL, JSON, CSV, TSV, Parquet, a data set) and say what is in it.
 
     All problems are found, with their line numbers; the first 20 are shown, with --json all. Needs no model: lengths in tokens
     are shown by `kivnun data show`.

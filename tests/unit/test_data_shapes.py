@@ -195,7 +195,7 @@ def test_digits_in_a_csv_count_the_choices_and_are_refused_where_they_are_one(tm
             "for gpt's turns only",
         ),
         ({"conversations": [{"from": "gpt", "value": SECRET, "image": "x"}]}, "no effect in conversations[0]: 'image'"),
-        ({"conversations": [{"role": "user", "content": SECRET}]}, "these are messages; name the key messages"),
+        ({"conversations": [{"role": "user", "content": SECRET}]}, "these are messages"),
         ({"conversations": [{"from": "gpt", "value": SECRET}], "images": ["x.png"]}, "no effect: 'images'"),
         (
             {
