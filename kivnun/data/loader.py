@@ -129,7 +129,7 @@ def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, m
     """Fill every file's items, and the findings; return the one format of all files."""
     formats: dict[str, Path] = {}
     for file in files:
-        name, records, problems = read_records(file.path, spec.format)
+        name, records, problems = read_records(file.path, spec.format, spec.columns, spec.instruction)
         if name == "preference" and spec.over_long == "truncate":
             raise SpecError(
                 "data.over_long: truncate cannot be used with preferences: cutting one reply would decide the comparison",
