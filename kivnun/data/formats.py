@@ -62,36 +62,71 @@ class _Complaints:
             yield RowProblem(where.path, where.line, f"and {self.more} more problems in this row")
 
 
-def read_records(path: Path, format: str = "auto") -> tuple[str, list[Record], list[RowProblem]]:
-    """Return the format, the good records in their order, and what is wrong with the other rows.
+class RecordStream:
+    """The rows of one file, one at a time, as records and problems in the file's order; memory holds one row.
 
-    Every non-blank line is a record or has at least one problem, never both. With "auto" the first good row decides the format
-    and a later row of another shape is a problem; with no good row the format is that of the first row whose keys tell, else
-    "unknown". Raises DataError where the file as a whole is of no use, StorageError where the system cannot read it, SpecError.
+    Every non-blank row is one record or at least one problem, never both. With "auto" the first good row decides the format
+    and a later row of another shape is a problem. Iterating again reads the file again.
+
+    Iterating raises DataError where the file as a whole is of no use, StorageError where the system cannot read it.
     """
-    if format not in ("auto", *FORMATS):
-        raise SpecError(f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}")
-    decided = None if format == "auto" else format
-    guess = UNKNOWN
+
+    def __init__(self, path: Path, format: str = "auto") -> None:
+        if format not in ("auto", *FORMATS):
+            raise SpecError(f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}")
+        self.path = path
+        self._asked = None if format == "auto" else format
+        self._decided = self._asked
+        self._guess = UNKNOWN
+
+    @property
+    def format(self) -> str:
+        """The format that was asked for or that the first good row decided; before a good row that of the first row whose keys
+        tell; else "unknown"."""
+        return self._decided or self._guess
+
+    def __iter__(self) -> Iterator[Record | RowProblem]:
+        self._decided, self._guess = self._asked, UNKNOWN
+        empty = True
+        for line, value in read_objects(self.path):
+            empty = False
+            where = Where(str(self.path), line)
+            if isinstance(value, LineProblem):
+                yield RowProblem(where.path, line, str(value))
+            else:
+                yield from self._row(value, where)
+        if empty:
+            raise DataError(f"data file {self.path} holds no rows", hint=f"each line is one JSON object: {_SHAPES}")
+
+    def _row(self, row: dict[str, Any], where: Where) -> Iterator[Record | RowProblem]:
+        complaints = _Complaints()
+        shape = shape_of(row)
+        record = _record(row, shape, self._decided, where, complaints)
+        if self._guess == UNKNOWN and shape is not None:
+            self._guess = shape
+        if record is None or complaints.messages:
+            yield from complaints.problems(where)
+        else:
+            self._decided = shape
+            yield record
+
+
+def stream_records(path: Path, format: str = "auto") -> RecordStream:
+    """Return the rows of a data file, to be read one at a time. Raises SpecError for a format that there is not."""
+    return RecordStream(path, format)
+
+
+def read_records(path: Path, format: str = "auto") -> tuple[str, list[Record], list[RowProblem]]:
+    """Return the format, the good records in their order, and what is wrong with the other rows: a `RecordStream` as lists."""
+    stream = stream_records(path, format)
     records: list[Record] = []
     problems: list[RowProblem] = []
-    for line, value in read_objects(path):
-        where = Where(str(path), line)
-        if isinstance(value, LineProblem):
-            problems.append(RowProblem(where.path, line, str(value)))
-            continue
-        complaints = _Complaints()
-        shape = shape_of(value)
-        record = _record(value, shape, decided, where, complaints)
-        if record is not None and not complaints.messages:
-            records.append(record)
-            decided = shape
+    for item in stream:
+        if isinstance(item, RowProblem):
+            problems.append(item)
         else:
-            problems.extend(complaints.problems(where))
-        guess = shape if shape is not None and guess == UNKNOWN else guess
-    if not records and not problems:
-        raise DataError(f"data file {path} holds no rows", hint=f"each line is one JSON object: {_SHAPES}")
-    return decided or guess, records, problems
+            records.append(item)
+    return stream.format, records, problems
 
 
 def shape_of(row: dict[str, Any]) -> str | None:
