@@ -63,7 +63,7 @@ def chat(
 
         opened = open_run(run)
         params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
-        templated = opened.spec.data.format in ("messages", "preference") and opened.tokenizer.has_template
+        templated = opened.spec.data.format not in ("prompt_completion", "text") and opened.tokenizer.has_template
         talk = Talk(opened.base_model if base else opened.tuned, opened.tokenizer, params, templated)
     if system is not None and not templated:
         raise click.UsageError("--system needs a run on chats; this one was trained on plain prompts or text")

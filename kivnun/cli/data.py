@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from kivnun.data.template import ChatTokenizer
     from kivnun.spec import TuneSpec
 
-FORMATS = ("auto", "messages", "prompt_completion", "text", "preference")
+FORMATS = (
+    "auto", "messages", "sharegpt", "preference", "prompt_completion", "prompt_response", "instruction", "multiple_choice",
+    "entities", "classification", "text",
+)  # fmt: skip
 
 
 @click.group()

@@ -7,14 +7,15 @@ Next: `loader.py`, `repeats.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kivnun.data.formats import UNKNOWN, stream_records
+from kivnun.data.formats import UNKNOWN, RecordStream, stream_records
+from kivnun.data.opening import name_of
 from kivnun.data.problems import Problems
 from kivnun.data.repeats import Found, Repeats
 from kivnun.data.rows import ChatRecord, PreferenceRecord, PromptRecord, Record, TextRecord
@@ -68,6 +69,7 @@ class Check:
     lengths: tuple[tuple[int, int, int], ...]
     labels: dict[str, tuple[int, int]]
     samples: tuple[Record, ...]
+    notes: tuple[str, ...]
 
     @property
     def problems(self) -> tuple[RowProblem, ...]:
@@ -151,6 +153,8 @@ def check_files(
     train: Sequence[Path],
     held_out: Path | None = None,
     format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    instruction: str | None = None,
     tokenizer: RowTokenizer | None = None,
     longest_row: int | None = None,
 ) -> Check:
@@ -161,13 +165,14 @@ def check_files(
     SpecError, StorageError).
     """
     look = _Look(tokenizer)
-    formats: dict[str, Path] = {}
+    formats: dict[str, str] = {}
     sides = [_Side(list(train)), *([_Side([held_out])] if held_out is not None else [])]
     for side in sides:
         for path in side.paths:
-            name = look.at_file(path, format, side)
-            if name != UNKNOWN:
-                formats.setdefault(name, path)
+            stream = stream_records(path, format, columns, instruction)
+            look.at_file(stream, side)
+            if stream.format != UNKNOWN:
+                formats.setdefault(stream.format, stream.name)
         side.end = len(look.repeats), len(look.lengths)
     if len(formats) > 1:
         parts = " and ".join(f"{name} ({path})" for name, path in formats.items())
@@ -186,6 +191,7 @@ def check_files(
         lengths=histogram(lengths[: sides[0].end[1]], lengths[sides[0].end[1] :]),
         labels=_labels(*(side.replies for side in sides)),
         samples=tuple(look.samples),
+        notes=(*look.notes, *found.notes()),
     )
 
 
@@ -216,7 +222,7 @@ class _Side:
 
     def report(self, name: str, duplicates: int) -> FileReport:
         return FileReport(
-            path=", ".join(map(str, self.paths)),
+            path=", ".join(map(name_of, self.paths)),
             format=name,
             rows=self.rows,
             bad_rows=self.problems.rows,
@@ -238,11 +244,11 @@ class _Look:
         self.repeats = Repeats()
         self.lengths = Table(np.dtype("<i4"))
         self.samples: list[Record] = []
+        self.notes: list[str] = []
         self._tokenizer = tokenizer
 
-    def at_file(self, path: Path, format: str, side: _Side) -> str:
-        """Read a file to its end, counting for a side; return its format."""
-        stream = stream_records(path, format)
+    def at_file(self, stream: RecordStream, side: _Side) -> None:
+        """Read a file to its end, counting for a side."""
         for item in stream:
             if isinstance(item, RowProblem):
                 side.problems.add(item)
@@ -258,7 +264,7 @@ class _Look:
             self.lengths.append(np.array(lengths, dtype="<i4").tobytes())
             if len(self.samples) < SAMPLES:
                 self.samples.append(item)
-        return stream.format
+        self.notes += stream.notes
 
     def _lengths_of(self, record: Record) -> list[int]:
         """Return the length of each of the record's rows; of a preference, both sides together."""
@@ -288,7 +294,7 @@ def describe_check(check: Check) -> list[tuple[str, str]]:
         ("tokens", f"{check.total:,}, {check.longest:,} in the longest row" if check.unit == "tokens" else ""),
         ("longer than the base is made for", _some(check.over_long)),
         *_by_reason(held.reasons if held else {}),
-        *(("note", note) for note in found.notes()),
+        *(("note", note) for note in check.notes),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -360,7 +366,8 @@ def _labels(train: Counter[str] | None, held_out: Counter[str] | None = None) ->
 
 def _describe_file(report: FileReport) -> list[tuple[str, str]]:
     roles = ", ".join(f"{role} {count:,}" for role, count in report.roles.items())
-    replies = f"{report.trained_replies:,} trained, {report.context_replies:,} context only" if report.format == "messages" else ""
+    says_replies = report.roles and report.format != "preference"
+    replies = f"{report.trained_replies:,} trained, {report.context_replies:,} context only" if says_replies else ""
     return [
         ("file", report.path),
         ("format", report.format),

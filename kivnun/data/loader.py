@@ -18,6 +18,7 @@ import numpy as np
 
 from kivnun.data.checks import DataReport, histogram, num_empty_replies
 from kivnun.data.formats import UNKNOWN, stream_records
+from kivnun.data.opening import name_of
 from kivnun.data.problems import Problems
 from kivnun.data.repeats import Found, Repeats
 from kivnun.data.rows import PreferenceRecord, Record
@@ -89,6 +90,10 @@ class _File:
     first: int = 0
     end: int = 0
 
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
+
 
 @dataclass
 class _Findings:
@@ -101,6 +106,7 @@ class _Findings:
     truncated: int = 0
     cut_tokens: int = 0
     empty_replies: int = 0
+    notes: list[str] = field(default_factory=list[str])
 
 
 class _Read:
@@ -151,7 +157,7 @@ def load_dataset(spec: DataSpec, tokenizer: RowTokenizer, seed: int, max_seq_len
 
 def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, read: _Read) -> str:
     """Read every file; return the one format of all."""
-    formats: dict[str, Path] = {}
+    formats: dict[str, str] = {}
     for file in files:
         file.first = read.num_records
         name = _read_file(file.path, spec, tokenizer, max_seq_len, read)
@@ -159,7 +165,7 @@ def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, m
         if name == "preference":
             _refuse_cut_pairs(spec)
         if name != UNKNOWN:
-            formats.setdefault(name, file.path)
+            formats.setdefault(name, file.name)
     if len(formats) > 1:
         parts = " and ".join(f"{name} ({path})" for name, path in formats.items())
         raise DataError(f"the files hold rows of different formats: {parts}", hint="one run takes rows of one format")
@@ -170,7 +176,7 @@ def _read_file(path: Path, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len:
     """Read one file to its end; return its format."""
     findings = read.findings
     bad = findings.fatal if spec.bad_rows == "refuse" else findings.listed
-    stream = stream_records(path, spec.format)
+    stream = stream_records(path, spec.format, spec.columns, spec.instruction)
     line = None
     for item in stream:
         if isinstance(item, RowProblem):
@@ -184,6 +190,7 @@ def _read_file(path: Path, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len:
         drafts = _drafts(item, spec, tokenizer, max_seq_len, findings)
         if drafts:
             read.add(item, drafts)
+    findings.notes += stream.notes
     return stream.format
 
 
@@ -255,11 +262,11 @@ def _check_left(files: Sequence[_File], held_out: _File | None, held: np.ndarray
     if not any(left):
         raise DataError("no training row is left", hint="the report of `kivnun data check FILE` says what is wrong with the rows")
     if held_out is not None and held_out.first == held_out.end:
-        raise DataError(f"no held-out row is left of {held_out.path}", hint="mend the file, or set data.validation to null")
+        raise DataError(f"no held-out row is left of {held_out.name}", hint="mend the file, or set data.validation to null")
     for file, count in zip(files, left, strict=True):
         if file.share is not None and not count:
             raise DataError(
-                f"no training row is left of {file.path}, which has a share", hint="give the file more rows, or no part"
+                f"no training row is left of {file.name}, which has a share", hint="give the file more rows, or no part"
             )
 
 
@@ -276,7 +283,7 @@ def _dealt(files: Sequence[_File], read: _Read, held: np.ndarray, pairs: bool) -
         count = int(np.count_nonzero(~held_items[start:end]))
         if count:  # a file without rows (all skipped or held out) would be an empty stream
             rows = StoredRows(read.store, places[first : first + count], first, pairs)
-            sources.append(Source(str(file.path), file.share, rows))
+            sources.append(Source(file.name, file.share, rows))
         start, first = end, first + count
     train = Sources(tuple(sources), StoredRows(read.store, places, 0, pairs))
     return train, StoredRows(read.store, np.flatnonzero(held_items), 0, pairs)
@@ -331,6 +338,7 @@ def _notes(
     """Yield what was decided without being asked for in so many words."""
     if spec.format == "auto":
         yield f"format {name}, decided by the keys of the first good row of {files[0].path.name}"
+    yield from findings.notes
     if isinstance(spec.validation, float):
         yield f"{held.sum():,} of {len(held):,} records are held out (validation {spec.validation:g}), chosen by the seed"
     if findings.truncated and name == "text":
@@ -339,8 +347,8 @@ def _notes(
         yield f"truncated rows keep their first {max_seq_len:,} tokens; replies and end markers after that are not trained"
     kept = {source.path for source in train.files}
     for file in files:
-        if str(file.path) not in kept:
-            yield f"{file.path} gives no training row: its rows are all skipped or held out"
+        if file.name not in kept:
+            yield f"{file.name} gives no training row: its rows are all skipped or held out"
 
 
 def _overlap_warning(found: Found, num_held_out: int) -> Iterable[str]:

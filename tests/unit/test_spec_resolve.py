@@ -49,6 +49,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 NONE_MEANS_NONE = {
     "base.revision",
+    "data.columns",
+    "data.instruction",
     "data.template",
     "schedule.steps",
     "schedule.batch_tokens",
@@ -223,6 +225,8 @@ CHANGES: dict[str, list[str]] = {
     "data.train.0.share": ["data.train=[{path: a, share: 1}, {path: b, share: 1}]"],
     "data.validation": ["data.validation=null"],
     "data.format": ["data.format=prompt_completion"],
+    "data.columns": ["data.columns={text: review}"],
+    "data.instruction": ["data.instruction=Which mood?"],
     "data.template": ["data.template=t.jinja"],
     "data.max_seq_len": ["data.max_seq_len=1024"],
     "data.bad_rows": ["data.bad_rows=skip"],
