@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -81,8 +82,7 @@ def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:
 
 def _rows_turn_from(dataset: Dataset, base_folder: Path) -> int | None:
     length = rows_turn_from(open_config(base_folder))
-    longest = max(side.length for row in dataset.train.rows for side in row.sides)
-    return length if length is not None and longest > length else None
+    return length if length is not None and dataset.train.rows.longest_side > length else None
 
 
 def _reason(found: object) -> str | None:
@@ -107,8 +107,7 @@ def row_order(spec: TuneSpec, dataset: Dataset) -> RowOrder:
 def spared_tokens(spec: TuneSpec, base: Base, dataset: Dataset) -> float:
     """Return which part of the tokens `compute.share_prefixes` would spare where it is off and may be turned on, else 0."""
     rows = dataset.train.rows
-    longest = max(side.length for row in rows for side in row.sides)
-    turns = base.rotary is not None and base.rotary.turns_by_length(longest)
+    turns = base.rotary is not None and base.rotary.turns_by_length(rows.longest_side)
     if spec.compute.share_prefixes or turns or dropout_of(spec.adapter):
         return 0.0
     tokens = max(cast(int, spec.compute.micro_batch_tokens), MIN_MICRO_BATCH)  # which a run that shares would take
@@ -141,7 +140,7 @@ def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache:
     """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
-    pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
+    pairs = cast(Sequence[PreferencePair], dataset.train.rows)
     of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
     key = hashlib.sha256(of.encode()).hexdigest()
     return DpoObjective(spec.objective.beta, reference_sums(engine.base_model(), pairs, key, cache, spec.compute, writes))

@@ -183,7 +183,7 @@ class _Run:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
-        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
+        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest, self.folder.path)
         spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
         changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
@@ -218,6 +218,7 @@ class _Run:
                 trained_tokens=report.trained_tokens,
                 skipped=report.skipped,
                 truncated=report.truncated,
+                findings=report.findings(),
             )
         )
         for message in (*report.notes, *report.warnings, *tokenizer.notes):

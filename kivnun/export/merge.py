@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def _refuse_second_merge(base_folder: Path, adapter_hash: str) -> None:
 
 def _gate_rows(run: OpenedRun) -> list[TokenRow]:
     """Return up to GATE_ROWS held-out rows, or training rows where none is held out."""
-    items: list[Trainable] = run.dataset.validation or list(run.dataset.train.rows)
+    items: Sequence[Trainable] = run.dataset.validation or run.dataset.train.rows
     sides = [item.chosen if isinstance(item, PreferencePair) else item for item in items[:GATE_ROWS]]
     return [row for row in sides if row.total_weight > 0]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kivnun.data.checks import num_characters
-from kivnun.data.formats import read_records
-from kivnun.errors import DataError
+from kivnun.data.formats import stream_records
+from kivnun.data.problems import Problems
+from kivnun.errors import DataError, RowProblem
 from kivnun.plan.bases import KnownBase
 
 # Letters of a token of Phi-3's vocabulary of 32,064 in English; other scripts have fewer, so that their rows are longer.
@@ -37,8 +38,18 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
         spec = DataSpec.model_validate({"train": str(file), "validation": None})
         data = load_dataset(spec, load_tokenizer(base.folder), 0, base.sizes.longest)
         return TrainingRows(len(data.train), data.report.train_tokens, data.report.longest_row, True)
-    _, records, problems = read_records(file, "auto")
-    if problems or not records:
-        raise DataError(f"{file}: rows cannot be used", tuple(problems), hint=f"kivnun data check {file} says more")
-    tokens = [max(1, round(num_characters(record) / LETTERS_A_TOKEN)) for record in records]
-    return TrainingRows(len(tokens), sum(tokens), max(tokens), False)
+    return _estimated(file)
+
+
+def _estimated(file: Path) -> TrainingRows:
+    problems = Problems()
+    count = total = longest = 0
+    for item in stream_records(file):
+        if isinstance(item, RowProblem):
+            problems.add(item)
+            continue
+        tokens = max(1, round(num_characters(item) / LETTERS_A_TOKEN))
+        count, total, longest = count + 1, total + tokens, max(longest, tokens)
+    if problems or not count:
+        raise DataError(f"{file}: rows cannot be used", tuple(problems.kept), hint=f"kivnun data check {file} says more")
+    return TrainingRows(count, total, longest, False)

@@ -98,9 +98,11 @@ def _too_long(folder: Path, asked: Sequence[ChoiceQuestion], tokenizer: ChatToke
 
 def _overlap(opened: OpenedRun, asked: Sequence[ChoiceQuestion]) -> list[str]:
     """Return a warning where questions of the file stand in the run's training rows, whatever is around them there."""
-    rows = [side for row in opened.dataset.train.rows for side in row.sides]
-    trained = "\n".join(_plain(opened.tokenizer.decode(row.ids.tolist(), skip_special=True)) for row in rows)
-    seen = sum(_plain(question.question) in trained for question in asked)
+    unseen = [_plain(question.question) for question in asked]
+    for row in (side for item in opened.dataset.train.rows for side in item.sides):
+        trained = _plain(opened.tokenizer.decode(row.ids.tolist(), skip_special=True))
+        unseen = [question for question in unseen if question not in trained]
+    seen = len(asked) - len(unseen)
     if not seen:
         return []
     return [
