@@ -33,7 +33,6 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TIMEOUT_S = 30.0
-CHUNK = 1 << 20
 WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before each new try without a byte in between
 
 log = logging.getLogger("kivnun.hub")
@@ -112,8 +111,9 @@ def _fetched(model: str, revision: str | None, on_bytes: OnBytes) -> Path:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
+    api.model_info(model, revision=revision, timeout=TIMEOUT_S)  # fails at once; what follows would go to the cache, or wait
     resolved = api.resolve_revision(model, revision=revision)
-    entries = api.list_repo_tree(model, revision=resolved.resolved)  # also asks where a revision came from the cache
+    entries = api.list_repo_tree(model, revision=resolved.resolved)
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     small = [name for name in files if SMALL.fullmatch(name)]
     if "config.json" not in files:
@@ -122,6 +122,9 @@ def _fetched(model: str, revision: str | None, on_bytes: OnBytes) -> Path:
     _refuse_damaged_text(folder, {name: files[name].blob_id for name in small if files[name].lfs is None})
     _refuse_family(model, folder)
     weights = _weights(model, list(files), folder)
+    lacking = [name for name in weights if name not in files]
+    if lacking:
+        raise BaseModelError(f"{model} names weights that it does not hold: {', '.join(lacking[:3])}", hint="tell its authors")
     missing = [files[name] for name in weights if not (folder / name).is_file()]
     if missing:
         _fetch_all(model, resolved.resolved, missing, folder.parent.parent, on_bytes)
@@ -157,9 +160,6 @@ def _weights(model: str, names: Sequence[str], folder: Path) -> list[str]:
             named = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise BaseModelError(f"the {INDEX} of {model} cannot be read: {error}", hint="tell its authors") from error
-        lacking = [name for name in named if name not in names]
-        if lacking:
-            raise BaseModelError(f"{model} names weights that it does not hold: {', '.join(lacking[:3])}", hint="tell its authors")
         return named
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
@@ -194,7 +194,8 @@ def _cached(model: str, revision: str | None, why: str) -> Path:
             hint="fetch it once with a network and without HF_HUB_OFFLINE, or give a folder",
         ) from error
     names = [file.name for file in folder.iterdir() if file.is_file()]
-    weights = _weights(model, names, folder) if {WHOLE, INDEX}.intersection(names) or _has_weights(names) else [WHOLE]
+    known = INDEX in names or any(name.endswith(".safetensors") for name in names)
+    weights = _weights(model, names, folder) if known else [WHOLE]
     lacking = [name for name in ("config.json", *weights) if name not in names]
     if lacking:
         raise BaseModelError(
@@ -202,10 +203,6 @@ def _cached(model: str, revision: str | None, why: str) -> Path:
             hint="fetch the rest with a network and without HF_HUB_OFFLINE",
         )
     return folder
-
-
-def _has_weights(names: Sequence[str]) -> bool:
-    return any(name.endswith(".safetensors") for name in names)
 
 
 # --- large files ---------------------------------------------------------------------------------------------------------------
@@ -227,6 +224,7 @@ def _fetch_all(model: str, commit: str, files: Sequence[Any], place: Path, on_by
             before = done
             _fetch(model, commit, file, place, lambda count, before=before: on_bytes(model, before + count, total))
         done += file.size
+        on_bytes(model, done, total)
 
 
 def _fetch(model: str, commit: str, file: Any, place: Path, on_count: Callable[[int], None]) -> None:
@@ -290,7 +288,7 @@ def _receive(url: str, part: Path, size: int, on_count: Callable[[int], None]) -
         hf_raise_for_status(response)
         goes_on = response.status_code == 206
         with part.open("ab" if goes_on else "wb") as stream:
-            for chunk in response.iter_bytes(CHUNK):
+            for chunk in response.iter_raw():  # as it comes: a cut loses nothing
                 stream.write(chunk[: max(0, size - stream.tell())])
                 on_count(stream.tell())
 
