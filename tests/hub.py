@@ -1,8 +1,8 @@
 """A stand-in of the Hugging Face hub on this machine: a real HTTP server that answers what huggingface_hub asks for.
 
-It holds repositories of files at one commit, keeps large files apart under their SHA-256 as the hub does (the address of a file leads
-on to another one, which knows ranges), and can be told to cut a transfer, to stop in the middle of one, to send other bytes than it
-said, or to answer with a status. It remembers every request.
+It holds repositories of files at one commit, keeps large files apart under their SHA-256 as the hub does (the address of a file
+leads on to another one, which knows ranges), and can be told to cut a transfer, to stop in the middle of one, to send other bytes
+than it said, or to answer with a status. It remembers every request.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """Files by name at one commit, and the branches and tags that lead to it. `refusal` is (status, X-Error-Code) for everything."""
+    """Files by name at one commit, and the branches that lead to it. `refusal` is (status, X-Error-Code) for everything."""
 
     files: dict[str, bytes]
     commit: str = COMMIT

@@ -29,7 +29,8 @@ from runs import chats, run_spec, write_spec
 NAME = "acme/tiny"
 BESIDE = {
     "README.md": b"# a model", "LICENSE": b"MIT", "pytorch_model.bin": b"pickle" * 2000, "model.onnx": b"onnx" * 2000,
-    "tiny.gguf": b"gguf" * 2000, "consolidated.safetensors": b"twice" * 2000, "onnx/config.json": b"{}", "original/params.json": b"{}",
+    "tiny.gguf": b"gguf" * 2000, "consolidated.safetensors": b"twice" * 2000, "onnx/config.json": b"{}",
+    "original/params.json": b"{}",
 }  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def test_a_pinned_hash_is_kept_and_another_base_is_refused_with_both(hub: Hub, s
     pinned = {"model": NAME, "revision": COMMIT, "content_hash": right}
     spec = write_spec(tmp_path, NAME, chats(12), base=pinned, data={"validation": None}, schedule={"epochs": 1})
     assert run_spec(spec, tmp_path / "run")["status"] == "succeeded"
-    with pytest.raises(IntegrityError, match="not the one that base.content_hash names") as caught:
+    with pytest.raises(IntegrityError, match=r"not the one that base\.content_hash names") as caught:
         run_spec(spec, tmp_path / "other", f"base.content_hash={'a' * 64}")
     assert right in str(caught.value)
     assert "a" * 64 in str(caught.value)
