@@ -54,7 +54,7 @@ class OpenedRun:
     @cached_property
     def base(self) -> Base:
         """Return the pretrained model, in the precision and with the threads of the run."""
-        return self._load(self.base_folder)
+        return self._load(self.base_folder, self.spec.base.content_hash)
 
     @cached_property
     def base_model(self) -> FixedModel:
@@ -85,11 +85,19 @@ class OpenedRun:
         """Return which kernels to use: torch's where the run did, else the best there are here, which may be another machine."""
         return "torch" if self.spec.compute.kernels == "torch" else "auto"
 
-    def _load(self, place: Path) -> Base:
+    def _load(self, place: Path, content_hash: str | None = None) -> Base:
         torch.set_num_threads(cast(int, self.spec.compute.threads))
         spec = self.spec.base
         packed = bool(self.spec.compute.packed_weights)
-        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors, kernels=self.kernels, packed=packed)
+        return load_base(
+            place,
+            spec.precision,
+            self.spec.compute.device,
+            spec.rope_factors,
+            kernels=self.kernels,
+            packed=packed,
+            content_hash=content_hash,
+        )
 
     def _existing(self, place: Path) -> Path:
         if not place.is_dir():

@@ -52,7 +52,7 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.families import copy_tokenizer, find_base, longest_row
+from kivnun.model.families import base_record, copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
 from kivnun.parts import (
@@ -132,7 +132,14 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
     spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
     torch.set_num_threads(cast(int, spec.compute.threads))
-    base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
+    base = load_base(
+        base_folder,
+        spec.base.precision,
+        spec.compute.device,
+        spec.base.rope_factors,
+        kernels=spec.compute.kernels,
+        content_hash=spec.base.content_hash,
+    )
     tokens = cast(int, spec.compute.micro_batch_tokens)
     model, rows = TorchEngine(base).base_model(), dataset.validation
     scored = evaluate_scorer(model, rows, tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens)
@@ -235,6 +242,7 @@ class _Run:
             kernels=spec.compute.kernels,
             recompute=spec.compute.activation_checkpointing,
             packed=bool(spec.compute.packed_weights),
+            content_hash=spec.base.content_hash,
         )
         for line in base.slow:
             self.emit(Warned(message=line))
@@ -378,7 +386,7 @@ class _Run:
             "kind": "run",
             "spec_hash": spec.content_hash(),
             "data_hash": dataset.content_hash,
-            "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
+            "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
         }
