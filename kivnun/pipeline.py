@@ -80,6 +80,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
+from kivnun.train.passes import PassBudget
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -319,10 +320,11 @@ class _Run:
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
 
+        tokens = cast(int, spec.compute.micro_batch_tokens)
+
         def evaluate(step: int) -> None:
             if dataset.validation:
-                budget = cast(int, spec.compute.micro_batch_tokens)
-                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
+                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=tokens)
                 self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
 
         with stop_on_signals() as stop_requested:
@@ -331,7 +333,7 @@ class _Run:
                 dataset.train.rows,
                 order,
                 schedule_of(spec, order.steps),
-                cast(int, spec.compute.micro_batch_tokens),
+                self.processes.from_first(lambda: PassBudget.recorded(tokens, read_events(self.folder.events))),
                 share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
