@@ -108,6 +108,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_gpu() -> bool:
+    """Return whether this machine's driver knows an NVIDIA GPU."""
+    try:
+        _own_gpu()
+    except SpecError:
+        return False
+    return True
+
+
 def _own_gpu() -> tuple[str, float]:
     """Return the first GPU's name and memory, as the driver tells. Loads no torch."""
     tool = shutil.which("nvidia-smi")
