@@ -203,8 +203,8 @@ class RunInterrupted:
 
 
 Event: TypeAlias = (
-    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | PassesShortened | CheckpointSaved | Resumed
-    | Warned | RunFinished | RunFailed | RunInterrupted
+    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | PassesShortened | CheckpointSaved
+    | Resumed | Warned | RunFinished | RunFailed | RunInterrupted
 )  # fmt: skip
 EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in get_args(Event)}
 # Lines that others rely on after a power cut: fsynced before append returns.

@@ -96,7 +96,7 @@ class RunFolder:
         return before.threads if isinstance(before, MultiProcessSpec) and before.processes != compute.processes else None
 
     def passes_before(self) -> PassChoice | None:
-        """Return how passes are computed in the folder's run where one was begun: it goes on so, however much memory there is now."""
+        """Return how the folder's run computes passes where it was begun: it goes on so, however much memory there is now."""
         if not (self.resolved.is_file() and self.has_begun):
             return None
         before = self.read_spec().compute

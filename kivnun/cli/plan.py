@@ -27,9 +27,11 @@ VERDICTS = {"fits": "It fits", "does_not_fit": "It does not fit", "unknown": "No
 )
 @click.option(
     "--device", metavar="DEVICE",
-    help="cpu or cuda (this machine's), or a GPU by name: h100, a100-40gb, l4, rtx-4090, ...  [default: what a run here would take]",
+    help="cpu or cuda (this machine's), or a GPU by name: h100, a100-40gb, l4, rtx-4090, ...  [default: what a run takes here]",
 )  # fmt: skip
-@click.option("--devices", type=click.IntRange(min=1, max=4096), metavar="N", help="How many of them.  [default: as the spec needs]")
+@click.option(
+    "--devices", type=click.IntRange(min=1, max=4096), metavar="N", help="How many of them.  [default: as the spec needs]"
+)
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="What a run may take of each device.")
 @click.option("--prices", type=FILE, metavar="FILE", help="Your prices (YAML or JSON), to be told what the run costs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object on the last line of stdout.")
@@ -118,7 +120,9 @@ def _show(console: Console, spec: Path, question: Question, made: Plan, cost: Co
         if reason is not None:
             console.print(f"compute.{path}: {str(getattr(resolved.compute, path)).lower()} ({reason})")
     if made.verdict == "does_not_fit":
-        console.print("\nIt would fit with" if made.changes else "\nNo change of the spec makes it fit: take more memory, or a smaller base")
+        console.print(
+            "\nIt would fit with" if made.changes else "\nNo change of the spec makes it fit: take more memory, or a smaller base"
+        )
         for change in made.changes:
             sets = " ".join(f"--set '{override}'" if " " in override else f"--set {override}" for override in change.overrides)
             taken = f"{words_of_bytes(change.peak)}, {words_of_seconds(change.seconds)}"
@@ -144,7 +148,10 @@ def _show_facts(console: Console, question: Question, made: Plan, cost: Cost | N
     rows, steps = question.rows, made.steps
     how = "" if rows.counted else ", estimated"
     facts = [
-        ("rows", f"{len(rows.lengths):,} to train on, {len(rows.held_out):,} held out, {rows.longest:,} tokens in the longest{how}"),
+        (
+            "rows",
+            f"{len(rows.lengths):,} to train on, {len(rows.held_out):,} held out, {rows.longest:,} tokens in the longest{how}",
+        ),
         ("tokens", f"{steps.tokens:,} in all epochs{_trained(steps.tokens, steps.trained_tokens)}"),
         ("steps", f"{steps.count:,}, in passes of {steps.largest_pass:,} tokens at most"),
     ]

@@ -25,14 +25,12 @@ FITS_BARELY = 0.9  # of the memory there is: predictions are off by as much
 def cautions(spec: TuneSpec, rows: RunRows, steps: Steps, base_parameters: int, turns_from: int | None) -> tuple[str, ...]:
     """Return what to think of before a resolved spec is run. `turns_from`: above so many tokens a row takes LongRoPE's long
     factors."""
-    return tuple(
-        [
-            *_of_rows(spec, rows),
-            *_of_lengths(spec, rows, turns_from),
-            *_of_steps(spec, rows, steps),
-            *_of_rate(spec, base_parameters),
-            *_of_scale(spec),
-        ]
+    return (
+        *_of_rows(spec, rows),
+        *_of_lengths(spec, rows, turns_from),
+        *_of_steps(spec, rows, steps),
+        *_of_rate(spec, base_parameters),
+        *_of_scale(spec),
     )
 
 
@@ -54,8 +52,8 @@ def _of_rows(spec: TuneSpec, rows: RunRows) -> Iterator[str]:
         )
     if rows.overlap:
         yield (
-            f"{rows.overlap:,} of the held-out records are also training records: the held-out score will be too good; remove them "
-            "from one side"
+            f"{rows.overlap:,} of the held-out records are also training records: the held-out score will be too good; remove "
+            "them from one side"
         )
     if rows.skipped:
         yield f"{rows.skipped:,} rows cannot be read and are skipped, as data.bad_rows and data.over_long allow"
@@ -92,10 +90,11 @@ def _of_rate(spec: TuneSpec, base_parameters: int) -> Iterator[str]:
     usual = default_rate(spec.objective.kind, kind, tiny=base_parameters < TINY_BASE)
     if spec.schedule.optimizer.kind == "muon":  # its rates are another scale
         return
+    said, beside = f"schedule.learning_rate is {rate:g}", f"the usual rate for {kind} ({usual:g})"
     if rate > RATE_OFF * usual:
-        yield f"schedule.learning_rate is {rate:g}, {rate / usual:.0f} times the usual rate for {kind} ({usual:g}): it may diverge"
+        yield f"{said}, {rate / usual:.0f} times {beside}: it may diverge"
     if rate * RATE_OFF < usual:
-        yield f"schedule.learning_rate is {rate:g}, {usual / rate:.0f} times below the usual rate for {kind} ({usual:g}): it may learn little"
+        yield f"{said}, {usual / rate:.0f} times below {beside}: it may learn little"
 
 
 def _of_scale(spec: TuneSpec) -> Iterator[str]:

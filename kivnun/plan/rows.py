@@ -38,6 +38,7 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
     if base.folder is not None:
         from kivnun.data.loader import load_dataset
         from kivnun.data.template import load_tokenizer
+
         spec = DataSpec.model_validate({"train": str(file), "validation": None})
         data = load_dataset(spec, load_tokenizer(base.folder), 0, base.sizes.longest)
         return TrainingRows(len(data.train), data.report.train_tokens, data.report.longest_row, True)
@@ -50,8 +51,8 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run. `lengths` and `held_out` are tokens of rows (of a pair: both sides), `sides` of each side of a training row;
-    `sizes` and `shares` split training rows into files. `trained_tokens` is None and `counted` false for an estimate."""
+    """The rows of a run. `lengths` and `held_out` are tokens of rows (of a pair: both sides), `sides` of each side of a training
+    row; `sizes` and `shares` split training rows into files. `trained_tokens` is None and `counted` false for an estimate."""
 
     format: str
     lengths: np.ndarray

@@ -2,7 +2,7 @@
 
 Nothing of the step is kept then: its gradients are dropped, its rows are packed anew for passes of half as many tokens, and it
 begins again. The sums are those of the same rows in another order, so that only last bits differ. The smaller number holds from
-that step on, for the rest of the run and for whoever resumes it: at every step the passes are those of a run that was never stopped.
+that step on, for the rest of the run and for whoever resumes it: each step's passes are those of a run that was never stopped.
 Next: `loop.py` (who asks), `engine.py` (whose passes they are).
 """
 
@@ -23,8 +23,8 @@ from kivnun.events import Event, PassesShortened, Warned
 # What torch says in a plain RuntimeError when the system gives no memory: its allocator on a CPU, operators in C++, cuBLAS.
 SAID = ("not enough memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 SMALLER = (
-    "set compute.activation_checkpointing to true, lower data.max_seq_len, hold the base in nf4 (base.precision), or divide the run "
-    "among processes (compute.kind: multi_process)"
+    "set compute.activation_checkpointing to true, lower data.max_seq_len, hold the base in nf4 (base.precision), or divide the "
+    "run among processes (compute.kind: multi_process)"
 )
 
 
@@ -144,7 +144,7 @@ class Passes:
         self._emit(PassesShortened(step=step, micro_batch_tokens=fewer))
         self._emit(
             Warned(
-                message=f"memory ran out in step {step}: it is repeated in passes of {fewer:,} tokens in place of {tokens:,}, and so "
-                "are all later steps; the rows of a step stay the same, last bits may differ"
+                message=f"memory ran out in step {step}: it is repeated in passes of {fewer:,} tokens in place of {tokens:,}, and "
+                "all later steps have such passes; the rows of a step stay the same, last bits may differ"
             )
         )

@@ -190,7 +190,7 @@ def test_memory_that_really_runs_out_shortens_passes(folder: Path, tmp_path: Pat
         return json.loads((tmp_path / name).read_text(encoding="utf-8"))
 
     whole, half = (run(name, tokens) for name, tokens in (("whole", 32_000), ("half", 16_000)))
-    print(whole["peak"]>>20, half["peak"]>>20)
+    print(whole["peak"] >> 20, half["peak"] >> 20)
     assert whole["peak"] > half["peak"] + 2**26
     short = run("short", 32_000, (whole["peak"] + 3 * half["peak"]) // 4)
     assert short["shortened"] == [16_000]

@@ -110,7 +110,11 @@ def test_what_a_spec_says_of_its_passes_is_kept_and_what_a_run_was_begun_with_to
     [
         (("adapter.kind=full",), 23, {"LoRA instead of full tuning", "state divided over 8 devices"}),
         ((), 7.0, {"the base in nf4", "state divided over 2 devices"}),
-        (("compute.micro_batch_tokens=8000", "compute.activation_checkpointing=false"), 9.5, {"passes of", "layers computed again"}),
+        (
+            ("compute.micro_batch_tokens=8000", "compute.activation_checkpointing=false"),
+            10.5,
+            {"passes of", "layers computed again"},
+        ),
         (("adapter.kind=full",), 6, {"LoRA instead of full tuning, the base in nf4"}),
         (("adapter.kind=ia3", "compute.micro_batch_tokens=500"), 3.0, {"the base in nf4"}),
     ],
@@ -156,7 +160,13 @@ def test_a_base_of_unknown_layers_is_planned_without_figures_and_never_refused(
 ) -> None:
     folder = tmp_path / "stranger"
     folder.mkdir()
-    config = {"model_type": "stranger", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 512}
+    config = {
+        "model_type": "stranger",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 512,
+    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     plan = plan_of(spec_of(base=str(folder)), cpu(1))
     assert (plan.verdict, plan.refusal(), plan.figures(), plan.result()) == ("unknown", None, None, None)
