@@ -11,7 +11,7 @@ from typing import Any
 from kivnun.errors import BaseModelError
 from kivnun.model.families import BUILT_IN, find_base, read_config, refuse_family
 from kivnun.model.hub import configuration
-from kivnun.model.phi import PHI, USE_INSTEAD, phi_by_id
+from kivnun.model.phi import PHI, USE_INSTEAD, phi_by_id, rope_of
 from kivnun.plan.sizes import Sizes
 
 
@@ -24,15 +24,22 @@ class KnownBase:
     folder: Path | None
 
 
-def known_base(name: str) -> KnownBase:
-    """Return what is known of a base without its weights. Raises BaseModelError."""
-    name, config, folder = known_config(name)
-    has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
-    return KnownBase(name, Sizes.of(config, name), folder if has_tokenizer else None)
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """A base's configuration by its name as the hub spells it, and the folder that holds its files (None: not on this machine)."""
+
+    name: str
+    config: Mapping[str, Any]
+    folder: Path | None
+
+    @property
+    def turns_from(self) -> int | None:
+        """Return the length above which a row takes LongRoPE's long factors; None where there is one set of factors."""
+        return rope_of(self.config).original
 
 
-def known_config(name: str) -> tuple[str, Mapping[str, Any], Path | None]:
-    """Return a base's name as the hub spells it, its configuration, and its folder where it has one on this machine.
+def base_files(name: str, revision: str | None = None) -> BaseFiles:
+    """Return a base's configuration, without its weights.
 
     Raises BaseModelError for a base that is refused whatever its weights are, or that cannot be had.
     """
@@ -40,15 +47,35 @@ def known_config(name: str) -> tuple[str, Mapping[str, Any], Path | None]:
         folder = find_base(name)
         config = read_config(folder)
         refuse_family(name, config)
-        return name, config, folder
+        return BaseFiles(name, config, folder)
     phi = phi_by_id(name)
     if phi is not None:
         if phi.refused is not None:
             raise BaseModelError(f"{phi.id}: {phi.refused}", hint=USE_INSTEAD)
-        return phi.id, phi.config, None
+        return BaseFiles(phi.id, phi.config, _cached(phi.id, revision))
     if name.count("/") != 1 or name.startswith((".", "/", "~", "kivnun/")):
         known = f"a folder, {', '.join(BUILT_IN)}, or a hub id such as {next(iter(PHI))}"
         raise BaseModelError(f"base {name!r} is neither a folder nor a model id", hint=f"give {known}")
-    config = configuration(name)
+    folder = _cached(name, revision)
+    config = configuration(name) if folder is None else read_config(folder)
     refuse_family(name, config)
-    return name, config, None
+    return BaseFiles(name, config, folder)
+
+
+def known_base(name: str) -> KnownBase:
+    """Return what is known of a base without its weights. Raises BaseModelError."""
+    files = base_files(name)
+    has_tokenizer = files.folder is not None and (files.folder / "tokenizer.json").is_file()
+    return KnownBase(files.name, Sizes.of(files.config, files.name), files.folder if has_tokenizer else None)
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub's model that was downloaded before, with its tokenizer; None: it was not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(name, file, revision=revision) for file in ("tokenizer.json", "config.json")]
+    except HFValidationError:
+        return None
+    return Path(found[0]).parent if all(isinstance(file, str) for file in found) else None  # type: ignore[arg-type]

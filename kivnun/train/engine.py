@@ -127,6 +127,11 @@ class Trainee:
         self.weights.collect_gradients()
         return share
 
+    def discard_step(self) -> None:
+        """Drop the gradients gathered since the last update, and what a pass that was broken off left of its own."""
+        self.weights.drop_gradients()
+        self._clear()
+
     def optim_step(self, learning_rate: float) -> StepResult:
         """Clip the gathered gradient, update, clear. Raises NonFiniteLossError before the update if the gradient is not finite."""
         self.weights.before_update()
