@@ -52,12 +52,13 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
 @dataclass(frozen=True)
 class RunRows:
     """The rows of a run. `lengths` and `held_out` are tokens of rows (of a pair: both sides), `sides` of each side of a training
-    row; `sizes` and `shares` split training rows into files. `trained_tokens` is None and `counted` false for an estimate."""
+    row, `prompts` of the prompts of held-out rows that have one; `sizes` and `shares` split training rows into files. `trained_tokens` is None and `counted` false for an estimate."""
 
     format: str
     lengths: np.ndarray
     sides: np.ndarray
     held_out: np.ndarray
+    prompts: np.ndarray
     sizes: tuple[int, ...]
     shares: tuple[float, ...] | None
     trained_tokens: int | None
@@ -76,6 +77,11 @@ class RunRows:
         """Return the tokens of all training rows, once."""
         return int(self.lengths.sum())
 
+    @property
+    def all_tokens(self) -> int:
+        """Return the tokens of all rows, held-out ones included."""
+        return self.tokens + int(self.held_out.sum())
+
     def cut_to(self, length: int) -> RunRows:
         """Return about the rows that are left when none may have more than `length` tokens (of a pair: each side)."""
         most = 2 * length if self.format == "preference" else length
@@ -86,6 +92,7 @@ class RunRows:
             lengths=kept,
             sides=np.minimum(self.sides, length),
             held_out=np.minimum(self.held_out, most),
+            prompts=np.minimum(self.prompts, length),
             trained_tokens=trained,
         )
 
@@ -98,6 +105,7 @@ def rows_of(dataset: Dataset) -> RunRows:
         train.lengths,
         np.asarray([side.length for row in train.rows for side in row.sides], dtype=np.int64),
         np.asarray([row.length for row in dataset.validation], dtype=np.int64),
+        np.asarray([side.prompt_len for row in dataset.validation for side in row.sides[:1] if side.prompt_len], dtype=np.int64),
         train.sizes,
         train.shares,
         report.trained_tokens,
@@ -135,11 +143,13 @@ def estimated_rows(spec: DataSpec) -> RunRows:
         held_lengths, lengths = lengths[:count], lengths[count:]
         sizes = (len(lengths),) if len(sizes) == 1 else _less(sizes, count)
     shares = tuple(source.share for source in spec.train if source.share is not None)
+    name = found.pop()
     rows = RunRows(
-        found.pop(),
+        name,
         lengths,
         np.asarray([side for records in sides for pair in records for side in pair], dtype=np.int64),
         held_lengths,
+        held_lengths[:0] if name == "text" else held_lengths // 2,
         sizes,
         shares if len(shares) == len(sizes) else None,
         None,
