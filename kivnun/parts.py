@@ -20,13 +20,14 @@ import torch
 from kivnun.data.loader import Dataset
 from kivnun.data.order import RowOrder, order_of
 from kivnun.data.rows import PreferencePair
-from kivnun.model.families import count_parameters, longest_row, read_config, stored_precision
+from kivnun.model.families import count_parameters, longest_row, read_config, stored_precision, weight_files
 from kivnun.model.kernels import native_or_reason, triton_or_reason
 from kivnun.model.load import Base
 from kivnun.model.read_model import open_config
 from kivnun.model.rope import rows_turn_from
 from kivnun.model.speed import products_per_second
 from kivnun.plan.devices import CONTEXT_BYTES, Device, known_flops, this_machine
+from kivnun.plan.forecast import Here
 from kivnun.plan.memory import COMPUTE_BYTES
 from kivnun.plan.plan import make_plan, sizes_or_reason
 from kivnun.plan.rows import rows_of
@@ -95,7 +96,15 @@ def plan_run(spec: TuneSpec, dataset: Dataset, base_folder: Path, facts: Resolve
     if kind == "cpu" and sizes is not None:
         speed = processes.from_first(lambda: _speed(usual.base.precision, cast(int, usual.compute.threads)))
     turns = rows_turn_from(open_config(base_folder))
-    return make_plan(Question(spec, facts, rows_of(dataset), device, sizes, unknown, turns, speed))
+    stored = float(sum(file.stat().st_size for file in weight_files(base_folder)))
+    resident = max(processes.all_of(_resident_bytes()))
+    return make_plan(Question(spec, facts, rows_of(dataset), device, sizes, unknown, turns, Here(speed, stored, resident)))
+
+
+def _resident_bytes() -> float:
+    """Return what this process holds in memory now."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return float(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache
@@ -103,7 +112,7 @@ def _speed(precision: str, threads: int) -> float:
     """Return how fast this process is beside one core of the reference machine, by a short product."""
     torch.set_num_threads(threads)
     number = COMPUTE_BYTES[precision]
-    return products_per_second({2: "bf16", 4: "fp32"}[number], SPEED_SECONDS) / REFERENCE_FLOPS[number]
+    return products_per_second({2: "bf16", 4: "fp32"}[number], seconds=SPEED_SECONDS) / REFERENCE_FLOPS[number]
 
 
 def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:

@@ -91,12 +91,15 @@ def _timed(question: Question) -> Question:
     from dataclasses import replace
 
     from kivnun.plan.time import machine_speed
-    from kivnun.spec import resolve
+    from kivnun.spec import MultiProcessSpec, resolve
 
     if question.device.kind != "cpu" or question.sizes is None:
         return question
-    precision = resolve(question.spec, question.facts)[0].base.precision
-    return replace(question, speed=machine_speed("fp32" if precision == "fp32" else "bf16"))
+    spec, _ = resolve(question.spec, question.facts)
+    speed = machine_speed("fp32" if spec.base.precision == "fp32" else "bf16")
+    if isinstance(spec.compute, MultiProcessSpec):  # which share the machine's cores
+        speed /= -(-spec.compute.processes // question.device.count)
+    return replace(question, here=replace(question.here, speed=speed))
 
 
 def _show(console: Console, spec: Path, question: Question, made: Plan, cost: Cost | None) -> None:

@@ -16,7 +16,7 @@ from kivnun.errors import WontFitError
 from kivnun.plan.advise import words_of_bytes
 from kivnun.plan.cautions import FITS_BARELY, cautions
 from kivnun.plan.devices import Device
-from kivnun.plan.forecast import Forecast, Steps, forecast, steps_of
+from kivnun.plan.forecast import Forecast, Here, Steps, forecast, steps_of
 from kivnun.plan.rows import RunRows
 from kivnun.plan.sizes import Sizes
 from kivnun.spec import MultiProcessSpec, PassChoice, ResolveFacts, TuneSpec, resolve
@@ -29,7 +29,7 @@ class Question:
     """What is to be planned: a spec as it was given, what is known of data, base and machine, and the device.
 
     `sizes` is None for a base whose layers are not known, `unknown` says why. `turns_from` is the length above which rows take
-    LongRoPE's long factors. `speed` is the machine beside one core of the reference's."""
+    LongRoPE's long factors. `here` is what was found out about the machine and the base's files."""
 
     spec: TuneSpec
     facts: ResolveFacts
@@ -38,7 +38,7 @@ class Question:
     sizes: Sizes | None
     unknown: str = ""
     turns_from: int | None = None
-    speed: float = 1.0
+    here: Here = Here()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _planned(question: Question, facts: ResolveFacts) -> Plan:
     told = cautions(spec, rows, steps, facts.base_parameters, question.turns_from)
     if question.sizes is None:
         return Plan(spec, reasons, steps, None, question.unknown, limit, told)
-    found = forecast(spec, question.sizes, rows, steps, question.device, question.speed)
+    found = forecast(spec, question.sizes, rows, steps, question.device, question.here)
     if limit >= found.peak > FITS_BARELY * limit:
         barely = f"{words_of_bytes(found.peak)} of {words_of_bytes(limit)} of memory are foretold, which may be off by a tenth"
         told = (*told, f"{barely}: close other programs, or lower compute.micro_batch_tokens")
