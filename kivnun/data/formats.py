@@ -46,18 +46,18 @@ _SHAPES = (
 class _Complaints:
     """The problems of one row, in words; bounded, so that one broken row of 16 MiB does not make a million of them."""
 
-    messages: list[str] = field(default_factory=list[str])
+    messages: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
     more: int = 0
 
-    def __call__(self, message: str) -> None:
+    def __call__(self, message: str, page: str | None = None) -> None:
         if len(self.messages) < MAX_PROBLEMS_PER_ROW:
-            self.messages.append(message)
+            self.messages.append((message, page))
         else:
             self.more += 1
 
     def problems(self, where: Where) -> Iterator[RowProblem]:
-        for message in self.messages:
-            yield RowProblem(where.path, where.line, message)
+        for message, page in self.messages:
+            yield RowProblem(where.path, where.line, message, page)
         if self.more:
             yield RowProblem(where.path, where.line, f"and {self.more} more problems in this row")
 
@@ -70,7 +70,9 @@ def read_records(path: Path, format: str = "auto") -> tuple[str, list[Record], l
     "unknown". Raises DataError where the file as a whole is of no use, StorageError where the system cannot read it, SpecError.
     """
     if format not in ("auto", *FORMATS):
-        raise SpecError(f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}")
+        raise SpecError(
+            f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}", hint="auto decides by the rows' keys"
+        )
     decided = None if format == "auto" else format
     guess = UNKNOWN
     records: list[Record] = []
@@ -78,7 +80,7 @@ def read_records(path: Path, format: str = "auto") -> tuple[str, list[Record], l
     for line, value in read_objects(path):
         where = Where(str(path), line)
         if isinstance(value, LineProblem):
-            problems.append(RowProblem(where.path, line, str(value)))
+            problems.append(RowProblem(where.path, line, str(value), value.page))
             continue
         complaints = _Complaints()
         shape = shape_of(value)
@@ -104,7 +106,9 @@ def _record(row: dict[str, Any], shape: str | None, decided: str | None, where: 
         _complain_of_shape(row, decided, complain)
         return None
     if decided is not None and shape != decided:
-        complain(f"the row's keys are those of {shape}, the file's format is {decided}; one file holds one format")
+        complain(
+            f"the row's keys are those of {shape}, the file's format is {decided}; one file holds one format", "07-mixed-formats"
+        )
         return None
     return _PARSERS[shape](row, where, complain)
 

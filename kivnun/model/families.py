@@ -35,6 +35,10 @@ REFUSED = {
     "phi3small": "Phi-3-small computes block-sparse attention in code of its own that transformers does not hold",
 }
 
+REFUSED_IDS = {"microsoft/phi-3-small-8k-instruct": "phi3small", "microsoft/phi-3-small-128k-instruct": "phi3small"}
+
+NOT_FOUND = "12-base-not-found"  # of docs/mistakes
+
 # Families of transformers whose sliding window stands in a mask alone, which packed rows do without.
 WINDOW_IN_MASK = frozenset({"phimoe", "qwen2_moe", "doge"})
 
@@ -81,25 +85,60 @@ def find_base(model: str, revision: str | None = None) -> Path:
         return Path(model)
     if model.startswith("kivnun/"):
         near = get_close_matches(model, BUILT_IN, n=1, cutoff=0.0)[0]
-        raise BaseModelError(f"there is no built-in base {model!r}", hint=f"did you mean {near}?")
+        raise BaseModelError(f"there is no built-in base {model!r}", hint=f"did you mean {near}?", pages=(NOT_FOUND,))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BaseModelError(
-            f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"
+            f"base {model!r} is neither a folder nor a model id",
+            hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder",
+            pages=(NOT_FOUND,),
         )
+    if model.lower() in REFUSED_IDS:
+        raise refused(model, REFUSED_IDS[model.lower()])  # before it is downloaded
     return _from_hub(model, revision)
+
+
+def refused(name: str, kind: str) -> BaseModelError:
+    """Return the error for a base of a `model_type` in REFUSED."""
+    return BaseModelError(
+        f"{name}: {REFUSED[kind]}",
+        hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead",
+        pages=("15-phi-3-small",),
+    )
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    hint = "check the id, the network and, for gated models, `hf auth login`; or give a folder"
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise BaseModelError(f"base {model!r} could not be downloaded{offline}: {type(error).__name__}", hint=hint) from error
+        raise not_from_hub(model, error) from error
+
+
+def not_from_hub(model: str, error: Exception) -> BaseModelError:
+    """Return what to tell of a base that the hub did not give: it is gated, it is not there, or the hub was not reached."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return BaseModelError(
+            f"base {model!r} is gated: the hub gives it to those who accepted its terms, and nobody or somebody else is logged in",
+            hint="accept the terms on the model's page, then `hf auth login`; or give a folder",
+            pages=("13-gated-base",),
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return BaseModelError(
+            f"base {model!r} is not on the hub, or is private",
+            hint="check the id; for a private model `hf auth login`; or give a folder",
+            pages=(NOT_FOUND,),
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return BaseModelError(
+        f"base {model!r} could not be downloaded{offline}: {type(error).__name__}",
+        hint="check the id, the network and the revision; or give a folder",
+        pages=(NOT_FOUND,),
+    )
 
 
 def builtin_bases() -> list[BaseInfo]:
@@ -202,6 +241,7 @@ def stored_precision(folder: Path) -> Literal["nf4", "int8"] | None:
     raise BaseModelError(
         f"{folder} is quantised as {kind}, which is not supported: bitsandbytes' nf4 and int8 are",
         hint="use the model it was made from, with base.precision nf4 or int8",
+        pages=("14-quantised-otherwise",),
     )
 
 

@@ -23,7 +23,7 @@ from kivnun.errors import BaseModelError
 from kivnun.model import attention
 from kivnun.model.attention import Rows
 from kivnun.model.decoder import BlankLinear, Decoder, design_of
-from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision
+from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision, refused
 from kivnun.model.foreign import ForeignTrunk, replace_module
 from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import TunableEmbedding, TunableLinear
@@ -336,7 +336,7 @@ def _refuse_unsupported(folder: Path) -> None:
     config = read_config(folder)
     kind = str(config.get("model_type"))
     if kind in REFUSED:
-        raise BaseModelError(f"{folder}: {REFUSED[kind]}", hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead")
+        raise refused(str(folder), kind)
     if "auto_map" in config and kind not in _known_types():
         raise BaseModelError(
             f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kivnun.errors import BaseModelError
-from kivnun.model.families import BUILT_IN, REFUSED, find_base, read_config
+from kivnun.model.families import BUILT_IN, NOT_FOUND, REFUSED, find_base, not_from_hub, read_config, refused
 from kivnun.plan.sizes import Sizes
 
 _MINI = {"hidden_size": 3072, "num_hidden_layers": 32, "intermediate_size": 8192, "model_type": "phi3"}
@@ -59,7 +59,7 @@ def known_base(name: str) -> KnownBase:
             config = _downloaded(name)
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in REFUSED:
-        raise BaseModelError(f"{name}: {REFUSED[kind]}", hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead")
+        raise refused(name, kind)
     has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
     return KnownBase(name, Sizes.of(config, name), folder if has_tokenizer else None)
 
@@ -68,13 +68,15 @@ def _downloaded(name: str) -> dict[str, Any]:
     """Return the config.json of a hub's model, and nothing else of it."""
     known = f"a folder, {', '.join(BUILT_IN)}, or a hub id such as {next(iter(PHI))}"
     if name.count("/") != 1 or name.startswith((".", "/", "~", "kivnun/")):
-        raise BaseModelError(f"base {name!r} is neither a folder nor a model id", hint=f"give {known}")
+        raise BaseModelError(f"base {name!r} is neither a folder nor a model id", hint=f"give {known}", pages=(NOT_FOUND,))
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         found = hf_hub_download(name, "config.json")
         return json.loads(Path(found).read_text(encoding="utf-8"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
-        hint = "check the id and the network, or give a folder that holds its config.json"
-        raise BaseModelError(f"the configuration of {name!r} could not be had: {type(error).__name__}", hint=hint) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise not_from_hub(name, error) from error
+    except ValueError as error:
+        hint = "give a folder that holds its config.json"
+        raise BaseModelError(f"the configuration of {name!r} cannot be read: {error}", hint=hint) from error
