@@ -123,7 +123,7 @@ def not_from_hub(model: str, error: Exception) -> BaseModelError:
 
     if isinstance(error, GatedRepoError):
         return BaseModelError(
-            f"base {model!r} is gated: the hub gives it to those who accepted its terms, and nobody or somebody else is logged in",
+            f"base {model!r} is gated: the hub gives it only to those who are logged in and accepted its terms",
             hint="accept the terms on the model's page, then `hf auth login`; or give a folder",
             pages=("13-gated-base",),
         )

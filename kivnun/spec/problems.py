@@ -107,7 +107,8 @@ def _problem(details: ErrorDetails, lines: Mapping[Location, int]) -> Problem:
         return Problem(path, *_unknown(place.path, place.model), line, MISSPELT)
     value = cast("object", details["input"])
     text = f"{path} must be {_expected(place)}, got {shown(value)}"
-    return Problem(path, text, hint or _hint(place, value), line, WRONG_TYPE)
+    page = cast("str | None", context.get("page")) or WRONG_TYPE
+    return Problem(path, text, hint or _hint(place, value), line, page)
 
 
 def _place(loc: Location) -> _Place:
