@@ -85,6 +85,7 @@ def exit_statuses() -> Iterator[tuple[int, str, str]]:
     """Yield (status, code, meaning) of everything the command line returns, by status."""
     rows = [
         (0, "", "Done."),
+        (1, "", "`kivnun doctor` found what prevents a run."),
         (2, "usage", "The command line names an unknown option, or lacks an argument."),
         (INTERNAL, "internal", f"A bug of Kivnun, or out of memory; {TRACEBACK_VARIABLE}=1 shows the traceback."),
     ]

@@ -18,6 +18,7 @@ from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
 from kivnun.cli.data import data
+from kivnun.cli.doctor import doctor
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.matrix import matrix
@@ -52,7 +53,7 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, schema):
+for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, doctor, matrix, showcase, truthfulqa, schema):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

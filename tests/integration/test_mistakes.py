@@ -1,7 +1,7 @@
 """The pages about mistakes: each shows exactly the message that its own commands print, and each is named by that message.
 
-A page's commands run in this process, most of them to a refusal before a model is loaded. Where the mistake lies in the world around
-(a full disk, a hub out of reach, a model under terms), a fixture makes it real: a file system, a server on this machine.
+A page's commands run in this process, most of them to a refusal before a model is loaded. Where the mistake lies in the world
+around (a full disk, a hub out of reach, a model under terms), it is made real: a file system, a server on this machine.
 """
 
 from __future__ import annotations
