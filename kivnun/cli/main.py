@@ -17,6 +17,7 @@ from kivnun.cli import failure
 from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
+from kivnun.cli.completion import completion
 from kivnun.cli.data import data
 from kivnun.cli.doctor import doctor
 from kivnun.cli.evaluate import evaluate
@@ -53,7 +54,23 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, doctor, matrix, showcase, truthfulqa, schema):
+for _command in (
+    tune,
+    data,
+    evaluate,
+    chat,
+    export,
+    verify,
+    bases,
+    scenario,
+    advise,
+    doctor,
+    matrix,
+    showcase,
+    truthfulqa,
+    schema,
+    completion,
+):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 
