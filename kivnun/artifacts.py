@@ -55,7 +55,9 @@ def storage_errors(path: Path) -> Generator[None]:
         if number not in _DISK_WORDS:
             raise
         raise StorageError(
-            f"cannot write {path}: {_DISK_WORDS[number]} ({os.strerror(number)})", hint=_hint(number, path)
+            f"cannot write {path}: {_DISK_WORDS[number]} ({os.strerror(number)})",
+            hint=_hint(number, path),
+            pages=("20-disk-full",) if number in _ROOM else (),
         ) from error
 
 
@@ -269,9 +271,13 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     for name, said in manifest["files"].items():
         path = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise IntegrityError(f"{folder / MANIFEST} lists {name!r}, which is outside its folder")
+            raise IntegrityError(
+                f"{folder / MANIFEST} lists {name!r}, which is outside its folder", hint="restore the folder from a copy"
+            )
         if not path.is_file():
-            raise IntegrityError(f"{path} is missing: {MANIFEST} lists it with sha256 {said['sha256']}")
+            raise IntegrityError(
+                f"{path} is missing: {MANIFEST} lists it with sha256 {said['sha256']}", hint="restore it from a copy"
+            )
         found = hash_file(path)
         if found != said["sha256"]:
             size = path.stat().st_size

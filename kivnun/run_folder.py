@@ -17,6 +17,8 @@ from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
 from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, load_spec, resolved_yaml
 
+CHANGED_SPEC = "18-resume-changed-spec"  # of docs/mistakes
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -123,7 +125,11 @@ def claim(folder: RunFolder, *, resume: bool) -> None:
     """Make the folder ready for a run. Raises RunFolderError when it holds one that was not asked to be gone on with."""
     occupied = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
     if occupied and not resume and not _was_refused(folder):
-        raise RunFolderError(f"{folder.path} exists already", hint="choose another --output, or go on with it with --resume")
+        raise RunFolderError(
+            f"{folder.path} exists already",
+            hint="choose another --output, or go on with it with --resume",
+            pages=("17-run-folder-exists",),
+        )
     if occupied and not folder.events.is_file():
         raise RunFolderError(f"{folder.path} is not a run folder: it has no events.jsonl", hint="choose another --output")
     make_folder(folder.path)
@@ -145,6 +151,7 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
             raise RunFolderError(
                 f"{folder.path} was made by another spec: {'; '.join(changed)}",
                 hint="resume with the spec it was made by, or choose another --output",
+                pages=(CHANGED_SPEC,),
             )
     atomic_write(folder.spec, spec_text)
     atomic_write(folder.resolved, resolved_yaml(spec, reasons))
@@ -167,7 +174,9 @@ def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
     _, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
     if changed:
         raise RunFolderError(
-            f"{folder.path} was finished with another spec: {'; '.join(changed)}", hint="choose another --output for the new one"
+            f"{folder.path} was finished with another spec: {'; '.join(changed)}",
+            hint="choose another --output for the new one",
+            pages=(CHANGED_SPEC,),
         )
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,7 +30,7 @@ class Sampler(Protocol):
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders)
 @click.option("--once", metavar="TEXT", help="Answer this one message on stdout and end.")
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
 @click.option("--base", is_flag=True, help="Talk to the base, without the adapter.")

@@ -17,7 +17,9 @@ from kivnun.cli import failure
 from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
+from kivnun.cli.completion import completion
 from kivnun.cli.data import data
+from kivnun.cli.doctor import doctor
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.harness import harness
@@ -55,7 +57,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    tune, plan, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, harness, schema,
+    tune, plan, data, evaluate, chat, export, verify, bases, doctor, scenario, advise, matrix, showcase, truthfulqa, harness, schema,
+    completion,
 )  # fmt: skip
 for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"

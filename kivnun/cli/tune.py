@@ -10,20 +10,22 @@ from typing import Any
 
 import click
 
+from kivnun.cli.completion import option_paths, spec_files
 from kivnun.errors import InterruptedRun
 
 SPEC = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.argument("spec", type=SPEC)
+@click.argument("spec", type=SPEC, shell_complete=spec_files)
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), metavar="RUN",
     help="The run folder to make.  [default: runs/ and the spec's name, in the current folder]",
 )  # fmt: skip
 @click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec, e.g. --set adapter.rank=32."
-)
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", shell_complete=option_paths,
+    help="Override one value of the spec, e.g. --set adapter.rank=32.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; a finished run prints its result again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line of stdout.")
 def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bool, as_json: bool) -> int:

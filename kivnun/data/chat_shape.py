@@ -7,12 +7,11 @@ records hold it. Rules about templates are not here: which roles a template know
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from kivnun.data.jsonl import LineProblem, as_list, as_object, key_name, parse_value, type_name
 
-Complain = Callable[[str], None]
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,6 +34,12 @@ _MEDIA = {
     "image_url": "an image", "image": "an image", "input_audio": "audio", "audio": "audio", "video": "video", "file": "a file",
     "refusal": "a refusal",
 }  # fmt: skip
+
+
+class Complain(Protocol):
+    """Takes down what is wrong with a row, in words, and the page of docs/mistakes about it, if there is one."""
+
+    def __call__(self, message: str, page: str | None = None) -> None: ...
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -73,9 +78,8 @@ def check_trains(messages: Sequence[Message], complain: Complain) -> None:
     if not replies:
         complain("messages hold no assistant message: there is nothing to train")
     elif messages[-1]["role"] != "assistant":
-        complain(
-            f"the last message must be the assistant's, it has the role {messages[-1]['role']}: what follows a reply trains nothing"
-        )
+        text = f"the last message must be the assistant's, it has the role {messages[-1]['role']}"
+        complain(f"{text}: what follows a reply trains nothing", "06-last-message")
     elif all(message.get("weight") == 0 for message in replies):
         complain("every assistant message has weight 0: there is nothing to train")
 
@@ -205,7 +209,7 @@ def _complain_of_role(role: Any, at: str, complain: Complain) -> None:
         complain(f"{at}.role 'function' is the old form of 'tool': use the role tool with a tool_call_id")
     elif isinstance(role, str):
         near = nearest(role, ROLES)
-        complain(f"{at}.role is not one of {allowed}" + (f"; did you mean {near!r}?" if near else ""))
+        complain(f"{at}.role is not one of {allowed}" + (f"; did you mean {near!r}?" if near else ""), "05-wrong-role")
     else:
         complain(f"{at}.role must be one of {allowed}, got {'nothing' if role is None else type_name(role)}")
 

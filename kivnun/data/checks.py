@@ -136,11 +136,11 @@ def histogram(train: np.ndarray, held_out: np.ndarray) -> tuple[tuple[int, int, 
     if not len(both):
         return ()
     ends = [SHORTEST]
-    while ends[-1] < both.max():
+    while ends[-1] < int(both.max()):
         ends.append(2 * ends[-1])
     counts = [np.bincount(np.searchsorted(ends, side), minlength=len(ends)) for side in (train, held_out)]
     steps = [(end, int(counts[0][at]), int(counts[1][at])) for at, end in enumerate(ends)]
-    return tuple(steps[int(np.searchsorted(ends, both.min())) :])
+    return tuple(steps[int(np.searchsorted(ends, int(both.min()))) :])
 
 
 def check_file(path: Path, format: str = "auto") -> FileReport:

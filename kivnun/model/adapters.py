@@ -192,6 +192,7 @@ def _matches(base: Base, target: str) -> list[str]:
         raise BaseModelError(
             f"adapter.target_modules names {target!r}, which matches no linear layer of {base.name}",
             hint=f"the base has: {', '.join(_endings(base))}; or use all-linear",
+            pages=("11-unknown-target-module",),
         )
     return found
 
@@ -211,6 +212,7 @@ def _fused_names(base: Base, targets: list[str]) -> list[str]:
             raise BaseModelError(
                 f"adapter.target_modules names {', '.join(sorted(named))}, but this base stores {whole} as one {fused}",
                 hint=f"name {fused}, or all of {whole}: a part of it cannot be adapted alone",
+                pages=("10-fused-projection",),
             )
         targets = [target for target in targets if target not in parts]
         targets += [fused] if fused not in targets else []

@@ -154,7 +154,9 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         text = f"adapter is full, but the base is stored in {stored}, which cannot be trained"
         yield Problem("adapter", text, "choose an adapter such as lora, or use the model it was made from")
     if spec.compute.device == "cuda" and facts.device != "cuda":
-        yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
+        text = "compute.device is cuda, but no CUDA device was found"
+        hint = "choose auto or cpu; kivnun doctor says what this machine offers"
+        yield Problem("compute.device", text, hint, page="16-cuda-without-gpu")
 
 
 def _kernel_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:

@@ -296,5 +296,7 @@ def non_finite(what: str, rows: Sequence[Where]) -> NonFiniteLossError:
     shown = ", ".join(dict.fromkeys(str(where) for where in rows[:8]))
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return NonFiniteLossError(
-        f"{what}; rows in it: {shown}{more}", hint="nothing was updated: lower schedule.learning_rate, or look at these rows"
+        f"{what}; rows in it: {shown}{more}",
+        hint="nothing was updated: lower schedule.learning_rate, or look at these rows",
+        pages=("19-nan-loss",),
     )
