@@ -133,7 +133,7 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
     reshaped: list[str] = []
     if folder.resolved.is_file() and folder.has_begun:
         before = folder.read_spec()
-        reshaped, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+        reshaped, changed = _apart(differences(before.to_tree(), spec.to_tree()))
         if changed:
             raise RunFolderError(
                 f"{folder.path} was made by another spec: {'; '.join(changed)}",
@@ -157,7 +157,7 @@ def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
         before = TuneSpec.model_validate((_read_start(folder) or {})["spec"])
     except (KeyError, ValueError):  # written by another version: its result is what is asked for
         return
-    _, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+    _, changed = _apart(differences(before.to_tree(), spec.to_tree()))
     if changed:
         raise RunFolderError(
             f"{folder.path} was finished with another spec: {'; '.join(changed)}", hint="choose another --output for the new one"
@@ -224,8 +224,9 @@ def seconds_worked(events: list[Event]) -> float:
     return total + ((last - began).total_seconds() if began is not None and last is not None else 0.0)
 
 
-def _differences(before: object, now: object, path: str = "") -> list[str]:
+def differences(before: object, now: object, path: str = "") -> list[str]:
+    """Return one sentence for each value that differs between two trees of plain JSON."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

@@ -21,6 +21,7 @@ from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.matrix import matrix
+from kivnun.cli.predict import predict
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
@@ -52,7 +53,22 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, schema):
+for _command in (
+    tune,
+    data,
+    evaluate,
+    chat,
+    predict,
+    export,
+    verify,
+    bases,
+    scenario,
+    advise,
+    matrix,
+    showcase,
+    truthfulqa,
+    schema,
+):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 
