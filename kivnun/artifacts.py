@@ -217,6 +217,13 @@ def hash_folder(folder: Path, pattern: str = "**/*") -> str:
     return _digest({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
 
 
+def listed_hash(manifest: Mapping[str, Any], folder: str) -> str | None:
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files; None where it lists none."""
+    prefix = f"{folder}/"
+    files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}
+    return _digest(files) if files else None
+
+
 def code_hash() -> str:
     """Return one SHA-256 over the package's Python files: which code made an artifact."""
     return hash_folder(Path(__file__).parent, "**/*.py")

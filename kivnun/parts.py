@@ -17,16 +17,28 @@ import torch
 from kivnun.data.loader import Dataset
 from kivnun.data.order import RowOrder
 from kivnun.data.rows import PreferencePair
+from kivnun.lineage import start_of
 from kivnun.model.families import count_parameters, longest_row, stored_precision
 from kivnun.model.kernels import native_or_reason, triton_or_reason
 from kivnun.model.load import Base
 from kivnun.model.read_model import open_config
 from kivnun.model.rope import rows_turn_from
 from kivnun.run_folder import RunFolder, read_json_file
-from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MultiProcessSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec
-from kivnun.spec.adapters import dropout_of
+from kivnun.spec import (
+    AdapterSpec,
+    ComputeSpec,
+    DpoSpec,
+    FullSpec,
+    MultiProcessSpec,
+    MuonSpec,
+    OptimizerSpec,
+    ResolveFacts,
+    TuneSpec,
+)
+from kivnun.spec.adapters import LowRank, dropout_of
 from kivnun.spec.resolve import MIN_MICRO_BATCH
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
+from kivnun.train.continued import open_start, stored_start
 from kivnun.train.data_parallel import DataParallelEngine
 from kivnun.train.deepspeed_settings import ShardSettings
 from kivnun.train.engine import Engine, TorchEngine
@@ -41,9 +53,14 @@ from kivnun.train.weights import LiveWeights, Weights
 
 
 def resolve_facts(
-    dataset: Dataset, base_folder: Path, compute: ComputeSpec | None = None, folder: RunFolder | None = None
+    dataset: Dataset,
+    base_folder: Path,
+    compute: ComputeSpec | None = None,
+    folder: RunFolder | None = None,
+    adapter: AdapterSpec | None = None,
 ) -> ResolveFacts:
-    """Return what is known of data, base and machine, and of the folder's run where it was begun already."""
+    """Return what is known of data, base and machine, of the folder's run where it was begun already, and of the adapter that a
+    spec's `adapter` starts from."""
     native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
@@ -62,6 +79,7 @@ def resolve_facts(
         local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if isinstance(compute, MultiProcessSpec) else 1,
         threads_before=None if compute is None or folder is None else folder.threads_in_another_shape(compute),
         deepspeed=read_json_file(compute.deepspeed) if isinstance(compute, MultiProcessSpec) and compute.deepspeed else None,
+        start=None if adapter is None else stored_start(adapter, base_folder),
     )
 
 
@@ -138,13 +156,19 @@ def open_weights(spec: TuneSpec, base: Base, dataset: Dataset) -> Weights:
 
 
 def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path, *, writes: bool = True) -> Objective:
-    """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
+    """Return the loss the spec asks for. DPO's reference is what training starts from (the base as it is now, with the adapter
+    that it goes on with), computed once and kept in `cache`."""
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
     pairs = [cast(PreferencePair, row) for row in dataset.train.rows]
     of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
+    reference, start = engine.base_model(), start_of(spec.adapter)
+    if start is not None:
+        assert isinstance(spec.adapter, LowRank)
+        of += f" {start.content_hash}"
+        reference = engine.with_adapter(open_start(spec.adapter, engine.base, spec.seed))
     key = hashlib.sha256(of.encode()).hexdigest()
-    return DpoObjective(spec.objective.beta, reference_sums(engine.base_model(), pairs, key, cache, spec.compute, writes))
+    return DpoObjective(spec.objective.beta, reference_sums(reference, pairs, key, cache, spec.compute, writes))
 
 
 def peak_memory(device: str) -> int:

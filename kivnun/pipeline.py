@@ -52,6 +52,7 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
+from kivnun.lineage import lineage_of, start_of
 from kivnun.model.families import copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
@@ -130,7 +131,7 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     base_folder = find_base(spec.base.model, spec.base.revision)
     tokenizer = load_tokenizer(base_folder, spec.data.template)
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
-    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
+    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute, adapter=spec.adapter))
     torch.set_num_threads(cast(int, spec.compute.threads))
     base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
     tokens = cast(int, spec.compute.micro_batch_tokens)
@@ -184,7 +185,8 @@ class _Run:
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
         dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
-        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
+        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder, self.spec.adapter)
+        spec, reasons = resolve(self.spec, facts)
         changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
         self._tell_data(dataset, tokenizer, changed)
@@ -380,6 +382,7 @@ class _Run:
             "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
+            **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
         }
         kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
         write_manifest(self.folder.path, fields, kept)
@@ -450,5 +453,6 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     return {
         "data_hash": dataset.content_hash,
         "base_hash": base.content_hash,
+        **({} if (start := start_of(spec.adapter)) is None else {"start_hash": start.content_hash}),
         "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }

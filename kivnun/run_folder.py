@@ -186,12 +186,17 @@ def _read_start(folder: RunFolder) -> dict[str, Any] | None:
 def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of other data, another base or another numeric environment.
 
-    `before` and `now` hold `data_hash`, `base_hash` and `environment`. Raises RunFolderError, which says what differs.
+    `before` and `now` hold `data_hash`, `base_hash`, `environment` and, where a run goes on with an adapter, `start_hash`. Raises
+    RunFolderError, which says what differs.
     """
     changed = [
         f"the {what} changed since the run was begun"
-        for name, what in (("data_hash", "training or validation data"), ("base_hash", "base's weights or configuration"))
-        if before[name] != now[name]
+        for name, what in (
+            ("data_hash", "training or validation data"),
+            ("base_hash", "base's weights or configuration"),
+            ("start_hash", "adapter that the run starts from"),
+        )
+        if before.get(name) != now.get(name)
     ]
     changed += environment_difference(before["environment"], now["environment"])
     if changed:

@@ -21,6 +21,7 @@ from kivnun.artifacts import atomic_folder, check_manifest, hash_folder
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable
 from kivnun.errors import IntegrityError, RunFolderError
+from kivnun.lineage import MERGE_RECORD
 from kivnun.model.adapter_folder import load_peft
 from kivnun.model.attention import Rows
 from kivnun.model.families import copy_tokenizer, stored_dtype
@@ -30,7 +31,6 @@ from kivnun.model.sites import NormSite, PrefixSite, PromptSite, Site
 from kivnun.opened import OpenedRun, open_run
 from kivnun.spec.base import QUANTISED
 
-MERGE_RECORD = "kivnun_merge.json"
 GATE_ROWS = 32
 
 # Mean KL divergence (nats per position) allowed between base plus adapter in float32 and the merged weights as they were stored.

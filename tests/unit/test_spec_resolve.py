@@ -50,6 +50,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 NONE_MEANS_NONE = {
     "base.revision",
     "data.template",
+    "adapter.start_from",
     "schedule.steps",
     "schedule.batch_tokens",
     "evaluation.every_steps",
@@ -234,6 +235,7 @@ CHANGES: dict[str, list[str]] = {
     "adapter.dropout": ["adapter.dropout=0.1"],
     "adapter.target_modules": ["adapter.target_modules=[qkv_proj]"],
     "adapter.rslora": ["adapter.rslora=true", "adapter.alpha=32"],
+    "adapter.start_from": ["adapter.start_from=runs/first"],
     "adapter.init": ["adapter.init=gaussian"],
     "schedule.epochs": ["schedule.epochs=4"],
     "schedule.steps": ["schedule.steps=4"],
