@@ -24,6 +24,7 @@ from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
+from kivnun.evaluate.card import write_card
 from kivnun.evaluate.evaluation import (
     Evaluation,
     StageProgress,
@@ -384,7 +385,9 @@ class _Run:
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
             **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
         }
-        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
+        made = self._result_folder(spec)
+        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter")
+        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", made]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)
         atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
