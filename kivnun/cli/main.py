@@ -21,10 +21,12 @@ from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.matrix import matrix
+from kivnun.cli.models import models
 from kivnun.cli.predict import predict
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
+from kivnun.cli.serve_run import serve_run
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
@@ -54,21 +56,9 @@ def cli() -> None:
 
 
 for _command in (
-    tune,
-    data,
-    evaluate,
-    chat,
-    predict,
-    export,
-    verify,
-    bases,
-    scenario,
-    advise,
-    matrix,
-    showcase,
-    truthfulqa,
-    schema,
-):
+    tune, data, evaluate, chat, predict, export, verify, models, serve_run,
+    bases, scenario, advise, matrix, showcase, truthfulqa, schema,
+):  # fmt: skip
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 
