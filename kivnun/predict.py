@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,7 +275,7 @@ def _check_record(output: Path, now: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _opened(output: Path) -> Iterator[BinaryIO]:
+def _opened(output: Path) -> Generator[BinaryIO]:
     """Give the output, open for this process alone."""
     with storage_errors(output), open(output, "a+b") as file:
         try:
