@@ -224,6 +224,13 @@ def hash_files(hashes: Mapping[str, str]) -> str:
     return _digest(hashes)
 
 
+def listed_hash(manifest: Mapping[str, Any], folder: str) -> str | None:
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files; None where it lists none."""
+    prefix = f"{folder}/"
+    files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}
+    return _digest(files) if files else None
+
+
 def code_hash() -> str:
     """Return one SHA-256 over the package's Python files: which code made an artifact."""
     return hash_folder(Path(__file__).parent, "**/*.py")

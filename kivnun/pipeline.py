@@ -24,6 +24,7 @@ from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
+from kivnun.evaluate.card import write_card
 from kivnun.evaluate.evaluation import (
     Evaluation,
     StageProgress,
@@ -53,6 +54,7 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
+from kivnun.lineage import lineage_of, start_of
 from kivnun.model.families import base_record, copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
@@ -134,7 +136,7 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     base_folder = find_base(spec.base.model, spec.base.revision)
     tokenizer = load_tokenizer(base_folder, spec.data.template)
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
-    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
+    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute, adapter=spec.adapter))
     torch.set_num_threads(cast(int, spec.compute.threads))
     base = load_base(
         base_folder,
@@ -195,7 +197,7 @@ class _Run:
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
         dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest, self.folder.path)
-        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder)
+        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder, self.spec.adapter)
         plan = plan_run(self.spec, dataset, base_folder, facts, self.processes)
         spec = plan.spec
         changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, plan.reasons))
@@ -408,8 +410,11 @@ class _Run:
             "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
+            **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
         }
-        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
+        made = self._result_folder(spec)
+        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter")
+        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", made]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)
         atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -478,5 +483,6 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     return {
         "data_hash": dataset.content_hash,
         "base_hash": base.content_hash,
+        **({} if (start := start_of(spec.adapter)) is None else {"start_hash": start.content_hash}),
         "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }

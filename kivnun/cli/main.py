@@ -24,10 +24,13 @@ from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.harness import harness
 from kivnun.cli.matrix import matrix
+from kivnun.cli.models import models
 from kivnun.cli.plan import plan
+from kivnun.cli.predict import predict
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
+from kivnun.cli.serve_run import serve_run
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
@@ -57,8 +60,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    tune, plan, data, evaluate, chat, export, verify, bases, doctor, scenario, advise, matrix, showcase, truthfulqa, harness, schema,
-    completion,
+    tune, plan, data, evaluate, chat, predict, export, verify, models, serve_run, bases, doctor, scenario, advise, matrix, showcase,
+    truthfulqa, harness, schema, completion,
 )  # fmt: skip
 for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"

@@ -94,6 +94,16 @@ def check_prompt_messages(value: Any, at: str, complain: Complain) -> tuple[Mess
     return messages
 
 
+def check_asked_messages(value: Any, at: str, complain: Complain) -> tuple[tuple[Message, ...], Message | None]:
+    """Return the messages that a reply is to be written to, and the reply that a row made for training holds already (or None)."""
+    messages = _conversation(value, at, complain)
+    reply = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+    asked = messages if reply is None else messages[:-1]
+    if messages and not any(message["role"] in ("user", "tool") for message in asked):
+        complain(f"{at} hold no user message: nothing is asked")
+    return asked, reply
+
+
 def check_reply(value: Any, at: str, complain: Complain) -> str | None:
     """Return the text of one side of a preference: a string, or a list of one assistant message."""
     if isinstance(value, str):

@@ -58,10 +58,16 @@ class FixedModel:
         with self._base.using(self._sites):
             return _forward_and_choice(self._base, batch)
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
-        """Return the new token ids of each prompt."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Return the new token ids of each prompt; see `generate`."""
         with self._base.using(self._sites):
-            return generate(self._base, prompts, params, on_token)
+            return generate(self._base, prompts, params, on_token, streams)
 
 
 class Trainee:
