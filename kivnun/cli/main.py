@@ -17,6 +17,7 @@ from kivnun.cli import failure
 from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
+from kivnun.cli.compare import compare
 from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
@@ -52,7 +53,22 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, schema):
+for _command in (
+    tune,
+    data,
+    evaluate,
+    compare,
+    chat,
+    export,
+    verify,
+    bases,
+    scenario,
+    advise,
+    matrix,
+    showcase,
+    truthfulqa,
+    schema,
+):
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

@@ -102,7 +102,7 @@ MACROS = """{% macro bars(card) %}
 </div>
 </div>
 {% endfor %}
-{% if card.verdict or card.words %}
+{% if card.words is defined and card.words %}
 <p class="words soft">{% if card.verdict %}<span class="chip {{ card.css }}">{{ card.mark }} {{ card.verdict }}</span>{% endif %}
 {{ card.words }}</p>
 {% endif %}
