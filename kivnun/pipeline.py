@@ -123,6 +123,9 @@ def tune(
         except KivnunError as error:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
                 emit(RunFailed(code=error.code, message=error.message))
+            with contextlib.suppress(KivnunError):
+                if folder.has_begun:  # else the command may be given again, and finds an empty folder
+                    write_report(folder.path)
             raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ def _check(runs: tuple[Path, ...], output: Path | None) -> None:
 
 def _show(found: Comparison, console: Console) -> None:
     from kivnun.cli.screen import table
-    from kivnun.evaluate.compare import in_a_sentence
+    from kivnun.evaluate.compare import in_a_sentence, short_hash
 
     table(("", *(run.name for run in found.runs)), [*_scores(found), *_facts(found.runs)], console)
     console.print(f"\nagainst {found.reference}, on the same rows, 95 % intervals in brackets", style="bold")
@@ -80,7 +79,7 @@ def _show(found: Comparison, console: Console) -> None:
             console.print(f"\nwhat differs in the {heading}", style="bold")
             table(
                 ("", *(run.name for run in found.runs)),
-                [(name, *map(_short, values)) for name, values in differing.items()],
+                [(name, *map(short_hash, values)) for name, values in differing.items()],
                 console,
             )
 
@@ -122,11 +121,6 @@ def _facts(runs: list[ComparedRun]) -> list[tuple[str, ...]]:
         ("time", *(clock_time(run.seconds) for run in runs)),
         ("peak memory", *(f"{run.peak_bytes / 2**20:,.0f} MiB" for run in runs)),
     ]
-
-
-def _short(value: str) -> str:
-    """Return the beginning of a hash: enough to see that two differ. Everything else as it is."""
-    return f"{value[:12]}..." if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _difference(one: Any) -> tuple[str, str, str, str]:

@@ -105,21 +105,20 @@ def run_charts(curve: Curve, held_out: Sequence[tuple[int, float]]) -> list[Char
     mean = [("train", f"running mean (faint: {per_point})")]
     norms, speeds = (_smooth_and_raw(curve.step, values) for values in (curve.grad_norm, curve.tokens_per_s))
     return [
-        _chart("Loss", lines, "nats per token", said, legend),
-        _chart("Gradient norm, before clipping", norms, "", f"Gradient norm, at most {max(curve.grad_norm):g}", mean),
+        _chart("Loss, nats per token", lines, said, legend),
+        _chart("Gradient norm, before clipping", norms, f"Gradient norm, at most {max(curve.grad_norm):g}", mean),
         _chart(
             "Learning rate",
             [Line("rate", _points(curve.step, curve.learning_rate))],
-            "",
             f"Learning rate, at most {max(curve.learning_rate):g}",
             [("rate", "the rate of each step")],
         ),
-        _chart("Speed, tokens per second", speeds, "", f"Tokens per second, at most {max(curve.tokens_per_s):,.0f}", mean),
+        _chart("Speed, tokens per second", speeds, f"Tokens per second, at most {max(curve.tokens_per_s):,.0f}", mean),
     ]
 
 
-def _chart(heading: str, lines: Sequence[Line], y_label: str, said: str, legend: list[tuple[str, str]]) -> Chart:
-    return Chart(heading, Markup(line_chart(lines, "step", y_label, said)), legend)
+def _chart(heading: str, lines: Sequence[Line], said: str, legend: list[tuple[str, str]]) -> Chart:
+    return Chart(heading, Markup(line_chart(lines, "step", "", said)), legend)
 
 
 def _smooth_and_raw(steps: Sequence[int], values: Sequence[float]) -> list[Line]:

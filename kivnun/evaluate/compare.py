@@ -8,6 +8,7 @@ that the others are held against. Next: `compare_page.py`, `evaluation.py` (whic
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -291,6 +292,11 @@ def flat(tree: object, path: str = "") -> dict[str, str]:
     else:
         return {path: tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)}
     return {name: text for key, value in items for name, text in flat(value, f"{path}.{key}" if path else key).items()}
+
+
+def short_hash(value: str) -> str:
+    """Return the beginning of a SHA-256, enough to see that two differ; everything else as it is."""
+    return f"{value[:12]}…" if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _of_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from kivnun.evaluate.cards import UNRELATED as UNRELATED_SHOWN
 from kivnun.evaluate.cards import Bar, Chart, bars, css_of, smoothed
 from kivnun.evaluate.charts import Line, line_chart
-from kivnun.evaluate.compare import UNRELATED, ComparedRun, Comparison, Difference, in_a_sentence
+from kivnun.evaluate.compare import UNRELATED, ComparedRun, Comparison, Difference, in_a_sentence, short_hash
 from kivnun.evaluate.compare_template import PAGE, STYLE
 from kivnun.evaluate.facts import duration
 from kivnun.evaluate.page_template import STYLE as REPORT_STYLE
@@ -55,9 +55,10 @@ def render(comparison: Comparison) -> str:
         sentences=sentences if len(sentences) > 1 else [],
         styles=[style_of(number) for number in range(len(comparison.runs))],
         cards=[_card(comparison, name) for name in comparison.measures],
-        unrelated=_unrelated(comparison) if any(run.forgetting for run in comparison.runs) else None,
+        unrelated=_unrelated(comparison) if any(run.forgetting for run in comparison.runs) else [],
         charts=_charts(comparison.runs),
         facts=_facts(comparison.runs),
+        short=short_hash,
     )
     return page + "\n"
 
@@ -76,15 +77,18 @@ def _card(comparison: Comparison, name: str) -> RunsCard:
     return RunsCard(told.label, told.meaning, bars(placed, told, names), _said(comparison, name))
 
 
-def _unrelated(comparison: Comparison) -> RunsCard:
+def _unrelated(comparison: Comparison) -> list[RunsCard]:
     placed: list[tuple[str, float | None, Ends]] = []
     for at, run in enumerate(comparison.runs):
         ends = run.forgetting.get("interval")
         placed.append((style_of(at), run.forgetting.get("nll"), (ends[0], ends[1]) if ends else None))
     own = [_forgot(run) for run in comparison.runs if run.forgetting]
     names = [run.name for run in comparison.runs]
-    drawn = bars(placed, UNRELATED_SHOWN, names)
-    return RunsCard("Loss on unrelated text", UNRELATED_SHOWN.meaning, drawn, [*own, *_said(comparison, UNRELATED)])
+    cards = [RunsCard("Loss, each run against its own base", UNRELATED_SHOWN.meaning, bars(placed, UNRELATED_SHOWN, names), own)]
+    between_runs = _said(comparison, UNRELATED)
+    if between_runs:
+        cards.append(RunsCard(f"The same text, against {comparison.reference}", "less forgotten is better", [], between_runs))
+    return cards
 
 
 def _forgot(run: ComparedRun) -> Said:
@@ -116,15 +120,15 @@ def _charts(runs: Sequence[ComparedRun]) -> list[Chart]:
         if run.held_out
     ]
     drawn = [
-        ("Training loss, running mean", "nats per token", _lines(runs, lambda curve: smoothed(curve.loss))),
-        ("Held-out loss", "nats per token", held_out),
-        ("Gradient norm, running mean", "", _lines(runs, lambda curve: smoothed(curve.grad_norm))),
-        ("Learning rate", "", _lines(runs, lambda curve: curve.learning_rate)),
+        ("Training loss, nats per token, running mean", _lines(runs, lambda curve: smoothed(curve.loss))),
+        ("Held-out loss, nats per token", held_out),
+        ("Gradient norm, running mean", _lines(runs, lambda curve: smoothed(curve.grad_norm))),
+        ("Learning rate", _lines(runs, lambda curve: curve.learning_rate)),
     ]
     legend = [(style_of(at), run.name) for at, run in enumerate(runs)]
     return [
-        Chart(heading, Markup(line_chart(lines, "step", y_label, f"{heading} of {len(lines)} runs")), legend)
-        for heading, y_label, lines in drawn
+        Chart(heading, Markup(line_chart(lines, "step", "", f"{heading} of {len(lines)} runs")), legend)
+        for heading, lines in drawn
         if lines
     ]
 

@@ -18,7 +18,7 @@ svg circle.r3 { fill: var(--r3); } svg circle.r4 { fill: var(--r4); } svg circle
 svg circle.dot { stroke: var(--card); } svg .line.dashed { stroke-dasharray: 5 4; } .fill.dashed, .key.dashed { opacity: .6; }
 .scroll { overflow-x: auto; } .runs { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
 .runs th, .runs td { text-align: left; padding: 5px 16px 5px 0; vertical-align: top; overflow-wrap: anywhere; min-width: 7.5rem; }
-.runs th { font-weight: 600; } .runs tr + tr td { border-top: 1px solid var(--rule); }
+.runs th { font-weight: 600; white-space: nowrap; } .runs tr + tr td { border-top: 1px solid var(--rule); }
 .runs td:first-child { color: var(--soft); min-width: 8.5rem; }
 .line1 > span:first-child { overflow-wrap: anywhere; }
 @media print { :root { --r0: #6f6a61; --r1: #0f7a6c; --r2: #b4530a; --r3: #3d6fb5; --r4: #8a4fa3; --r5: #a8475c; } }
@@ -41,7 +41,7 @@ PAGE = (
 <section class="card scroll"><table class="runs">
 <tr><th></th>{% for run in c.runs %}<th><span class="swatch {{ styles[loop.index0] }}"></span>{{ run.name }}</th>{% endfor %}</tr>
 {% for name, values in rows %}
-<tr><td>{{ name }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+<tr><td>{{ name }}</td>{% for value in values %}<td>{{ short(value) }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></section>
 {% endmacro %}
@@ -74,7 +74,7 @@ a difference excludes zero. They are about these trainings: another seed gives a
 
 {% if unrelated %}
 <h2>Forgetting: text that has nothing to do with the task</h2>
-<div class="grid wide top">{{ card(unrelated) }}</div>
+<div class="grid wide top">{% for one in unrelated %}{{ card(one) }}{% endfor %}</div>
 {% endif %}
 
 <h2>What each took</h2>

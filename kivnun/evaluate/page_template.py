@@ -23,7 +23,7 @@ p { margin: 0; }
 .soft { color: var(--soft); font-size: .875rem; }
 .headline { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; font-weight: 700; letter-spacing: -.02em; margin: 6px 0 8px; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
-.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); }
+.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 16px 18px; min-width: 0; }
 .chip { display: inline-block; border-radius: 99px; padding: 1px 11px; font-size: .875rem; font-weight: 600;
   background: var(--even-bg); }
@@ -37,7 +37,7 @@ p { margin: 0; }
 .span::before, .span::after { content: ""; position: absolute; top: -4px; height: 10px; width: 2px; background: var(--text); }
 .span::after { right: 0; }
 .foot { margin-top: 12px; display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: baseline; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; max-width: 640px; height: auto; }
 svg text { fill: var(--soft); font: 12.5px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .dot { stroke: var(--card); stroke-width: 1.5; }
@@ -178,7 +178,7 @@ Replies are generated for at most <code>evaluation.generate_rows</code> of the r
 {{ bars(forgetting) }}
 {% if r.forgetting.base is none %}<p class="words soft">The base was not scored on it, so nothing can be said.</p>{% endif %}
 </section>
-{% if r.forgetting.by_kind %}
+{% if r.forgetting.by_kind and r.forgetting.tuned is not none %}
 <section class="card"><h3>By kind of text</h3><table class="numbers">
 <tr><th></th><th>base</th><th>tuned</th><th>change</th></tr>
 {% for kind, base, tuned in r.forgetting.by_kind %}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kivnun.artifacts import atomic_write
+from kivnun.errors import InterruptedRun
 from kivnun.evaluate.facts import Findings, Plan, all_of, event_facts, findings_of, last_of, manifest_facts, plan_of
 from kivnun.evaluate.intervals import Verdict, verdict_of
 from kivnun.evaluate.metrics import DIFFERENCE, higher_is_better
@@ -313,7 +314,7 @@ def _notes(events: Sequence[Event]) -> list[str]:
             notes.append(event.message)
         elif isinstance(event, Resumed):
             notes.append(f"Resumed at step {event.step}." if event.path else "Started over: there was no checkpoint yet.")
-        elif isinstance(event, RunFailed):
+        elif isinstance(event, RunFailed) and event.code != InterruptedRun.code:
             notes.append(f"Failed ({event.code}): {event.message}")
         elif isinstance(event, RunInterrupted):
             notes.append(f"Interrupted by the user after step {event.step}.")
@@ -336,6 +337,8 @@ def status_of(events: Sequence[Event]) -> str:
     for event in reversed(events):
         if isinstance(event, RunFinished):
             return event.status
+        if isinstance(event, RunFailed) and event.code == InterruptedRun.code:
+            return "interrupted"  # the line before says after which step
         if type(event) in names:
             return names[type(event)]
     return "not finished"

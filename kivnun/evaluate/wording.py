@@ -90,6 +90,8 @@ def in_words(name: str, before: float, after: float, ends: Ends, what: str = "ba
     if ends is None:
         return f"{moved}; fewer than ten rows cannot say how sure that is."
     interval = f"{told.change(ends[0])} to {told.change(ends[1])}"
+    if change == 0:
+        return f"{moved}; the 95 % interval of the difference, {interval}, holds zero."
     if ends[0] <= 0.0 <= ends[1]:
         return f"{moved}, which these rows cannot tell from no change: the 95 % interval of the difference, {interval}, holds zero."
     side = "above" if ends[0] > 0 else "below"
