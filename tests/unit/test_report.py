@@ -237,7 +237,7 @@ def with_forgetting(difference: tuple[float, float] | None, verdict: str, change
             (0.2, 0.3),
             0.25,
             "forgot",
-            "less likely: 5.000 to 5.250 nats per token, +0.250 [0.200 to 0.300], perplexity up 28.4 %",
+            "5.000 to 5.250 nats per token, +0.250 [0.200 to 0.300], perplexity up 28.4 %",
             True,
         ),
         ((-0.3, -0.2), -0.25, "better there too", "became likelier too: 5.000 to 4.750 nats per token, −0.250", False),
