@@ -277,8 +277,12 @@ def test_base_that_was_not_scored_on_the_text_leaves_no_verdict(tmp_path: Path) 
 
 
 FOUND: dict[str, object] = {
-    "duplicates": 3, "near_duplicates": 0, "overlap": 1, "near_overlap": 12, "lengths": [[16, 400, 40], [32, 2400, 250], [64, 80, 10]],
-}  # fmt: skip
+    "duplicates": 3,
+    "near_duplicates": 0,
+    "overlap": 1,
+    "near_overlap": 12,
+    "lengths": [[16, 400, 40], [32, 2400, 250], [64, 80, 10]],
+}
 PARTS = {"process": 200 * 2**20, "weights": 15 * 2**20, "adapter": 2**20, "activations": 184 * 2**20}
 
 
