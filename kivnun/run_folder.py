@@ -75,9 +75,14 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, where they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def has_begun(self) -> bool:
         """Return whether anything was computed here. A run refused for its data or its base leaves only what was said of it."""
-        said = {self.spec.name, self.resolved.name, self.events.name}
+        said = {self.spec.name, self.resolved.name, self.events.name, self.tensorboard.name}
         return any(entry.name not in said for entry in self.path.iterdir())
 
     @property

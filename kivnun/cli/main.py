@@ -17,6 +17,7 @@ from kivnun.cli import failure
 from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
+from kivnun.cli.compare import compare
 from kivnun.cli.completion import completion
 from kivnun.cli.data import data
 from kivnun.cli.doctor import doctor
@@ -60,8 +61,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    tune, plan, data, evaluate, chat, predict, export, verify, models, serve_run, bases, doctor, scenario, advise, matrix, showcase,
-    truthfulqa, harness, schema, completion,
+    tune, plan, data, evaluate, compare, chat, predict, export, verify, models, serve_run, bases, doctor, scenario, advise, matrix,
+    showcase, truthfulqa, harness, schema, completion,
 )  # fmt: skip
 for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"

@@ -266,6 +266,7 @@ CHANGES: dict[str, list[str]] = {
     "evaluation.max_new_tokens": ["evaluation.max_new_tokens=10"],
     "evaluation.samples": ["evaluation.samples=0"],
     "evaluation.bootstrap": ["evaluation.bootstrap=200"],
+    "evaluation.forgetting": ["evaluation.forgetting=null"],
     "checkpoints.every_steps": ["checkpoints.every_steps=5"],
     "checkpoints.every_epoch": ["checkpoints.every_epoch=false"],
     "checkpoints.every_seconds": ["checkpoints.every_seconds=null"],
