@@ -28,6 +28,7 @@ MAX_PROBLEMS_PER_ROW = 5
 MAX_SHOWN = 20
 # Columns that hold what a row shows or plays: leaving them out would train on rows that speak of what is not there.
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
 
 
 @dataclass
@@ -289,6 +290,10 @@ def _table_shape(
         for column in columns[:100]
         if column not in ALL_KEYS and (key := nearest(column, ALL_KEYS))
     ]
+    if len(columns) == 1 and (other := next((name for mark, name in _OTHER_MARKS.items() if mark in columns[0]), None)):
+        near = [
+            f"the first line has {other} and no separator of this kind of file: export with commas as .csv, or with tabs as .tsv"
+        ]
     wanted = f"the format {asked}" if asked is not None else "any format"
     needed = " or ".join(", ".join(variant.needs) for variant in shapes[0].variants) if asked is not None else ""
     raise DataError(

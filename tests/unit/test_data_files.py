@@ -245,8 +245,11 @@ def test_a_heading_that_cannot_be_used_is_refused_before_the_rows(tmp_path: Path
         read_records(path, "classification" if "label" in head or "lable" in head else "auto")
 
 
-def test_near_names_of_columns_are_told(tmp_path: Path) -> None:
+def test_near_names_of_columns_and_other_separators_are_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
+    path.write_text("text;label\na;b\n", encoding="utf-8")
+    with pytest.raises(DataError, match="the first line has semicolons"):
+        read_records(path)
     path.write_text("instruction,outputs\na,b\n", encoding="utf-8")
     with pytest.raises(DataError, match="'outputs' is near 'output'"):
         read_records(path)
