@@ -119,6 +119,20 @@ class RecordStream:
 
     def _table(self, source: Source, columns: Sequence[str]) -> Iterator[Record | RowProblem]:
         """Yield the rows of a table. Its columns decide the format, once for all rows."""
+        shape, variant, taken = self._taken(columns)
+        self._decided = shape.name
+        for line, values in source.read(tuple(taken.values())):
+            where = Where(self.name, line)
+            complaints = _Complaints()
+            row = values if isinstance(values, LineProblem) else _table_row(values, taken, shape, variant, source.spells)
+            if isinstance(row, LineProblem):
+                yield RowProblem(where.path, line, str(row))
+            else:
+                record = _parsed(shape, row, where, complaints, self._instruction)
+                yield from complaints.outcome(record, where)
+
+    def _taken(self, columns: Sequence[str]) -> tuple[Shape, Variant, dict[str, str]]:
+        """Return a table's shape and key -> column of the keys that it takes; keep the columns that none takes for a note."""
         column_of = _column_of(columns, self._columns, self.name)
         shape, variant = _table_shape(tuple(column_of), self._asked, columns, self.name, self._columns)
         taken = {key: column_of[key] for key in variant.keys if key in column_of}
@@ -135,17 +149,7 @@ class RecordStream:
                 f"data file {self.name}: the column {key_name(media[0])} holds images, sound or video, which are not read",
                 hint="write a file without the column, if the rows make sense without it",
             )
-        self._decided = shape.name
-        for line, values in source.read(tuple(taken.values())):
-            where = Where(self.name, line)
-            complaints = _Complaints()
-            row = values if isinstance(values, LineProblem) else _table_row(values, taken, shape, variant, source.spells)
-            if isinstance(row, LineProblem):
-                complaints(str(row))
-                record = None
-            else:
-                record = _parsed(shape, row, where, complaints, self._instruction)
-            yield from complaints.outcome(record, where)
+        return shape, variant, taken
 
     def _renamed(self, row: dict[str, Any], complain: Complain) -> dict[str, Any]:
         """Return a row with the keys that `columns` gives other names."""

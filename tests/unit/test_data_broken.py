@@ -294,6 +294,9 @@ def test_mutated_files_give_records_and_problems_or_are_refused(
     assert good == sorted(set(good))
     assert not set(good) & set(bad)
     numbers = sorted([*good, *bad])
+    if name == "rows.jsonl":
+        lines = (tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        assert numbers == [number for number, line in enumerate(lines, 1) if line.strip(b" \t\r\n")]
     if name.split(".")[1] in ("json", "parquet"):  # numbered by place: each row is one or the other
         assert numbers == list(range(1, len(numbers) + 1))
 
