@@ -84,6 +84,8 @@ def test_a_run_on_tables_is_tuned_scored_and_reads_its_own_spec(spec: Path, caps
     assert (resolved.data.format, resolved.data.columns) == ("classification", {"text": "word", "label": "name"})
     assert open_run(folder).spec == resolved
     assert run(["tune", str(spec), "--output", str(folder), "--resume", "--json"]) == 0
+    asked = ["chat", str(folder), "--once", "Which name? one", "--system", "Be short.", "--max-new-tokens", "2", "--json"]
+    assert run(asked) == 0, "what was tuned on labels is asked in the template, as a chat"
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows"])

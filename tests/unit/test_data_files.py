@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from kivnun.data import json_list
 from kivnun.data.formats import RecordStream, read_records, stream_records
-from kivnun.data.json_list import CHUNK
 from kivnun.data.rows import ChatRecord, PreferenceRecord, TextRecord
 from kivnun.errors import DataError, KivnunError, RowProblem, SpecError, StorageError
 from kivnun.spec import parse_spec
@@ -169,13 +171,31 @@ def test_rows_of_a_list_are_numbered_by_their_place(tmp_path: Path) -> None:
     assert [problem.line for problem in problems] == [2, 3, 4]
 
 
-def test_a_list_is_read_wherever_the_pieces_of_the_file_end(tmp_path: Path) -> None:
-    for shift in range(12):
-        texts = ["x" * (CHUNK - 20 + shift), '\\"[{' * 3, "\\\\", "é" * 9]
-        path = listed(tmp_path / "rows.json", [{"text": text} for text in texts])
+TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1), min_size=1, max_size=5)
+TRICKY = st.sampled_from(['\\"[{', "\\", "\\\\", '"', "]}", "é" * 9, ",:"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=TEXTS,
+    tricky=TRICKY,
+    piece=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+    below=st.booleans(),
+)
+def test_a_list_is_read_as_json_reads_it_wherever_the_pieces_of_the_file_end(
+    tmp_path: Path, texts: list[str], tricky: str, piece: int, indent: int | None, ascii: bool, below: bool
+) -> None:
+    rows = [{"text": text + tricky} for text in texts]
+    path = tmp_path / "rows.json"
+    whole = json.dumps({"data": rows} if below else rows, indent=indent, ensure_ascii=ascii)
+    path.write_text(whole, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_list, "CHUNK", piece)
         _, records, problems = read_records(path)
-        assert problems == []
-        assert [record.text for record in records if isinstance(record, TextRecord)] == texts
+    assert problems == []
+    assert [record.text for record in records if isinstance(record, TextRecord)] == [row["text"] for row in rows]
 
 
 def test_a_list_with_a_row_over_the_limit_goes_on_after_it(tmp_path: Path) -> None:
