@@ -6,7 +6,7 @@ there are compared by their sketches: exactly where texts have fewer than SKETCH
 estimate beyond. Likeness is what `near.py` says it is. All is a pure function of the texts. Next: `repeats.py`, which asks.
 
 Sources: Broder 1997, "On the resemblance and containment of documents"; Shrivastava and Li 2014, "Densifying one permutation
-hashing via rotation for fast near neighbor search"; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3 (bands).
+hashing via rotation for fast near neighbor search"; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.
 """
 
 from __future__ import annotations
