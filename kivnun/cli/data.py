@@ -86,10 +86,11 @@ def check(
 
 def _write_page(found: Check, page: Path) -> StorageError | None:
     """Write the page. Return what went wrong: bad rows, if there are any, are the first thing to tell."""
-    from kivnun.artifacts import atomic_write
+    from kivnun.artifacts import atomic_write, make_folder
     from kivnun.evaluate.data_page import render
 
     try:
+        make_folder(page.parent)
         atomic_write(page, render(found))
     except StorageError as error:
         return StorageError(error.message, hint="name another place with --report, or give --no-report")

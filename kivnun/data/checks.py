@@ -138,9 +138,12 @@ def histogram(train: np.ndarray, held_out: np.ndarray) -> tuple[tuple[int, int, 
     ends = [SHORTEST, SHORTEST * 3 // 2]
     while ends[-1] < both.max():
         ends.append(2 * ends[-2])
-    sides = [np.searchsorted(ends, side) for side in (train, held_out)]
-    steps = range(int(np.searchsorted(ends, both.min())), int(np.searchsorted(ends, both.max())) + 1)
-    return tuple((ends[at], *(int(np.count_nonzero(side == at)) for side in sides)) for at in steps)
+    edges = np.array(ends)
+    first, last = np.searchsorted(edges, [both.min(), both.max()]).tolist()
+    of_train, of_held_out = np.searchsorted(edges, train), np.searchsorted(edges, held_out)
+    return tuple(
+        (ends[at], int(np.count_nonzero(of_train == at)), int(np.count_nonzero(of_held_out == at))) for at in range(first, last + 1)
+    )
 
 
 def check_file(path: Path, format: str = "auto") -> FileReport:

@@ -15,6 +15,7 @@ STYLE = """
 .places { width: 100%; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 .places th { text-align: left; color: var(--soft); font-weight: 600; font-size: .8rem; padding: 4px 10px 4px 0; }
 .places td { padding: 4px 10px 4px 0; vertical-align: top; overflow-wrap: anywhere; border-top: 1px solid var(--rule); }
+.places td:first-child { min-width: 6.5rem; }
 .places td:last-child, .places th:last-child { padding-right: 0; text-align: right; white-space: nowrap; }
 .places.said-last td:last-child, .places.said-last th:last-child { text-align: left; white-space: normal; }
 .top { align-items: start; }
