@@ -214,7 +214,12 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path, pattern: str = "**/*") -> str:
     """Return one SHA-256 over the relative names and bytes of the files in `folder` that match the glob `pattern`."""
-    return _digest({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+    return hash_files({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+
+
+def hash_files(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 over files by their relative names and their own hashes."""
+    return _digest(hashes)
 
 
 def code_hash() -> str:

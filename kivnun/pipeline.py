@@ -1,6 +1,6 @@
 """From a spec to a tuned model: every stage, in its order. Start reading here.
 
-    spec -> data -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
+    spec -> data -> plan -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
 
 In a run of several processes each goes through all stages, in step; the first one alone writes and is heard. Stages hand each other
 values and folders, never a live model of their own. Next: `train/loop.py` (what training is), `opened.py` (a finished run, opened
@@ -43,6 +43,7 @@ from kivnun.events import (
     Evaluated,
     Event,
     EventLog,
+    Planned,
     Resumed,
     RunFailed,
     RunFinished,
@@ -52,7 +53,7 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.families import copy_tokenizer, find_base, longest_row
+from kivnun.model.families import base_record, copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
 from kivnun.parts import (
@@ -61,11 +62,13 @@ from kivnun.parts import (
     open_weights,
     optimizer_settings,
     peak_memory,
+    plan_run,
     resolve_facts,
     row_order,
     schedule_of,
     spared_tokens,
 )
+from kivnun.plan.verdict import Plan
 from kivnun.run_folder import (
     RunFolder,
     check_finished,
@@ -80,6 +83,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
+from kivnun.train.passes import PassBudget
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -132,7 +136,14 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
     spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
     torch.set_num_threads(cast(int, spec.compute.threads))
-    base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
+    base = load_base(
+        base_folder,
+        spec.base.precision,
+        spec.compute.device,
+        spec.base.rope_factors,
+        kernels=spec.compute.kernels,
+        content_hash=spec.base.content_hash,
+    )
     tokens = cast(int, spec.compute.micro_batch_tokens)
     model, rows = TorchEngine(base).base_model(), dataset.validation
     scored = evaluate_scorer(model, rows, tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens)
@@ -184,10 +195,13 @@ class _Run:
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
         dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest, self.folder.path)
-        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
-        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
+        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder)
+        plan = plan_run(self.spec, dataset, base_folder, facts, self.processes)
+        spec = plan.spec
+        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, plan.reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
         self._tell_data(dataset, tokenizer, changed)
+        self._hold_to(plan, begun=facts.passes is not None)
 
         base = self._load_base(spec, base_folder)
         check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
@@ -202,7 +216,7 @@ class _Run:
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base)
         peak_bytes = max(self.processes.all_of(peak_memory(spec.compute.device)))
         return self.processes.from_first(
-            lambda: self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
+            lambda: self._finish(plan, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
         )
 
     def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer, changed: Sequence[str]) -> None:
@@ -224,6 +238,17 @@ class _Run:
         for message in (*report.notes, *report.warnings, *tokenizer.notes):
             self.emit(Warned(message=message))
 
+    def _hold_to(self, plan: Plan, *, begun: bool) -> None:
+        """Tell what the run will take; refuse one that cannot fit, unless it was begun already: that one knows better."""
+        figures = plan.figures()
+        if figures is None:
+            self.emit(Warned(message=f"memory and time are not foretold: {plan.unknown}"))
+            return
+        self.emit(Planned(**figures))
+        refusal = plan.refusal()
+        if refusal is not None and not begun:
+            raise refusal
+
     def _load_base(self, spec: TuneSpec, base_folder: Path) -> Base:
         began = time.monotonic()
         torch.set_num_threads(cast(int, spec.compute.threads))
@@ -233,8 +258,9 @@ class _Run:
             spec.compute.device,
             spec.base.rope_factors,
             kernels=spec.compute.kernels,
-            recompute=spec.compute.activation_checkpointing,
+            recompute=bool(spec.compute.activation_checkpointing),
             packed=bool(spec.compute.packed_weights),
+            content_hash=spec.base.content_hash,
         )
         for line in base.slow:
             self.emit(Warned(message=line))
@@ -320,10 +346,11 @@ class _Run:
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
 
+        tokens = cast(int, spec.compute.micro_batch_tokens)
+
         def evaluate(step: int) -> None:
             if dataset.validation:
-                budget = cast(int, spec.compute.micro_batch_tokens)
-                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
+                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=tokens)
                 self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
 
         with stop_on_signals() as stop_requested:
@@ -332,7 +359,7 @@ class _Run:
                 dataset.train.rows,
                 order,
                 schedule_of(spec, order.steps),
-                cast(int, spec.compute.micro_batch_tokens),
+                self.processes.from_first(lambda: PassBudget.recorded(tokens, read_events(self.folder.events))),
                 share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
@@ -351,7 +378,7 @@ class _Run:
 
     def _finish(
         self,
-        spec: TuneSpec,
+        plan: Plan,
         dataset: Dataset,
         base: Base,
         scored_base: Evaluation | None,
@@ -360,7 +387,7 @@ class _Run:
         peak_bytes: int,
     ) -> dict[str, Any]:
         """Write the result, the report and, last, the manifest that says the run is whole."""
-        events = read_events(self.folder.events)
+        spec, events = plan.spec, read_events(self.folder.events)
         trained = sum(event.trained_tokens for event in events if isinstance(event, StepDone))
         actual = {"peak_bytes": peak_bytes, "seconds": round(seconds_worked(events), 3)}
         result = {
@@ -370,7 +397,7 @@ class _Run:
             "trained_tokens": trained,
             "base": result_fields(scored_base) if scored_base else None,
             "tuned": result_fields(scored_tuned) if scored_tuned else None,
-            "plan": None,
+            "plan": plan.result(),
             "actual": actual,
         }
         self.emit(RunFinished(status="succeeded", steps=steps, trained_tokens=trained, **actual))  # type: ignore[arg-type]
@@ -378,7 +405,7 @@ class _Run:
             "kind": "run",
             "spec_hash": spec.content_hash(),
             "data_hash": dataset.content_hash,
-            "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
+            "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
         }

@@ -15,7 +15,7 @@ from typing import Any
 from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
 from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
-from kivnun.spec import ComputeSpec, MultiProcessSpec, TuneSpec, load_spec, resolved_yaml
+from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, load_spec, resolved_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,13 @@ class RunFolder:
             return None
         before = self.read_spec().compute
         return before.threads if isinstance(before, MultiProcessSpec) and before.processes != compute.processes else None
+
+    def passes_before(self) -> PassChoice | None:
+        """Return how the folder's run computes passes where it was begun: it goes on so, however much memory there is now."""
+        if not (self.resolved.is_file() and self.has_begun):
+            return None
+        before = self.read_spec().compute
+        return PassChoice(before.micro_batch_tokens, bool(before.activation_checkpointing), "as the run was begun with")
 
     def read_spec(self) -> TuneSpec:
         """Return the resolved spec. Raises RunFolderError when the folder is not a run."""

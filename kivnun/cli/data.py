@@ -56,8 +56,8 @@ def check(
 ) -> None:
     """Check every row of the FILEs and say what is in them: problems, duplicates, overlap, lengths.
 
-    All problems are found, with their line numbers; the first 20 are shown, on the page and with --json all. Prints a table and
-    writes data_report.html in the current folder. Needs no model.
+    A FILE is JSONL, JSON, CSV, TSV, Parquet or a data set. All problems are found, with their line numbers; the first 20 are shown,
+    on the page and with --json all. Prints a table and writes data_report.html in the current folder. Needs no model.
     """
     from kivnun.cli.screen import print_json, stderr, stdout, table
     from kivnun.data.checks import check_files, describe_check

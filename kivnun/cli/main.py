@@ -20,7 +20,9 @@ from kivnun.cli.chat import chat
 from kivnun.cli.data import data
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
+from kivnun.cli.harness import harness
 from kivnun.cli.matrix import matrix
+from kivnun.cli.plan import plan
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
@@ -52,7 +54,10 @@ def cli() -> None:
     """
 
 
-for _command in (tune, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, schema):
+_COMMANDS = (
+    tune, plan, data, evaluate, chat, export, verify, bases, scenario, advise, matrix, showcase, truthfulqa, harness, schema,
+)  # fmt: skip
+for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

@@ -33,6 +33,7 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     the record of events and a report. Ctrl-C finishes the step and saves; a second Ctrl-C ends at once, and the last
     checkpoint stands.
     """
+    from kivnun.cli.fetch import fetch_base
     from kivnun.cli.process import keep_freed_memory, set_threads
     from kivnun.cli.screen import open_screen
     from kivnun.spec import MultiProcessSpec, load_spec
@@ -40,6 +41,8 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     checked = load_spec(spec, overrides)
     run = output if output is not None else Path("runs") / spec.stem
     text, going_on = spec.read_text(encoding="utf-8-sig"), _saying_how_to_go_on(_again(spec, run, overrides))
+    if not run.exists():  # else it is refused, or gone on with: its base has been fetched
+        fetch_base(checked.base.model, checked.base.revision)
     if isinstance(checked.compute, MultiProcessSpec):
         from kivnun.cli.together import start_together, tune_together
         from kivnun.launch import started_by_torchrun

@@ -113,6 +113,12 @@ class StoredRows(Sequence[Trainable]):
         return self._of_items(self._store.lengths(), np.add)
 
     @property
+    def side_lengths(self) -> np.ndarray:
+        """The number of tokens of each token row, int64; of a pair, the chosen one's first."""
+        lengths = self._store.lengths()
+        return (lengths.reshape(-1, 2)[self._places].ravel() if self._pairs else lengths[self._places]).astype(np.int64)
+
+    @property
     def longest_side(self) -> int:
         """The number of tokens of the longest token row."""
         return int(self._of_items(self._store.lengths(), np.maximum).max(initial=0))

@@ -23,7 +23,7 @@ from kivnun.data.rows import PreferencePair, TokenRow, Trainable
 from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.model.adapter_folder import load_peft
 from kivnun.model.attention import Rows
-from kivnun.model.families import copy_tokenizer, stored_dtype
+from kivnun.model.families import base_hash, copy_tokenizer, stored_dtype
 from kivnun.model.linear import ScalesBias
 from kivnun.model.load import DTYPES, Base, load_base, load_decoded
 from kivnun.model.sites import NormSite, PrefixSite, PromptSite, Site
@@ -58,7 +58,7 @@ def export_run(run_dir: Path, form: str, output: Path) -> dict[str, Any]:
     run = open_run(run_dir)
     manifest = check_manifest(run.folder.path)
     said = manifest["base"]["content_hash"]
-    if hash_folder(run.base_folder) != said:
+    if base_hash(run.base_folder) != said:
         raise IntegrityError(
             f"{run.base_folder} is not the base this run was tuned on: its content hash should be {said}",
             hint="bring back the base as it was, or tune again",

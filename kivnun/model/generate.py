@@ -22,7 +22,8 @@ from kivnun.randomness import generator
 # Rows decoded together. More rows make better use of matrix products, and hold more cache.
 ROWS_AT_ONCE = 64
 
-OnToken = Callable[[int, int], None]
+OnToken = Callable[[int, int], bool | None]
+"""Hears (row, id) of each token as it is chosen; True ends the row after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, in the prompts' order, stop ids left out.
 
-    `on_token(row, id)` hears each token as it is chosen. Runs with whatever adapter the base has been lent. Prompts must not be
-    empty: there would be nothing to predict the first token from.
+    `on_token(row, id)` hears each token as it is chosen, and ends the row where it returns True. Runs with whatever adapter the
+    base has been lent. Prompts must not be empty: there would be nothing to predict the first token from.
     """
     rows = [_row(number, prompt, params) for number, prompt in enumerate(prompts)]
     for at in range(0, len(rows), ROWS_AT_ONCE):
@@ -93,8 +94,8 @@ def _take(row: _Row, token: int, params: SamplingParams, on_token: OnToken | Non
         return
     row.ids.append(token)
     row.produced.append(token)
-    if on_token is not None:
-        on_token(row.number, token)
+    if on_token is not None and on_token(row.number, token):
+        row.done = True
 
 
 def prefill(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:

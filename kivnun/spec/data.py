@@ -46,10 +46,11 @@ def _path_text(path: Path) -> str:
     return f"{HUB}//{'/'.join(path.parts[1:])}" if path.parts[:1] == (HUB,) else str(path)
 
 
+PATH_TEXT = PlainSerializer(_path_text, return_type=str, when_used="json")
 DataPath = Annotated[
     Path,
     BeforeValidator(_data_path),
-    PlainSerializer(_path_text, return_type=str, when_used="json"),
+    PATH_TEXT,
     Allowed("a path, or hf://ORG/NAME"),
     WithJsonSchema(PATH_SCHEMA),
 ]
@@ -127,7 +128,7 @@ class DataSpec(Section, frozen=True):
         Allowed("a path, or a list of paths and mappings {path, share}"),
     ] = Field(strict=False, description="The training file, or a list of files; a file may be given as `{path, share}`.")
     validation: Annotated[
-        float | Path | None,
+        float | Annotated[Path, PATH_TEXT] | None,
         BeforeValidator(_share_or_path),
         Allowed("a number between 0 and 1 (both excluded), a path, or null"),
         WithJsonSchema(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "recipes").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 SESSIONS = [ROOT / "README.md", *GUIDES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"`([\w.-]+\.(?:jsonl|yaml))`[^`]*\Z")
+NAMED = re.compile(r"`([\w.-]+\.(?:jsonl|json|yaml|csv|py))`[^`]*\Z")
 STATUS = re.compile(r"\s+# exit status (\d+)$")
 # One thread, so that workers side by side do not wait for one another.
 ONE_THREAD = ("--set", "compute.threads=1")
@@ -79,7 +80,7 @@ def commands(page: Path) -> Iterator[tuple[list[str], int]]:
             for line in block.text.splitlines():
                 status = STATUS.search(line)
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["kivnun"] or words[:2] == ["python", "-m"]:
+                if words[:1] == ["kivnun"] or words[:1] == ["python"]:
                     yield words, int(status[1]) if status else 0
 
 
@@ -89,7 +90,7 @@ def is_tree(block: Block) -> bool:
 
 def save_files(page: Path, folder: Path) -> None:
     for block in blocks(page):
-        if block.name is not None and block.language in ("json", "yaml", "text"):
+        if block.name is not None and block.language in ("json", "yaml", "text", "csv", "python"):
             (folder / block.name).write_text(block.text, encoding="utf-8")
 
 
@@ -131,10 +132,11 @@ def test_every_spec_shown_is_a_spec(page: Path, tmp_path: Path) -> None:
 def test_every_row_shown_is_a_row(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):
         if block.language == "json":
-            (tmp_path / "rows.jsonl").write_text(block.text, encoding="utf-8")
-            _, records, problems = read_records(tmp_path / "rows.jsonl")
+            path = tmp_path / (block.name or "rows.jsonl")
+            path.write_text(block.text, encoding="utf-8")
+            _, records, problems = read_records(path)
             assert problems == []
-            assert len(records) == len(block.text.splitlines())
+            assert len(records) == len(block.text.splitlines()) or path.suffix == ".json"
 
 
 @pytest.mark.parametrize("page", SESSIONS, ids=named)
@@ -148,6 +150,9 @@ def test_the_commands_of_a_page_run_in_their_order(
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):
+        if words[0] == "python" and words[1] != "-m":
+            runpy.run_path(words[1])
+            continue
         if words[0] == "python":
             assert words[2] == cldr.__name__
             cldr.write(Path(words[3]), validation=HELD_OUT_ROWS)

@@ -51,6 +51,7 @@ NONE_MEANS_NONE = {
     "base.revision",
     "data.columns",
     "data.instruction",
+    "base.content_hash",
     "data.template",
     "schedule.steps",
     "schedule.batch_tokens",
@@ -218,6 +219,7 @@ def test_metrics_on_texts_are_refused_once_the_data_are_known() -> None:
 CHANGES: dict[str, list[str]] = {
     "base.model": ["base.model=microsoft/phi-4"],
     "base.revision": ["base=microsoft/phi-4", "base.revision=v2"],
+    "base.content_hash": ["base.content_hash=" + "a" * 64],
     "base.precision": ["base.precision=nf4"],
     "base.rope_factors": ["base.rope_factors=long"],
     "data.train": ["data.train=b.jsonl"],
