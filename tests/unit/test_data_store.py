@@ -122,6 +122,17 @@ def test_a_data_set_on_disk_is_the_one_in_memory(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_rows_have_the_hash_they_always_had(tmp_path: Path) -> None:
+    """A run goes on after an update only if the same files still give the same rows."""
+    rows = [chat(f"question {at}", "yes" * (at % 5 + 1), "and?", f"reply {at % 3}") for at in range(20)]
+    first, second = write(tmp_path, rows, "a.jsonl"), write(tmp_path, rows[:5], "b.jsonl")
+    pairs = [{"prompt": f"p {at}", "chosen": "yes", "rejected": "n" * (at + 1)} for at in range(9)]
+    several = load(first, second, shares=(3, 1), validation=0.2, seed=7, tokenizer=ByteTokenizer(per_turn=True))
+    assert several.content_hash == "db54af876d4d0a087113873a1d0cf10d6e51c6f8703996e974de05841104baa0"
+    of_pairs = load(write(tmp_path, pairs, "c.jsonl"), validation=0.3, seed=1)
+    assert of_pairs.content_hash == "ba7d6d8a2f1466cf88dc1d3032b89a2c95fdfd7b5fa5e10368ef48e1746376e8"
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
