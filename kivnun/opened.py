@@ -17,6 +17,7 @@ from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.evaluate.evaluation import Evaluation, StageProgress, evaluate_scorer
+from kivnun.evaluate.forgetting import open_probe
 from kivnun.model.adapter_folder import load_peft
 from kivnun.model.families import count_parameters, find_base, stored_precision
 from kivnun.model.load import Base, load_base
@@ -75,9 +76,12 @@ class OpenedRun:
 
     def _score(self, model: FixedModel, base: Evaluation | None, on_progress: StageProgress | None) -> Evaluation:
         spec, tokens = self.spec, cast(int, self.spec.compute.micro_batch_tokens)
-        rows = self.dataset.validation
+        rows, probe = (
+            self.dataset.validation,
+            open_probe(spec.evaluation.forgetting, self.tokenizer, cast(int, spec.data.max_seq_len)),
+        )
         return evaluate_scorer(
-            model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base
+            model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base, probe=probe
         )
 
     @property

@@ -20,6 +20,7 @@ import torch
 from kivnun.data.loader import Dataset
 from kivnun.data.order import RowOrder, order_of
 from kivnun.data.rows import PreferencePair
+from kivnun.lineage import start_of
 from kivnun.model.families import count_parameters, longest_row, read_config, stored_precision, weight_files
 from kivnun.model.kernels import native_or_reason, triton_or_reason
 from kivnun.model.load import Base
@@ -34,10 +35,22 @@ from kivnun.plan.rows import rows_of
 from kivnun.plan.time import REFERENCE_FLOPS
 from kivnun.plan.verdict import Plan, Question
 from kivnun.run_folder import RunFolder, read_json_file
-from kivnun.spec import ComputeSpec, DpoSpec, FullSpec, MultiProcessSpec, MuonSpec, OptimizerSpec, ResolveFacts, TuneSpec, resolve
-from kivnun.spec.adapters import dropout_of
+from kivnun.spec import (
+    AdapterSpec,
+    ComputeSpec,
+    DpoSpec,
+    FullSpec,
+    MultiProcessSpec,
+    MuonSpec,
+    OptimizerSpec,
+    ResolveFacts,
+    TuneSpec,
+    resolve,
+)
+from kivnun.spec.adapters import LowRank, dropout_of
 from kivnun.spec.resolve import MIN_MICRO_BATCH
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
+from kivnun.train.continued import open_start, stored_start
 from kivnun.train.data_parallel import DataParallelEngine
 from kivnun.train.deepspeed_settings import ShardSettings
 from kivnun.train.engine import Engine, TorchEngine
@@ -54,9 +67,14 @@ SPEED_SECONDS = 0.1  # of products, from which a run's seconds are foretold
 
 
 def resolve_facts(
-    dataset: Dataset, base_folder: Path, compute: ComputeSpec | None = None, folder: RunFolder | None = None
+    dataset: Dataset,
+    base_folder: Path,
+    compute: ComputeSpec | None = None,
+    folder: RunFolder | None = None,
+    adapter: AdapterSpec | None = None,
 ) -> ResolveFacts:
-    """Return what is known of data, base and machine, and of the folder's run where it was begun already."""
+    """Return what is known of data, base and machine, of the folder's run where it was begun already, and of the adapter that a
+    spec's `adapter` starts from."""
     native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
@@ -76,6 +94,7 @@ def resolve_facts(
         threads_before=None if compute is None or folder is None else folder.threads_in_another_shape(compute),
         deepspeed=read_json_file(compute.deepspeed) if isinstance(compute, MultiProcessSpec) and compute.deepspeed else None,
         passes=None if folder is None else folder.passes_before(),
+        start=None if adapter is None else stored_start(adapter, base_folder),
     )
 
 
@@ -177,13 +196,19 @@ def open_weights(spec: TuneSpec, base: Base, dataset: Dataset) -> Weights:
 
 
 def open_objective(spec: TuneSpec, engine: TorchEngine, dataset: Dataset, cache: Path, *, writes: bool = True) -> Objective:
-    """Return the loss the spec asks for. DPO's reference is the base as it is now, computed once and kept in `cache`."""
+    """Return the loss the spec asks for. DPO's reference is what training starts from (the base as it is now, with the adapter
+    that it goes on with), computed once and kept in `cache`."""
     if not isinstance(spec.objective, DpoSpec):
         return LikelihoodObjective()
     pairs = cast(Sequence[PreferencePair], dataset.train.rows)
     of = f"{engine.base.content_hash} {dataset.content_hash} {engine.base.dtype} {spec.compute.share_prefixes}"
+    reference, start = engine.base_model(), start_of(spec.adapter)
+    if start is not None:
+        assert isinstance(spec.adapter, LowRank)
+        of += f" {start.content_hash}"
+        reference = engine.with_adapter(open_start(spec.adapter, engine.base, spec.seed))
     key = hashlib.sha256(of.encode()).hexdigest()
-    return DpoObjective(spec.objective.beta, reference_sums(engine.base_model(), pairs, key, cache, spec.compute, writes))
+    return DpoObjective(spec.objective.beta, reference_sums(reference, pairs, key, cache, spec.compute, writes))
 
 
 def peak_memory(device: str) -> int:

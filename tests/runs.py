@@ -27,7 +27,7 @@ SHORT: Tree = {
     "data": {"train": "train.jsonl", "validation": 0.2},
     "adapter": {"kind": "lora", "rank": 4},
     "schedule": {"epochs": 2, "batch_rows": 4, "learning_rate": 0.01},
-    "evaluation": {"samples": 0, "bootstrap": 100},
+    "evaluation": {"samples": 0, "bootstrap": 100, "forgetting": None},
     "compute": {"kind": "local", "device": "cpu", "threads": 1},
     "seed": 7,
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from kivnun.cli.completion import base_names, device_names, scenario_names
 from kivnun.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ HELD_OUT = 0.1  # of a user's rows, where no file of held-out ones is given
 
 @click.command()
 @click.option(
-    "--scenario", "scenario_name", required=True, metavar="NAME", help="The task that yours is most like: kivnun scenario list."
+    "--scenario",
+    "scenario_name",
+    required=True,
+    metavar="NAME",
+    shell_complete=scenario_names,
+    help="The task that yours is most like: kivnun scenario list.",
 )
-@click.option("--base", required=True, metavar="BASE", help="A folder, a model hub's id, or kivnun/tiny-phi.")
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE",
+    "--base", required=True, metavar="BASE", shell_complete=base_names, help="A folder, a model hub's id, or kivnun/tiny-phi."
+)
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", shell_complete=device_names,
     help="cpu or cuda (this machine's), or a GPU by name: h100, a100-40gb, l4, rtx-4090, ...",
 )  # fmt: skip
 @click.option("--devices", type=click.IntRange(min=1, max=4096), default=1, show_default=True, help="How many of them.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kivnun.cli.completion import option_paths, spec_files
 from kivnun.errors import DataError, StorageError
 
 if TYPE_CHECKING:
@@ -130,8 +131,10 @@ def _tokenizer_of(base: str) -> tuple[ChatTokenizer, int]:
 
 
 @data.command()
-@click.argument("spec", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec.")
+@click.argument("spec", type=click.Path(path_type=Path, dir_okay=False), shell_complete=spec_files)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", shell_complete=option_paths, help="Override one value of the spec."
+)
 @click.option("--rows", "num_rows", type=click.IntRange(min=1), default=3, show_default=True, help="Training rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids, weights and text of each row shown.")
 def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -> None:

@@ -34,12 +34,12 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 class _Complaints:
     """The problems of one row, in words; bounded, so that one broken row of 16 MiB does not make a million of them."""
 
-    messages: list[str] = field(default_factory=list[str])
+    messages: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
     more: int = 0
 
-    def __call__(self, message: str) -> None:
+    def __call__(self, message: str, page: str | None = None) -> None:
         if len(self.messages) < MAX_PROBLEMS_PER_ROW:
-            self.messages.append(message)
+            self.messages.append((message, page))
         else:
             self.more += 1
 
@@ -47,8 +47,8 @@ class _Complaints:
         """Yield the record where nothing is wrong with it, else what is."""
         if record is not None and not self.messages:
             yield record
-        for message in self.messages:
-            yield RowProblem(where.path, where.line, message)
+        for message, page in self.messages:
+            yield RowProblem(where.path, where.line, message, page)
         if self.more:
             yield RowProblem(where.path, where.line, f"and {self.more} more problems in this row")
 
@@ -104,7 +104,7 @@ class RecordStream:
         for line, value in source.read(()):
             where = Where(self.name, line)
             if isinstance(value, LineProblem):
-                yield RowProblem(where.path, line, str(value))
+                yield RowProblem(where.path, line, str(value), value.page)
                 continue
             complaints = _Complaints()
             row = self._renamed(value, complaints)
@@ -140,7 +140,7 @@ class RecordStream:
             complaints = _Complaints()
             row = values if isinstance(values, LineProblem) else _table_row(values, taken, shape, variant, source.spells)
             if isinstance(row, LineProblem):
-                complaints(str(row))
+                complaints(str(row), row.page)
                 record = None
             else:
                 record = _parsed(shape, row, where, complaints, self._instruction)
@@ -176,7 +176,9 @@ def stream_records(
     text in classification, entities and multiple_choice. Raises SpecError for a format or a key that there is not.
     """
     if format not in ("auto", *FORMATS):
-        raise SpecError(f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}")
+        raise SpecError(
+            f"data.format must be one of auto, {', '.join(FORMATS)}, got {format!r}", hint="auto decides by the rows' keys"
+        )
     if format != "auto" and instruction is not None and not SHAPES[format].asks:
         raise _no_instruction(format)
     check_columns(columns or {})
@@ -225,7 +227,9 @@ def _record(
         _complain_of_shape(row, decided, complain)
         return None
     if decided is not None and shape != decided:
-        complain(f"the row's keys are those of {shape}, the file's format is {decided}; one file holds one format")
+        complain(
+            f"the row's keys are those of {shape}, the file's format is {decided}; one file holds one format", "07-mixed-formats"
+        )
         return None
     return _parsed(SHAPES[shape], row, where, complain, instruction)
 

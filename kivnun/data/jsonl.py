@@ -26,7 +26,11 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOT
 
 
 class LineProblem(ValueError):
-    """What is wrong with one line. The text is for people and holds none of the line's content."""
+    """What is wrong with one line. The text is for people and holds none of the line's content; `page` is one of docs/mistakes."""
+
+    def __init__(self, message: str, page: str | None = None) -> None:
+        super().__init__(message)
+        self.page = page
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | LineProblem]]:
@@ -75,7 +79,7 @@ def parse_value(text: str) -> Any:
         message = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
         if error.msg == "Extra data":
             message = "a second value follows the first (lines end with LF or CRLF, and hold one object each)"
-        raise LineProblem(f"not valid JSON at column {error.pos + 1}: {message}") from None
+        raise LineProblem(f"not valid JSON at column {error.pos + 1}: {message}", "04-bad-json-line") from None
     if "\\u" in text:  # raw bytes were checked before; only an escape can still make these characters
         check_strings(value)
     return value

@@ -168,7 +168,11 @@ def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, m
             formats.setdefault(name, file.name)
     if len(formats) > 1:
         parts = " and ".join(f"{name} ({path})" for name, path in formats.items())
-        raise DataError(f"the files hold rows of different formats: {parts}", hint="one run takes rows of one format")
+        raise DataError(
+            f"the files hold rows of different formats: {parts}",
+            hint="one run takes rows of one format",
+            pages=("07-mixed-formats",),
+        )
     return next(iter(formats), UNKNOWN)
 
 
@@ -217,7 +221,8 @@ def _drafts(record: Record, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len
         return drafts
     if spec.over_long != "truncate":
         findings.over_long += 1
-        problem = RowProblem(where.path, where.line, f"has {longest:,} tokens, max_seq_len is {max_seq_len:,}")
+        message = f"has {longest:,} tokens, max_seq_len is {max_seq_len:,}"
+        problem = RowProblem(where.path, where.line, message, "08-rows-too-long")
         (findings.fatal if spec.over_long == "refuse" else findings.listed).add(problem)
         return []
     drafts, num_cut = cut_drafts(drafts, max_seq_len)

@@ -83,7 +83,9 @@ def data_file(path: Path) -> DataFile:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        raise DataError(f"data file {path} does not exist", hint="paths in a spec are relative to the spec's folder") from None
+        raise DataError(
+            f"data file {path} does not exist", hint="paths in a spec are relative to the spec's folder", pages=("03-missing-file",)
+        ) from None
     except OSError as error:
         raise _unreadable(path, error) from error
     if stat.S_ISDIR(mode):

@@ -207,6 +207,7 @@ class ChatTokenizer:
             raise BaseModelError(
                 f"the base in {self.tokens.folder} has no chat template",
                 hint="give one with data.template, or use prompt/completion rows",
+                pages=("09-no-chat-template",),
             )
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:

@@ -118,14 +118,20 @@ def _environment(differences: Sequence[str]) -> str:
 def _base(run: OpenedRun) -> str:
     said, found = read_manifest(run.folder.path)["base"]["content_hash"], base_hash(run.base_folder)
     if said != found:
-        raise IntegrityError(f"{run.base_folder} is not the base that was trained on: its hash was {said}, is {found}")
+        raise IntegrityError(
+            f"{run.base_folder} is not the base that was trained on: its hash was {said}, is {found}",
+            hint="put the base back as it was; an adapter on another base is another model",
+        )
     return f"{run.spec.base.model} is the one that was trained on"
 
 
 def _data(run: OpenedRun) -> str:
     said, found = read_manifest(run.folder.path)["data_hash"], run.dataset.content_hash
     if said != found:
-        raise IntegrityError(f"the rows are others than those trained on: their hash was {said}, is {found}")
+        raise IntegrityError(
+            f"the rows are others than those trained on: their hash was {said}, is {found}",
+            hint="put the files back that the spec names; resolved.yaml says which",
+        )
     return f"{len(run.dataset.train.rows):,} training and {len(run.dataset.validation):,} held-out rows are those of the run"
 
 
@@ -237,7 +243,10 @@ def _refuse_another(what: str, found: float, said: float, tolerance: float) -> N
     # Written so that a NaN is refused too.
     if not abs(found - said) <= tolerance:
         allowed = "they must be equal to the bit" if tolerance == 0 else f"at most {tolerance:.1e} is allowed"
-        raise IntegrityError(f"{what} was {said!r}, is {found!r}: {abs(found - said):.1e} apart, {allowed}")
+        raise IntegrityError(
+            f"{what} was {said!r}, is {found!r}: {abs(found - said):.1e} apart, {allowed}",
+            hint="run it again with no other load; if it stays, the machine or a library computes otherwise than it did",
+        )
 
 
 def _how_near(found: float, said: float) -> str:

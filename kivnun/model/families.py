@@ -17,8 +17,8 @@ from typing import Any, Literal, cast
 
 from kivnun.artifacts import hash_file, hash_files
 from kivnun.errors import BaseModelError, IntegrityError
-from kivnun.model.hub import OnBytes, commit_of, download, refuse_damaged
-from kivnun.model.phi import REFUSED, USE_INSTEAD
+from kivnun.model.hub import NOT_FOUND, OnBytes, commit_of, download, refuse_damaged
+from kivnun.model.phi import REFUSED, REFUSED_FAMILY, USE_INSTEAD
 
 BUILT_IN = {"kivnun/tiny-phi": Path(__file__).parent.parent / "bases" / "tiny_phi"}
 
@@ -82,10 +82,12 @@ def find_base(model: str, revision: str | None = None, on_bytes: OnBytes = lambd
         return Path(model)
     if model.startswith("kivnun/"):
         near = get_close_matches(model, BUILT_IN, n=1, cutoff=0.0)[0]
-        raise BaseModelError(f"there is no built-in base {model!r}", hint=f"did you mean {near}?")
+        raise BaseModelError(f"there is no built-in base {model!r}", hint=f"did you mean {near}?", pages=(NOT_FOUND,))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BaseModelError(
-            f"base {model!r} is neither a folder nor a model id", hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder"
+            f"base {model!r} is neither a folder nor a model id",
+            hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder",
+            pages=(NOT_FOUND,),
         )
     return download(model, revision, on_bytes)
 
@@ -94,7 +96,7 @@ def refuse_family(name: str, config: Mapping[str, object]) -> None:
     """Raise BaseModelError for a family that is refused whatever its weights are."""
     kind = str(config.get("model_type"))
     if kind in REFUSED:
-        raise BaseModelError(f"{name}: {REFUSED[kind]}", hint=USE_INSTEAD)
+        raise BaseModelError(f"{name}: {REFUSED[kind]}", hint=USE_INSTEAD, pages=(REFUSED_FAMILY,))
 
 
 def base_hash(folder: Path) -> str:
@@ -223,6 +225,7 @@ def stored_precision(folder: Path) -> Literal["nf4", "int8"] | None:
     raise BaseModelError(
         f"{folder} is quantised as {kind}, which is not supported: bitsandbytes' nf4 and int8 are",
         hint="use the model it was made from, with base.precision nf4 or int8",
+        pages=("14-quantised-otherwise",),
     )
 
 

@@ -22,12 +22,13 @@ from typing import Any
 
 from kivnun.artifacts import hash_file
 from kivnun.errors import BaseModelError, IntegrityError, StorageError
-from kivnun.model.phi import nearest_id, refusal_of
+from kivnun.model.phi import REFUSED_FAMILY, nearest_id, refusal_of
 
 # What goes on while files are fetched: the base, bytes that are here, bytes in all.
 OnBytes = Callable[[str, int, int], None]
 
 SMALL = re.compile(r"[^/]+\.(json|jinja)|tokenizer\.model|LICENSE[^/]*")  # at the top of a repository; folders hold other formats
+NOT_FOUND, GATED = "12-base-not-found", "13-gated-base"  # of docs/mistakes
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -47,7 +48,7 @@ def download(model: str, revision: str | None = None, on_bytes: OnBytes = lambda
     """
     reason = refusal_of(model)
     if reason is not None:
-        raise BaseModelError(f"{model}: {reason[0]}", hint=reason[1])
+        raise BaseModelError(f"{model}: {reason[0]}", hint=reason[1], pages=(REFUSED_FAMILY,))
     if is_offline():
         return _cached(model, revision, "HF_HUB_OFFLINE is set")
     if revision is not None and COMMIT.fullmatch(revision):
@@ -192,6 +193,7 @@ def _cached(model: str, revision: str | None, why: str) -> Path:
         raise BaseModelError(
             f"base {model!r}{_at(revision)} is not on this machine, and {why}",
             hint="fetch it once with a network and without HF_HUB_OFFLINE, or give a folder",
+            pages=(NOT_FOUND,),
         ) from error
     names = [file.name for file in folder.iterdir() if file.is_file()]
     known = INDEX in names or any(name.endswith(".safetensors") for name in names)
@@ -322,13 +324,16 @@ def _told(model: str, revision: str | None) -> Generator[None]:
         raise BaseModelError(
             f"{model} is behind a licence that this machine has not shown to be accepted",
             hint=f"accept it at https://huggingface.co/{model}, log in with `hf auth login` or set HF_TOKEN, and run again",
+            pages=(GATED,),
         ) from error
     except RevisionNotFoundError as error:
         raise BaseModelError(
             f"{model} has no revision {revision!r}", hint="name a branch, a tag or a full commit of it, or leave base.revision out"
         ) from error
     except RepositoryNotFoundError as error:
-        raise BaseModelError(f"there is no model {model!r} on the hub, or it is private", hint=_hint_for(model)) from error
+        raise BaseModelError(
+            f"there is no model {model!r} on the hub, or it is private", hint=_hint_for(model), pages=(NOT_FOUND,)
+        ) from error
     except HFValidationError as error:
         raise BaseModelError(f"{model!r} is no id of a hub's model: {str(error).splitlines()[0]}", hint=_hint_for(model)) from error
     except HfHubHTTPError as error:
@@ -339,6 +344,7 @@ def _told(model: str, revision: str | None) -> Generator[None]:
             raise BaseModelError(
                 f"the hub refuses {model}: it answered {status}",
                 hint="log in with `hf auth login`, or give HF_TOKEN a token that may read it",
+                pages=(GATED,),
             ) from error
         raise BaseModelError(f"the hub does not give {model}: it answered {status}", hint=_hint_for(model)) from error
     except (RevisionResolutionError, TransportError, LocalEntryNotFoundError) as error:

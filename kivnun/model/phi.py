@@ -19,6 +19,7 @@ REFUSED = {
     "phi4mm": "Phi-4-multimodal reads images and speech by code of its own that transformers does not hold",
     "phi4flash": "Phi-4-mini-flash has state-space layers, in code of its own that transformers does not hold",
 }
+REFUSED_FAMILY = "15-phi-3-small"  # of docs/mistakes
 USE_INSTEAD = "use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead"
 MOE_ROTATES = "Phi-3.5-MoE scales its rotations by factors of its own, which differ from LongRoPE's"
 

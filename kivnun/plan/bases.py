@@ -10,8 +10,8 @@ from typing import Any
 
 from kivnun.errors import BaseModelError
 from kivnun.model.families import BUILT_IN, find_base, read_config, refuse_family
-from kivnun.model.hub import configuration
-from kivnun.model.phi import PHI, USE_INSTEAD, phi_by_id, rope_of
+from kivnun.model.hub import NOT_FOUND, configuration
+from kivnun.model.phi import PHI, REFUSED_FAMILY, USE_INSTEAD, phi_by_id, rope_of
 from kivnun.plan.sizes import Sizes
 
 
@@ -51,11 +51,11 @@ def base_files(name: str, revision: str | None = None) -> BaseFiles:
     phi = phi_by_id(name)
     if phi is not None:
         if phi.refused is not None:
-            raise BaseModelError(f"{phi.id}: {phi.refused}", hint=USE_INSTEAD)
+            raise BaseModelError(f"{phi.id}: {phi.refused}", hint=USE_INSTEAD, pages=(REFUSED_FAMILY,))
         return BaseFiles(phi.id, phi.config, _cached(phi.id, revision))
     if name.count("/") != 1 or name.startswith((".", "/", "~", "kivnun/")):
         known = f"a folder, {', '.join(BUILT_IN)}, or a hub id such as {next(iter(PHI))}"
-        raise BaseModelError(f"base {name!r} is neither a folder nor a model id", hint=f"give {known}")
+        raise BaseModelError(f"base {name!r} is neither a folder nor a model id", hint=f"give {known}", pages=(NOT_FOUND,))
     folder = _cached(name, revision)
     config = configuration(name) if folder is None else read_config(folder)
     refuse_family(name, config)

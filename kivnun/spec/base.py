@@ -73,7 +73,7 @@ class BaseSpec(Section, frozen=True):
         if path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", ".."):
             return str(path)
         if HUB_ID.fullmatch(model) is None:
-            raise wrong_value(f"there is no folder {path}, and a hub id has the form org/name")
+            raise wrong_value(f"there is no folder {path}, and a hub id has the form org/name", "12-base-not-found")
         return model
 
     @field_validator("content_hash")

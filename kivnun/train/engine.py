@@ -58,10 +58,16 @@ class FixedModel:
         with self._base.using(self._sites):
             return _forward_and_choice(self._base, batch)
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
-        """Return the new token ids of each prompt."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Return the new token ids of each prompt; see `generate`."""
         with self._base.using(self._sites):
-            return generate(self._base, prompts, params, on_token)
+            return generate(self._base, prompts, params, on_token, streams)
 
 
 class Trainee:
@@ -296,5 +302,7 @@ def non_finite(what: str, rows: Sequence[Where]) -> NonFiniteLossError:
     shown = ", ".join(dict.fromkeys(str(where) for where in rows[:8]))
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return NonFiniteLossError(
-        f"{what}; rows in it: {shown}{more}", hint="nothing was updated: lower schedule.learning_rate, or look at these rows"
+        f"{what}; rows in it: {shown}{more}",
+        hint="nothing was updated: lower schedule.learning_rate, or look at these rows",
+        pages=("19-nan-loss",),
     )
