@@ -109,6 +109,11 @@ class Evaluated:
     intervals: Annotated[dict[str, tuple[float, float]], "metric -> 95 % bootstrap interval"]
     samples: Annotated[list[dict[str, object]], "a few held-out rows with the reference and the model's reply"]
     time: Time = ""
+    forgetting: Annotated[
+        dict[str, object],
+        "what the model gives to text that has nothing to do with the task: source, rows, nll and its interval, and of the tuned "
+        "model the interval of tuned minus base and the verdict; empty where none was scored",
+    ] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kivnun.data.checks import fingerprint, num_characters
-from kivnun.data.formats import UNKNOWN, read_records
+from kivnun.data.checks import num_characters
+from kivnun.data.formats import UNKNOWN, read_records, stream_records
 from kivnun.data.loader import Dataset
+from kivnun.data.problems import Problems
+from kivnun.data.repeats import fingerprint
 from kivnun.data.rows import PreferenceRecord, Record
 from kivnun.errors import DataError, RowProblem
 from kivnun.plan.bases import KnownBase
@@ -42,11 +44,21 @@ def training_rows(file: Path, base: KnownBase) -> TrainingRows:
         spec = DataSpec.model_validate({"train": str(file), "validation": None})
         data = load_dataset(spec, load_tokenizer(base.folder), 0, base.sizes.longest)
         return TrainingRows(len(data.train), data.report.train_tokens, data.report.longest_row, True)
-    _, records, problems = read_records(file, "auto")
-    if problems or not records:
-        raise DataError(f"{file}: rows cannot be used", tuple(problems), hint=f"kivnun data check {file} says more")
-    tokens = [max(1, round(num_characters(record) / LETTERS_A_TOKEN)) for record in records]
-    return TrainingRows(len(tokens), sum(tokens), max(tokens), False)
+    return _estimated_file(file)
+
+
+def _estimated_file(file: Path) -> TrainingRows:
+    problems = Problems()
+    count = total = longest = 0
+    for item in stream_records(file):
+        if isinstance(item, RowProblem):
+            problems.add(item)
+            continue
+        tokens = max(1, round(num_characters(item) / LETTERS_A_TOKEN))
+        count, total, longest = count + 1, total + tokens, max(longest, tokens)
+    if problems or not count:
+        raise DataError(f"{file}: rows cannot be used", tuple(problems.kept), hint=f"kivnun data check {file} says more")
+    return TrainingRows(count, total, longest, False)
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,8 @@ def rows_of(dataset: Dataset) -> RunRows:
     return RunRows(
         dataset.format,
         train.lengths,
-        np.asarray([side.length for row in train.rows for side in row.sides], dtype=np.int64),
-        np.asarray([row.length for row in dataset.validation], dtype=np.int64),
+        train.rows.side_lengths,
+        dataset.validation.lengths,
         np.asarray([side.prompt_len for row in dataset.validation for side in row.sides[:1] if side.prompt_len], dtype=np.int64),
         train.sizes,
         train.shares,
@@ -123,7 +135,7 @@ def estimated_rows(spec: DataSpec) -> RunRows:
     skipped = 0
     held = [spec.validation] if isinstance(spec.validation, Path) else []
     for path in [*(source.path for source in spec.train), *held]:
-        name, records, wrong = read_records(path, spec.format)
+        name, records, wrong = read_records(path, spec.format, spec.columns, spec.instruction)
         found |= {name} - {UNKNOWN}
         skipped += len(wrong)
         problems += wrong if spec.bad_rows == "refuse" else []

@@ -21,6 +21,7 @@ from kivnun.spec.problems import Problem, problems_of, spec_error
 from kivnun.spec.read import validate
 from kivnun.spec.section import Section
 from kivnun.spec.sharding import sharding_choices, sharding_mismatches
+from kivnun.spec.starting import StoredAdapter, start_choices, start_mismatches
 from kivnun.spec.tune import TuneSpec
 from kivnun.spec.yaml_text import write_yaml
 
@@ -68,7 +69,7 @@ class ResolveFacts:
     `packs` the precisions whose weights the kernels in C read packed on this processor, `rows_turn_from` the length above which
     rows take LongRoPE's long factors (None: no row of the data is so long), `local_processes` how many processes of the run share
     this machine, `threads_before` what each had where the run was begun with another number of them, `deepspeed` the content of
-    compute.deepspeed, `passes` what is decided of a step's passes already.
+    compute.deepspeed, `passes` what is decided of a step's passes already, `start` the adapter that adapter.start_from names.
     """
 
     objective_kind: ObjectiveKind
@@ -88,6 +89,7 @@ class ResolveFacts:
     threads_before: int | None = None
     deepspeed: Mapping[str, object] | None = None
     passes: PassChoice | None = None
+    start: StoredAdapter | None = None
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -145,6 +147,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
     yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
     yield from _sharing_mismatches(spec, facts)
+    yield from start_mismatches(spec.adapter, facts.start)
     yield from sharding_mismatches(spec, _device(spec, facts), _precision_of(spec, facts), facts.deepspeed)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
@@ -154,7 +157,9 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
         text = f"adapter is full, but the base is stored in {stored}, which cannot be trained"
         yield Problem("adapter", text, "choose an adapter such as lora, or use the model it was made from")
     if spec.compute.device == "cuda" and facts.device != "cuda":
-        yield Problem("compute.device", "compute.device is cuda, but no CUDA device was found", "choose auto or cpu")
+        text = "compute.device is cuda, but no CUDA device was found"
+        hint = "choose auto or cpu; kivnun doctor says what this machine offers"
+        yield Problem("compute.device", text, hint, page="16-cuda-without-gpu")
 
 
 def _kernel_mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
@@ -199,7 +204,10 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _Choice("data.max_seq_len", facts.max_seq_len, "the longest row this base takes")
     if spec.objective is None:
         yield _Choice("objective", {"kind": facts.objective_kind}, "what the format of the data is for")
-    yield from _adapter_choices(spec)
+    if facts.start is None:
+        yield from _adapter_choices(spec)
+    for choice in start_choices(spec.adapter, facts.start):
+        yield _Choice(*choice)
     yield from _schedule_choices(spec, facts)
     if spec.compute.device == "auto":
         found = "a CUDA device was found" if device == "cuda" else "no CUDA device was found"
