@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.engine.report import Section, machine
 from benchmarks.plan.cases import MODELS, NEW_TOKENS, PROMPTS, SCORED_ROWS, SCORED_SHARE, Case
 from benchmarks.plan.measure import FoundOnce, Record
-from kivnun.plan.memory import Shape, process_memory, step_memory
+from kivnun.plan.memory import COMPUTE_BYTES, Shape, process_memory, step_memory
 from kivnun.plan.techniques import adapter_of
-from kivnun.plan.time import generation_seconds, scoring_seconds, start_seconds, training_seconds, work_of
+from kivnun.plan.time import REFERENCE_FLOPS, generation_seconds, scoring_seconds, start_seconds, training_seconds, work_of
 
 MB = 1e6
 LARGE = 70e6  # parameters
@@ -95,7 +95,7 @@ def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> 
         asked = [length // 2 for length in flat[:PROMPTS]]
         told = generation_seconds(sizes, spec, shape, prompts=asked, new_tokens=NEW_TOKENS, speed=speed)
         pairs["replies"] = Pair(told, processes[0]["generate_cpu_s"])
-    moment = median(speed for its in processes for speed in its["speeds"])
+    moment = median(flops for its in processes for flops in its["flops"]) / REFERENCE_FLOPS[COMPUTE_BYTES[case.precision]]
     return Compared(case, pairs, Pair(reference / moment, stepped))
 
 

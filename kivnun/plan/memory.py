@@ -1,9 +1,12 @@
-"""The most memory that a training step takes, by part, above a process at rest: predicted from sizes, without running anything.
+"""The most memory that a training step takes, by part, and what its process takes before: predicted from sizes, without running
+anything.
 
 What stays is counted exactly: weights, adapter, moments. What a pass keeps follows from what each layer saves for its backward
-pass (`model/decoder.py`, `model/linear.py`). What operations need for a moment was fitted to measured steps: on a CPU of models of
-28 and 71 M parameters (benchmarks/results/matrix_memory_2026-11-27), on a GPU of eight layers of Phi-4-mini's width
-(gpu_2026-11-27.json there); `tests/unit/test_plan_memory.py` holds it to all of them.
+pass (`model/decoder.py`, `model/linear.py`; layers that transformers computes are reckoned, not measured). What operations need for a
+moment was fitted to measured steps: on a CPU to benchmarks/results/matrix_memory_2026-11-27 (steps above a process at rest) and to
+plan_calibration_2026-11-27.json there (whole processes), on a GPU to eight layers of Phi-4-mini's width (gpu_2026-11-27.json there).
+`tests/unit/test_plan_memory.py` and `test_plan_laws.py` hold it to all of them; how it does on what it was not fitted to is what
+`python -m benchmarks.plan` shows.
 T tokens of a pass, D model width, F inner width, L layers, V vocabulary. Next: `time.py`.
 """
 
@@ -39,16 +42,22 @@ CODE_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 # On a CPU: what operations need for a moment, and what the allocator keeps between them.
 CHUNK = 256  # positions whose logits exist at once (`model/loss.py`)
 WORD_BYTES = 6.8  # for each of them and each word
-BACKWARD_SHARE = {"full": 0.08, "lora": 0.43, "dora": 0.43, "adalora": 0.0}  # of what a LoRA step keeps
+# Of what a LoRA step keeps: gradients on their way, and what a method makes beside.
+BACKWARD_SHARE = {
+    "full": 0.1, "lora": 0.43, "dora": 0.39, "adalora": 0.0, "loha": 0.84, "lokr": 0.75, "vera": 1.54, "ia3": 1.09, "ln_tuning": 0.44,
+    "prompt": 0.47, "prefix": 0.59,
+}  # fmt: skip
 AGAIN_INPUTS = 9.0  # times the inputs of all layers, where layers are computed again
 HEAD_BYTES = 5.5  # of a trained head's number: sums of its gradient over chunks
-UPDATE_BYTES = {"loha": 2.3, "lokr": 1.2}  # of a number of the linear layers, where an update is made whole
+UPDATE_BYTES = {"loha": 4.0, "lokr": 2.7}  # of a number of the linear layers, where an update is made whole
+GATHERED = 0.95  # of the weights: what ZeRO's third stage has whole, or in buckets
 ALLOCATOR = 10e6
 # A process on a CPU before it has a base (`python -m benchmarks.plan` measures it, docs/LOG.md).
 IDLE_BYTES = 285e6  # Python, torch and what a run imports
 TOUCHED_BYTES = 23e6  # code and tables that loading and the first step touch
 PEFT_BYTES = 190e6  # PEFT, with what it imports where that is installed
-DEEPSPEED_BYTES = 190e6
+DEEPSPEED_BYTES = 135e6
+COMPILER_BYTES = 88e6  # torch's, which it imports where layers are computed again
 TOGETHER_BYTES = 10e6  # torch's and gloo's own, of each of several processes
 TOKENIZER_BYTES, ROW_BYTES, TOKEN_BYTES = 6e6, 1450.0, 15.0  # the built-in base's, and what rows and their records leave
 SCRATCH_BYTES = 4e6  # through which files are read
@@ -80,7 +89,7 @@ class StepMemory:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """How a step is computed: the precision of the base, the tokens of a pass, whether layers are computed again in the backward
-    pass, over how many processes state is divided and from what ZeRO stage on."""
+    pass, over how many processes state is divided and from what ZeRO stage on, whether frozen weights are kept packed."""
 
     precision: str
     pass_tokens: int
@@ -97,23 +106,28 @@ def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
 
 
 def _on_cpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
-    """Return the parts on a CPU, whose allocator keeps what was freed: what is there one after the other adds up."""
+    """Return the parts on a CPU, whose allocator keeps what was freed: what is there one after the other adds up. Several processes
+    give it back, so that their peak is before the backward pass or after it."""
     number, full = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec)
-    stays = _divided(_staying(sizes, spec, shape), shape, in_place=full and number == 4)
-    whole = number * shape.pass_tokens * _kept(sizes, spec, shape)
-    plain = number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
-    words = WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
-    workspace = ALLOCATOR + words
+    whole = _staying(sizes, spec, shape)
+    stays = _divided(whole, shape)
+    kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
+    backward = BACKWARD_SHARE[spec.kind] * number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
+    workspace = ALLOCATOR + WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
     if shape.recompute:
-        kept = 0.0
-        workspace += AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
-    else:
-        kept = whole
-        workspace += BACKWARD_SHARE.get(spec.kind, BACKWARD_SHARE["lora"]) * plain
+        kept, backward = 0.0, AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
     if full:
         workspace += HEAD_BYTES * sizes.vocab * sizes.hidden
     workspace += UPDATE_BYTES.get(spec.kind, 0.0) * sizes.linear_numbers
-    return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, kept, workspace)
+    if shape.zero_stage >= 2:  # gradients of this process's part, averaged
+        workspace += stays.gradients
+    if shape.zero_stage == 3:
+        workspace += GATHERED * number * sizes.numbers
+    if shape.processes > 1 and full and kept + backward < stays.gradients:
+        kept = backward = 0.0
+    elif shape.processes > 1 and full:
+        return StepMemory(stays.weights, stays.adapter, 0.0, stays.moments, kept, workspace + backward)
+    return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, kept, workspace + backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +145,19 @@ def _staying(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> _Staying:
     if shape.packed:  # for products with both sides, in the place of the weights; a tied head beside the embedding
         head = sizes.vocab * sizes.hidden
         weights += number * (sizes.linear_numbers + (2 if sizes.tied else 1) * head)
-    if isinstance(spec, FullSpec):  # weights in 16 bits are trained through float32 ones
-        adapter = 0.0 if number == 4 else 4.0 * trained.numbers
+    if isinstance(spec, FullSpec):  # weights in 16 bits are trained through float32 ones; DeepSpeed has such ones in any case
+        adapter = 0.0 if number == 4 and not shape.zero_stage else 4.0 * trained.numbers
     else:
         adapter = 4.0 * (trained.numbers + trained.fixed)
     return _Staying(weights, adapter, 4.0 * trained.numbers, 8.0 * trained.numbers)
 
 
-def _divided(whole: _Staying, shape: Shape, in_place: bool) -> _Staying:
-    """Return what one process holds of it. `in_place`: what is trained are the weights themselves."""
+def _divided(whole: _Staying, shape: Shape) -> _Staying:
+    """Return what one process holds of it."""
     part, stage = 1 / shape.processes, shape.zero_stage
     return _Staying(
         whole.weights * (part if stage >= 3 else 1),
-        whole.adapter * (part if stage >= (3 if in_place else 1) else 1),
+        whole.adapter * (part if stage >= 1 else 1),
         whole.gradients * (part if stage >= 2 else 1),
         whole.moments * (part if stage >= 1 else 1),
     )
@@ -153,7 +167,7 @@ def _on_gpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     """Return the parts on a GPU. A backward pass uses activations up while it makes gradients: the peak is at its beginning, when
     the head's are there alone, or at its end."""
     number, full = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec)
-    stays = _divided(_staying(sizes, spec, shape), shape, in_place=full and number == 4)
+    stays = _divided(_staying(sizes, spec, shape), shape)
     kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
     workspace = GPU_WORKSPACE[spec.kind] * (GPU_ALLOCATOR + shape.pass_tokens * GPU_INNER_BYTES[number] * sizes.mlp)
     if shape.recompute:  # inputs of all layers, and one layer whole
@@ -197,6 +211,7 @@ def process_memory(
         libraries += PEFT_BYTES
     elif shape.zero_stage:
         libraries += DEEPSPEED_BYTES
+    libraries += COMPILER_BYTES if shape.recompute else 0.0
     libraries += TOGETHER_BYTES if shape.processes > 1 else 0.0
     held = TOKENIZER_BYTES + ROW_BYTES * rows + TOKEN_BYTES * tokens if rows else 0.0
     return ProcessMemory(idle, libraries, held, SCRATCH_BYTES + _loading(sizes, shape))
