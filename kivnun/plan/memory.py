@@ -2,11 +2,11 @@
 anything.
 
 What stays is counted exactly: weights, adapter, moments. What a pass keeps follows from what each layer saves for its backward
-pass (`model/decoder.py`, `model/linear.py`; layers that transformers computes are reckoned, not measured). What operations need for a
-moment was fitted to measured steps: on a CPU to benchmarks/results/matrix_memory_2026-11-27 (steps above a process at rest) and to
-plan_calibration_2026-11-27.json there (whole processes), on a GPU to eight layers of Phi-4-mini's width (gpu_2026-11-27.json there).
-`tests/unit/test_plan_memory.py` and `test_plan_laws.py` hold it to all of them; how it does on what it was not fitted to is what
-`python -m benchmarks.plan` shows.
+pass (`model/decoder.py`, `model/linear.py`); of layers that transformers computes it is reckoned and was not measured. What
+operations need for a moment was fitted to measured steps: on a CPU to benchmarks/results/matrix_memory_2026-11-27 (steps above a
+process at rest) and to plan_calibration_2026-11-27.json there (whole processes), on a GPU to eight layers of Phi-4-mini's width
+(gpu_2026-11-27.json there). `tests/unit/test_plan_memory.py` and `test_plan_laws.py` hold it to all of them; how it does on what it
+was not fitted to is what `python -m benchmarks.plan` shows.
 T tokens of a pass, D model width, F inner width, L layers, V vocabulary. Next: `time.py`.
 """
 
@@ -44,13 +44,15 @@ CHUNK = 256  # positions whose logits exist at once (`model/loss.py`)
 WORD_BYTES = 6.8  # for each of them and each word
 # Of what a LoRA step keeps: gradients on their way, and what a method makes beside.
 BACKWARD_SHARE = {
-    "full": 0.1, "lora": 0.43, "dora": 0.39, "adalora": 0.0, "loha": 0.84, "lokr": 0.75, "vera": 1.54, "ia3": 1.09, "ln_tuning": 0.44,
-    "prompt": 0.47, "prefix": 0.59,
+    "full": 0.05, "lora": 0.43, "dora": 0.39, "adalora": 0.0, "loha": 0.84, "lokr": 0.75, "vera": 1.54, "ia3": 1.09,
+    "ln_tuning": 0.44, "prompt": 0.47, "prefix": 0.59,
 }  # fmt: skip
 AGAIN_INPUTS = 9.0  # times the inputs of all layers, where layers are computed again
 HEAD_BYTES = 5.5  # of a trained head's number: sums of its gradient over chunks
 UPDATE_BYTES = {"loha": 4.0, "lokr": 2.7}  # of a number of the linear layers, where an update is made whole
-GATHERED = 0.95  # of the weights: what ZeRO's third stage has whole, or in buckets
+FULL_BYTES, FULL_ALLOCATOR = 0.8, 15e6  # of a trained base's number, and beside: holes that gradients leave
+GATHERED = {"full": 0.4, "adapter": 0.1}  # of the weights: what ZeRO's third stage has whole for a moment
+OPENING = 0.8  # of the weights, whole and divided, while it divides them
 ALLOCATOR = 10e6
 # A process on a CPU before it has a base (`python -m benchmarks.plan` measures it, docs/LOG.md).
 IDLE_BYTES = 285e6  # Python, torch and what a run imports
@@ -107,27 +109,24 @@ def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
 
 def _on_cpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     """Return the parts on a CPU, whose allocator keeps what was freed: what is there one after the other adds up. Several processes
-    give it back, so that their peak is before the backward pass or after it."""
-    number, full = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec)
-    whole = _staying(sizes, spec, shape)
-    stays = _divided(whole, shape)
-    kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
+    give it back: there the peak is at the beginning of a backward pass, or at its end."""
+    number, full, together = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec), shape.processes > 1
+    stays = _divided(_staying(sizes, spec, shape), shape)
+    kept, gradients = number * shape.pass_tokens * _kept(sizes, spec, shape), stays.gradients
     backward = BACKWARD_SHARE[spec.kind] * number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
-    workspace = ALLOCATOR + WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
     if shape.recompute:
         kept, backward = 0.0, AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
-    if full:
-        workspace += HEAD_BYTES * sizes.vocab * sizes.hidden
+    workspace = ALLOCATOR + WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
     workspace += UPDATE_BYTES.get(spec.kind, 0.0) * sizes.linear_numbers
-    if shape.zero_stage >= 2:  # gradients of this process's part, averaged
-        workspace += stays.gradients
     if shape.zero_stage == 3:
-        workspace += GATHERED * number * sizes.numbers
-    if shape.processes > 1 and full and kept + backward < stays.gradients:
-        kept = backward = 0.0
-    elif shape.processes > 1 and full:
-        return StepMemory(stays.weights, stays.adapter, 0.0, stays.moments, kept, workspace + backward)
-    return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, kept, workspace + backward)
+        workspace += GATHERED["full" if full else "adapter"] * number * sizes.numbers
+    if not together:
+        workspace += backward + (FULL_BYTES * sizes.numbers + HEAD_BYTES * sizes.vocab * sizes.hidden + FULL_ALLOCATOR) * full
+    elif full:
+        averaged = gradients if shape.zero_stage >= 2 else 0.0  # once more, over all processes
+        workspace += averaged
+        kept, gradients = (0.0, gradients) if kept < gradients + averaged else (kept - averaged, 0.0)
+    return StepMemory(stays.weights, stays.adapter, gradients, stays.moments, kept, workspace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +225,12 @@ def _loading(sizes: Sizes, shape: Shape) -> float:
 
 def peak_bytes(sizes: Sizes, spec: AdapterSpec, shape: Shape, *, rows: int = 0, tokens: int = 0, idle: float = IDLE_BYTES) -> float:
     """Return the most that one process of a run takes: resident on a CPU, allocated on a GPU, as a result's `actual.peak_bytes`."""
-    process, whole = process_memory(sizes, spec, shape, rows=rows, tokens=tokens, idle=idle), replace(shape, zero_stage=0)
-    # A base is read whole before it is divided.
-    read = _staying(sizes, spec, whole).weights + process.loading
-    return process.rest + max(step_memory(sizes, spec, shape).peak, read)
+    process = process_memory(sizes, spec, shape, rows=rows, tokens=tokens, idle=idle)
+    if shape.device == "cuda":
+        return step_memory(sizes, spec, shape).peak
+    whole = _staying(sizes, spec, replace(shape, packed=False)).weights
+    opening = OPENING * (whole + whole / shape.processes) if shape.zero_stage == 3 else whole
+    return process.rest + max(step_memory(sizes, spec, shape).peak, opening + process.loading)
 
 
 IDLE = "import kivnun.pipeline\nprint(open('/proc/self/statm').read().split()[1])"

@@ -1,9 +1,9 @@
 """How long a run takes, predicted: what it computes, counted by kind, each kind at a rate of its own.
 
-Counted are the operations of products, of attention and of what PEFT computes in float32; numbers that layers keep, that are decoded,
-laid out for products, or updated; passes through layers, which cost something however short they are. A backward pass takes twice
-what a forward one does, or once for products with frozen weights. The rates are those of one core of the reference machine, scaled
-by a short product on this one. On a GPU: a share of its peak.
+Counted are the operations of products, of attention and of what PEFT computes in float32; numbers that layers keep, that are
+decoded, laid out for products, or updated; passes through layers, which cost something however short they are. A backward pass
+takes twice what a forward one does, or once for products with frozen weights. The rates are those of one core of the reference
+machine, scaled by a short product on this one. On a GPU: a share of its peak.
 
 The rates were fitted to the points of benchmarks/results/plan_calibration_2026-11-27.json by `python -m benchmarks.plan.fit`, and
 `tests/unit/test_plan_laws.py` holds them to these. How they do on models, lengths and combinations that they were not fitted to is
@@ -38,31 +38,31 @@ from kivnun.spec.adapters import (
 
 # Seconds of each on one core of the reference machine, by the bytes of a number that is computed with.
 SECONDS: dict[str, dict[int, float]] = {
-    "products": {2: 4.8e-12, 4: 9.9e-12},
-    "attention": {2: 5e-12, 4: 1.1e-11},
-    "kept": {2: 1.1e-9, 4: 5e-10},
-    "low rank": {2: 5e-12, 4: 2e-11},
-    "laid out": {2: 1e-10, 4: 2.8e-10},
-    "nf4": {2: 6.3e-10, 4: 0.0},
-    "int8": {2: 8.8e-10, 4: 0.0},
-    "deltas": {2: 2e-9, 4: 3e-9},
-    "head sums": {2: 5e-9, 4: 1.2e-8},
-    "words": {2: 0.0, 4: 0.0},
+    "products": {2: 4.79e-12, 4: 9.58e-12},
+    "low rank": {2: 1e-11, 4: 2.06e-11},
     "wide": {2: 1.2e-11, 4: 1.2e-11},
-    "sites": {2: 2e-4, 4: 2e-4},
-    "loha": {2: 1e-8, 4: 1e-8},
-    "lokr": {2: 5e-9, 4: 5e-9},
-    "layers": {2: 4e-4, 4: 4e-4},
-    "passes": {2: 3e-3, 4: 3e-3},
-    "steps": {2: 8e-3, 4: 8e-3},
-    "updates": {2: 4e-9, 4: 2.5e-9},
-    "summed": {2: 8e-9, 4: 8e-9},
-    "flattened": {2: 3e-9, 4: 3e-9},
-    "gathered": {2: 5e-9, 4: 5e-9},
-    "hooks": {2: 5e-3, 4: 5e-3},
-    "read": {2: 3e-10, 4: 4e-10},
-    "cached": {2: 1e-9, 4: 1e-9},
-    "said": {2: 2e-4, 4: 2e-4},
+    "attention": {2: 5.33e-12, 4: 1.05e-11},
+    "kept": {2: 6.34e-10, 4: 8.11e-10},
+    "laid out": {2: 3.91e-10, 4: 5.34e-10},
+    "nf4": {2: 8.41e-11, 4: 0},
+    "int8": {2: 1.62e-10, 4: 0},
+    "deltas": {2: 1.03e-09, 4: 1.03e-09},
+    "loha": {2: 1e-08, 4: 1e-08},
+    "lokr": {2: 5e-09, 4: 5e-09},
+    "head sums": {2: 4.87e-09, 4: 1.33e-08},
+    "words": {2: 3.31e-10, 4: 0},
+    "layers": {2: 0.000694, 4: 0.000694},
+    "sites": {2: 8.21e-06, 4: 8.21e-06},
+    "passes": {2: 0, 4: 0},
+    "steps": {2: 0.0048, 4: 0.0048},
+    "updates": {2: 1.94e-09, 4: 1.94e-09},
+    "summed": {2: 1.19e-08, 4: 1.19e-08},
+    "flattened": {2: 1.59e-09, 4: 1.59e-09},
+    "gathered": {2: 1.39e-08, 4: 1.39e-08},
+    "hooks": {2: 0, 4: 0},
+    "read": {2: 1.93e-10, 4: 1.54e-10},
+    "cached": {2: 1.37e-09, 4: 1.46e-09},
+    "said": {2: 0.000206, 4: 0.000206},
 }
 SHARED = (
     "layers", "sites", "passes", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
