@@ -44,12 +44,13 @@ CHUNK = 256  # positions whose logits exist at once (`model/loss.py`)
 WORD_BYTES = 6.8  # for each of them and each word
 # Of what a LoRA step keeps: gradients on their way, and what a method makes beside.
 BACKWARD_SHARE = {
-    "full": 0.05, "lora": 0.43, "dora": 0.39, "adalora": 0.0, "loha": 0.84, "lokr": 0.75, "vera": 1.54, "ia3": 1.09,
-    "ln_tuning": 0.44, "prompt": 0.47, "prefix": 0.59,
+    "full": 0.05, "lora": 0.43, "dora": 0.39, "adalora": 0.3, "loha": 0.84, "lokr": 0.75, "vera": 1.8, "ia3": 1.09,
+    "ln_tuning": 0.44, "prompt": 0.43, "prefix": 0.54,
 }  # fmt: skip
+WIDE_SHARE = BACKWARD_SHARE | {"ia3": 0.0, "vera": 0.36, "adalora": 0.0}  # in float32, which PEFT need not widen
 AGAIN_INPUTS = 9.0  # times the inputs of all layers, where layers are computed again
 HEAD_BYTES = 5.5  # of a trained head's number: sums of its gradient over chunks
-UPDATE_BYTES = {"loha": 4.0, "lokr": 2.7}  # of a number of the linear layers, where an update is made whole
+UPDATE_BYTES = {"loha": 5.5, "lokr": 3.5}  # of a number of the linear layers, where an update is made whole
 FULL_BYTES, FULL_ALLOCATOR = 0.8, 15e6  # of a trained base's number, and beside: holes that gradients leave
 GATHERED = {"full": 0.4, "adapter": 0.1}  # of the weights: what ZeRO's third stage has whole for a moment
 OPENING = 0.8  # of the weights, whole and divided, while it divides them
@@ -113,7 +114,8 @@ def _on_cpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     number, full, together = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec), shape.processes > 1
     stays = _divided(_staying(sizes, spec, shape), shape)
     kept, gradients = number * shape.pass_tokens * _kept(sizes, spec, shape), stays.gradients
-    backward = BACKWARD_SHARE[spec.kind] * number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
+    share = (WIDE_SHARE if number == 4 else BACKWARD_SHARE)[spec.kind]
+    backward = share * number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
     if shape.recompute:
         kept, backward = 0.0, AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
     workspace = ALLOCATOR + WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
@@ -243,11 +245,14 @@ def idle_bytes() -> float:
     return float(found.stdout) * os.sysconf("SC_PAGE_SIZE") if found.returncode == 0 else IDLE_BYTES
 
 
-def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int) -> float:
-    """Return how many numbers one layer keeps for its backward pass, per token."""
+def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int, number: int = 2) -> float:
+    """Return how many numbers of `number` bytes one layer keeps for its backward pass, per token."""
+    wide = 4 / number  # of what PEFT computes in float32
     attention = sizes.queries + 2 * sizes.keys
     # Queries, keys and values, what attention says, gate and up, and the residual stream before and after attention.
     kept = float(attention + sizes.queries + 2 * sizes.mlp + 2 * sizes.hidden)
+    if not sizes.own:  # transformers' own: rotated queries and keys, both norms' inputs in float32, the activation and the product
+        kept += sizes.queries + sizes.keys + 2 * wide * sizes.hidden + 2 * sizes.mlp
     inputs = 2 * sizes.hidden + sizes.queries + sizes.mlp
     outputs = attention + 2 * sizes.hidden + 2 * sizes.mlp
     match spec.kind:
@@ -256,22 +261,23 @@ def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int) -> float:
         case "dora":  # outputs of the frozen layers, for the gradient of magnitudes
             return kept + outputs
         case "adalora":  # in float32 both ways
-            return kept + 2 * inputs + 2 * outputs
+            return kept + wide * (inputs + outputs)
         case "ia3":
             return kept + outputs + sizes.mlp + sizes.hidden
         case "vera":
-            return kept + 2 * inputs + outputs + (4 * spec.rank if isinstance(spec, VeraSpec) else 0)
+            return kept + wide * inputs + outputs + (2 * wide * spec.rank if isinstance(spec, VeraSpec) else 0)
         case "loha" | "lokr":  # the update as a whole matrix, in float32
-            return kept + outputs + 2 * sizes.linear_numbers / sizes.layers / pass_tokens
+            return kept + outputs + wide * sizes.linear_numbers / sizes.layers / pass_tokens
         case _:
             return kept
 
 
 def _kept(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> float:
     """Return how many numbers a pass keeps, per token; the last layer's second half sees the scored tokens alone."""
-    kept = sizes.layers * held_layer(sizes, spec, shape.pass_tokens)
+    number = COMPUTE_BYTES[shape.precision]
+    kept = sizes.layers * held_layer(sizes, spec, shape.pass_tokens, number)
     if isinstance(spec, Targeted):
-        bare = held_layer(sizes, FullSpec(), shape.pass_tokens) - 2 * sizes.hidden - sizes.mlp
+        bare = held_layer(sizes, FullSpec(), shape.pass_tokens, number) - 2 * sizes.hidden - sizes.mlp
         covered = len(chosen_linears(sizes, spec)) / len(sizes.linears)
         kept = sizes.layers * bare + (kept - sizes.layers * bare) * covered
     if isinstance(spec, PromptSpec):
