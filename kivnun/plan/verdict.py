@@ -9,7 +9,7 @@ refusal names changes of the spec that would make it fit, each foretold by the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from kivnun.errors import WontFitError
@@ -38,7 +38,7 @@ class Question:
     sizes: Sizes | None
     unknown: str = ""
     turns_from: int | None = None
-    here: Here = Here()
+    here: Here = field(default_factory=Here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Change:
 class Plan:
     """A spec with every choice made and the reasons, what it will take, and whether that fits.
 
-    `urgent` are the cautions that a run tells, too. `forecast` is None where nothing can be foretold: `unknown` says why. `limit` is what one process may have of the device's
-    memory, in bytes."""
+    `urgent` are the cautions that a run tells, too. `forecast` is None where nothing can be foretold: `unknown` says why. `limit`
+    is what one process may have of the device's memory, in bytes."""
 
     spec: TuneSpec
     reasons: Mapping[str, str]

@@ -57,7 +57,7 @@ def fit(
     """
     began = time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
-    passes = Passes(trainee, budget, max(row.length for row in rows), share_prefixes=share_prefixes, emit=emit)
+    passes = Passes(trainee, budget, int(order.lengths.max()), share_prefixes=share_prefixes, emit=emit)
 
     def prepare(step: int) -> StepWork:
         return prepared(step, trainee, rows, order, passes)

@@ -60,7 +60,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_base_is_loaded_and_may_be_g
 ) -> None:
     spec, run = write_spec(tmp_path, base, chats()), tmp_path / "run"
     memory(RESIDENT / 2)
-    with pytest.raises(WontFitError, match="the run takes about .* of memory at most, and 238 MiB are there"):
+    with pytest.raises(WontFitError, match=r"the run takes about .* of memory at most, and 238 MiB are there"):
         run_spec(spec, run)
     events = read_events(run / "events.jsonl")
     assert not any(isinstance(event, BaseLoaded) for event in events)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli_light import loaded_by
 
 from kivnun.cli.main import run
 from runs import chats, write_rows
-from test_cli_light import loaded_by
 
 Told = tuple[int, str, str]
 PHI = "base=microsoft/Phi-4-mini-instruct"
