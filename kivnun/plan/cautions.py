@@ -69,8 +69,8 @@ def of_lengths(spec: TuneSpec, rows: RunRows, turns_from: int | None) -> Iterato
     if 0 < over < len(rows.sides):
         yield (
             f"{over:,} of {len(rows.sides):,} rows have more than {turns_from:,} tokens and take LongRoPE's long factors, the "
-            "others its short ones: a prompt near that length may be served with other factors than rows like it were trained with; set "
-            f"base.rope_factors, or keep rows on one side (data.max_seq_len: {turns_from})"
+            "others its short ones: a prompt near that length may be served with other factors than rows like it were trained "
+            f"with; set base.rope_factors, or keep rows on one side (data.max_seq_len: {turns_from})"
         )
 
 
