@@ -87,10 +87,10 @@ def prompt_ids(row: Asked, tokenizer: PromptTokenizer) -> list[int]:
 def _row(line: int, value: dict[str, Any] | LineProblem) -> Asked | BadRow:
     if isinstance(value, LineProblem):
         return BadRow(line, None, (str(value),))
-    problems: list[str] = []
-    identity = _identity(value, problems.append)
+    problems = Sentences()
+    identity = _identity(value, problems)
     rest = {key: item for key, item in value.items() if key != "id"}
-    prompt, tools, reference = _parsed(rest, problems.append)
+    prompt, tools, reference = _parsed(rest, problems)
     return BadRow(line, identity, tuple(problems)) if problems else Asked(line, identity, prompt, tools, reference)
 
 

@@ -42,6 +42,13 @@ class Complain(Protocol):
     def __call__(self, message: str, page: str | None = None) -> None: ...
 
 
+class Sentences(list[str]):
+    """What is wrong, as sentences alone, where no page is told."""
+
+    def __call__(self, message: str, page: str | None = None) -> None:
+        self.append(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` is most likely a slip for, or None."""
     found = difflib.get_close_matches(name[:40].lower(), list(known), n=1, cutoff=0.75)

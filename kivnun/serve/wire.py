@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kivnun.data.chat_shape import check_prompt_messages
+from kivnun.data.chat_shape import Sentences, check_prompt_messages
 from kivnun.data.jsonl import LineProblem, as_list, as_object, parse_value, type_name
 from kivnun.data.template import ChatTokenizer
 from kivnun.errors import DataError
@@ -160,8 +160,8 @@ def _chat_prompts(body: Mapping[str, Any], served: Served, which: str) -> list[l
         raise _bad("model", "this model was tuned on plain prompts or text, not on chats: ask /v1/completions")
     if not served.tokenizer.has_template:
         raise _bad("model", "this base has no chat template: ask /v1/completions")
-    problems: list[str] = []
-    messages = check_prompt_messages(given, "messages", problems.append)
+    problems = Sentences()
+    messages = check_prompt_messages(given, "messages", problems)
     if problems:
         raise _bad("messages", "; ".join(problems))
     try:
