@@ -243,7 +243,12 @@ def peak_bytes(sizes: Sizes, spec: AdapterSpec, shape: Shape, *, rows: int = 0, 
     return process.rest + max(step_memory(sizes, spec, shape).peak, opening + process.loading)
 
 
-IDLE = "import kivnun.pipeline\nprint(open('/proc/self/statm').read().split()[1])"
+IDLE = """
+import kivnun.pipeline
+from kivnun.model.kernels import choose
+choose("auto", "cpu")
+print(open("/proc/self/statm").read().split()[1])
+"""
 
 
 def idle_bytes() -> float:
