@@ -54,21 +54,19 @@ SECONDS: dict[str, dict[int, float]] = {
     "words": {2: 4.24e-10, 4: 0},
     "layers": {2: 0.000716, 4: 0.000716},
     "sites": {2: 0.000132, 4: 0.000132},
-    "passes": {2: 0, 4: 0},
     "steps": {2: 0.00842, 4: 0.00842},
     "updates": {2: 1.93e-09, 4: 1.93e-09},
     "summed": {2: 1.18e-08, 4: 1.18e-08},
     "flattened": {2: 1.56e-09, 4: 1.56e-09},
     "gathered": {2: 1.39e-08, 4: 1.39e-08},
-    "hooks": {2: 0, 4: 0},
     "read": {2: 1.93e-10, 4: 1.46e-10},
     "cached": {2: 1.28e-09, 4: 1.53e-09},
     "said": {2: 0.000188, 4: 0.000188},
 }
+# The same in both precisions.
 SHARED = (
-    "layers", "sites", "passes", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
-    "hooks",
-)  # fmt: skip  # the same in both precisions
+    "layers", "sites", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
+)  # fmt: skip
 REFERENCE_FLOPS = {2: 197e9, 4: 85e9}  # what `model/speed.py` finds on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
 ROWS_AT_ONCE = 64  # rows that are answered together (`model/generate.py`)
@@ -135,14 +133,13 @@ def training_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) 
         found[name] = found.get(name, 0.0) + amount
     found["products"] += head.pop("products")
     trained = trained_of(sizes, spec).numbers
-    found |= {"passes": work.num_passes, "updates": float(trained * work.steps), "steps": work.steps, **head}
+    found |= {"updates": float(trained * work.steps), "steps": work.steps, **head}
     if shape.processes > 1:
         found["summed"] = float(trained * work.steps)
     if shape.zero_stage:
         found["flattened"] = float(trained * work.steps)
     if shape.zero_stage == 3:
         found["gathered"] = float(sizes.numbers * work.num_passes)
-        found["hooks"] = float(sizes.layers * work.num_passes)
     return found
 
 
@@ -150,7 +147,7 @@ def scoring_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -
     """Return how much of each kind a forward pass over held-out rows takes."""
     found = _layers_forward(sizes, spec, shape, work)
     found["products"] += _head(sizes, spec, work, 1.0)["products"]
-    return found | {"passes": work.num_passes / 2}
+    return found
 
 
 def _layers_forward(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
