@@ -62,7 +62,8 @@ class Compared:
 
 def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> Compared:
     """Return what was predicted of a case beside what its processes measured."""
-    sizes, spec, speed, count = case.sizes, adapter_of(case.kind), of.speed[case.precision], len(processes)
+    sizes, spec, count = case.sizes, adapter_of(case.kind), len(processes)
+    speed = of.speed[case.precision if count == 1 else f"{case.precision} x {count}"]
     own = [lengths[::count] for lengths in case.step_lengths()]  # rows of one process
     work = work_of(own, case.pass_tokens, SCORED_SHARE)
     shape = Shape(
@@ -166,7 +167,7 @@ def write(stem: Path, found: Sequence[Compared], record: Record, command: str) -
     record.save()
     _plot(stem.with_suffix(".svg"), found)
     of = record.found_once
-    speeds = ", ".join(f"{speed:.2f} in {precision}" for precision, speed in of.speed.items() if precision in ("fp32", "bf16"))
+    speeds = ", ".join(f"{speed:.2f} in {precision}" for precision, speed in of.speed.items() if precision[:4] in ("fp32", "bf16"))
     head = f"""\
 # What the planner predicts, beside what runs take
 

@@ -47,10 +47,17 @@ BACKWARD_SHARE = {
     "full": 0.05, "lora": 0.43, "dora": 0.39, "adalora": 0.3, "loha": 0.84, "lokr": 0.75, "vera": 1.8, "ia3": 1.09,
     "ln_tuning": 0.44, "prompt": 0.43, "prefix": 0.54,
 }  # fmt: skip
-WIDE_SHARE = BACKWARD_SHARE | {"ia3": 0.0, "vera": 0.36, "adalora": 0.0}  # in float32, which PEFT need not widen
+WIDE_SHARE = BACKWARD_SHARE | {
+    "ia3": 0.0,
+    "vera": 0.36,
+    "adalora": 0.0,
+    "loha": 0.4,
+    "lokr": 0.4,
+}  # in float32, which PEFT need not widen
 AGAIN_INPUTS = 9.0  # times the inputs of all layers, where layers are computed again
 HEAD_BYTES = 5.5  # of a trained head's number: sums of its gradient over chunks
-UPDATE_BYTES = {"loha": 5.5, "lokr": 3.5}  # of a number of the linear layers, where an update is made whole
+# Of a number of the linear layers, where an update is made whole, by the bytes of a number that is computed with.
+UPDATE_BYTES = {"loha": {2: 5.5, 4: 2.0}, "lokr": {2: 3.5, 4: 1.5}}
 FULL_BYTES, FULL_ALLOCATOR = 0.8, 15e6  # of a trained base's number, and beside: holes that gradients leave
 GATHERED = {"full": 0.4, "adapter": 0.1}  # of the weights: what ZeRO's third stage has whole for a moment
 OPENING = 0.8  # of the weights, whole and divided, while it divides them
@@ -119,7 +126,8 @@ def _on_cpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     if shape.recompute:
         kept, backward = 0.0, AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
     workspace = ALLOCATOR + WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
-    workspace += UPDATE_BYTES.get(spec.kind, 0.0) * sizes.linear_numbers
+    if spec.kind in UPDATE_BYTES:
+        workspace += UPDATE_BYTES[spec.kind][number] * sizes.linear_numbers
     if shape.zero_stage == 3:
         workspace += GATHERED["full" if full else "adapter"] * number * sizes.numbers
     if not together:
@@ -235,7 +243,12 @@ def peak_bytes(sizes: Sizes, spec: AdapterSpec, shape: Shape, *, rows: int = 0, 
     return process.rest + max(step_memory(sizes, spec, shape).peak, opening + process.loading)
 
 
-IDLE = "import kivnun.pipeline\nprint(open('/proc/self/statm').read().split()[1])"
+IDLE = """
+import kivnun.pipeline
+from kivnun.model.kernels import choose
+choose("auto", "cpu")
+print(open("/proc/self/statm").read().split()[1])
+"""
 
 
 def idle_bytes() -> float:

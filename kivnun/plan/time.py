@@ -13,6 +13,7 @@ T tokens of a pass, L layers, V vocabulary. Next: `advise.py`.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,36 +39,34 @@ from kivnun.spec.adapters import (
 
 # Seconds of each on one core of the reference machine, by the bytes of a number that is computed with.
 SECONDS: dict[str, dict[int, float]] = {
-    "products": {2: 4.82e-12, 4: 9.68e-12},
-    "low rank": {2: 1.06e-11, 4: 2.09e-11},
-    "wide": {2: 1.17e-11, 4: 1.17e-11},
-    "attention": {2: 5.38e-12, 4: 1.05e-11},
-    "kept": {2: 5.74e-10, 4: 7.25e-10},
-    "laid out": {2: 4.09e-10, 4: 5.4e-10},
-    "nf4": {2: 6.08e-11, 4: 0},
-    "int8": {2: 1.39e-10, 4: 0},
+    "products": {2: 4.89e-12, 4: 9.62e-12},
+    "low rank": {2: 1.05e-11, 4: 2.03e-11},
+    "wide": {2: 1.14e-11, 4: 1.14e-11},
+    "attention": {2: 5.35e-12, 4: 1.05e-11},
+    "kept": {2: 5.07e-10, 4: 7.68e-10},
+    "laid out": {2: 4.05e-10, 4: 5.4e-10},
+    "nf4": {2: 6.23e-11, 4: 0},
+    "int8": {2: 1.41e-10, 4: 0},
     "deltas": {2: 1.02e-09, 4: 1.02e-09},
-    "loha": {2: 1.94e-09, 4: 1.94e-09},
-    "lokr": {2: 5e-09, 4: 5e-09},
-    "head sums": {2: 5.34e-09, 4: 1.34e-08},
-    "words": {2: 2.61e-10, 4: 0},
-    "layers": {2: 0.000708, 4: 0.000708},
-    "sites": {2: 0.000116, 4: 0.000116},
-    "passes": {2: 0, 4: 0},
-    "steps": {2: 0.00708, 4: 0.00708},
-    "updates": {2: 1.91e-09, 4: 1.91e-09},
+    "loha": {2: 2.42e-09, 4: 2.42e-09},
+    "lokr": {2: 4.79e-10, 4: 4.79e-10},
+    "head sums": {2: 5.22e-09, 4: 1.31e-08},
+    "words": {2: 4.24e-10, 4: 0},
+    "layers": {2: 0.000716, 4: 0.000716},
+    "sites": {2: 0.000132, 4: 0.000132},
+    "steps": {2: 0.00842, 4: 0.00842},
+    "updates": {2: 1.93e-09, 4: 1.93e-09},
     "summed": {2: 1.18e-08, 4: 1.18e-08},
-    "flattened": {2: 1.62e-09, 4: 1.62e-09},
+    "flattened": {2: 1.56e-09, 4: 1.56e-09},
     "gathered": {2: 1.39e-08, 4: 1.39e-08},
-    "hooks": {2: 0, 4: 0},
-    "read": {2: 1.95e-10, 4: 1.46e-10},
-    "cached": {2: 1.27e-09, 4: 1.53e-09},
-    "said": {2: 0.000204, 4: 0.000204},
+    "read": {2: 1.93e-10, 4: 1.46e-10},
+    "cached": {2: 1.28e-09, 4: 1.53e-09},
+    "said": {2: 0.000188, 4: 0.000188},
 }
+# The same in both precisions.
 SHARED = (
-    "layers", "sites", "passes", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
-    "hooks",
-)  # fmt: skip  # the same in both precisions
+    "layers", "sites", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
+)  # fmt: skip
 REFERENCE_FLOPS = {2: 197e9, 4: 85e9}  # what `model/speed.py` finds on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
 ROWS_AT_ONCE = 64  # rows that are answered together (`model/generate.py`)
@@ -134,14 +133,13 @@ def training_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) 
         found[name] = found.get(name, 0.0) + amount
     found["products"] += head.pop("products")
     trained = trained_of(sizes, spec).numbers
-    found |= {"passes": work.num_passes, "updates": float(trained * work.steps), "steps": work.steps, **head}
+    found |= {"updates": float(trained * work.steps), "steps": work.steps, **head}
     if shape.processes > 1:
         found["summed"] = float(trained * work.steps)
     if shape.zero_stage:
         found["flattened"] = float(trained * work.steps)
     if shape.zero_stage == 3:
         found["gathered"] = float(sizes.numbers * work.num_passes)
-        found["hooks"] = float(sizes.layers * work.num_passes)
     return found
 
 
@@ -149,7 +147,7 @@ def scoring_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -
     """Return how much of each kind a forward pass over held-out rows takes."""
     found = _layers_forward(sizes, spec, shape, work)
     found["products"] += _head(sizes, spec, work, 1.0)["products"]
-    return found | {"passes": work.num_passes / 2}
+    return found
 
 
 def _layers_forward(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
@@ -312,9 +310,10 @@ def cpu_seconds(
     return slower * training_seconds(sizes, LoraSpec(), shape, work, speed=speed)
 
 
-def machine_speed(precision: str, clock: Literal["wall", "cpu"] = "wall") -> float:
-    """Return how fast this machine, with all its cores, is beside one core of the reference machine, by products in a precision:
-    as fast as they come to an end, or (cpu) by the seconds that its cores spent on them, however busy they are otherwise."""
+def machine_speed(precision: str, clock: Literal["wall", "cpu"] = "wall", threads: int | None = None) -> float:
+    """Return how fast this machine, with all its cores or so many threads, is beside one core of the reference machine, by products
+    in a precision: as fast as they come to an end, or (cpu) by the seconds that cores spent, however busy they are otherwise."""
     command = [sys.executable, "-m", "kivnun.model.speed", precision, clock]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
     return float(found.stdout) / REFERENCE_FLOPS[COMPUTE_BYTES[precision]]
