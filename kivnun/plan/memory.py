@@ -64,8 +64,7 @@ class Shape:
 def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     """Return what a step of one process takes at most, in bytes above the same process at rest."""
     number, trained, full = COMPUTE_BYTES[shape.precision], trained_of(sizes, spec), isinstance(spec, FullSpec)
-    code = CODE_BYTES.get(shape.precision, number)
-    weights = code * sizes.linear_numbers + number * sizes.outer_numbers
+    weights = weight_bytes(sizes.linear_numbers, sizes.outer_numbers, shape.precision)
     # Weights in 16 bits are trained through float32 ones.
     adapter = (0 if number == 4 else 4 * trained.numbers) if full else 4 * (trained.numbers + trained.fixed)
     moments, gradients = 8.0 * trained.numbers, 4.0 * trained.numbers
@@ -87,6 +86,12 @@ def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     if early >= late or not full:
         return StepMemory(weights, adapter, head / 2, moments, kept, workspace)
     return StepMemory(weights, adapter, gradients, moments, 0.0, workspace + (late - 4.0 * trained.numbers))
+
+
+def weight_bytes(linear_numbers: int, outer_numbers: int, precision: str) -> float:
+    """Return what a base's weights take in a precision: linear layers, and what is never held as codes."""
+    number = COMPUTE_BYTES[precision]
+    return CODE_BYTES.get(precision, number) * linear_numbers + number * outer_numbers
 
 
 def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int) -> float:
