@@ -109,8 +109,8 @@ def test_experts_side_by_side_are_told_as_not_covered() -> None:
         **{**tiny.SIZES, "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     )
     report = cover("mixture", config.to_dict())
-    assert report.uncovered["experts.gate_up_proj"] == 2 * 4 * 2 * 40 * 48
-    assert report.uncovered["experts.down_proj"] == 2 * 4 * 40 * 48
+    assert report.uncovered["mlp.experts.gate_up_proj"] == 2 * 4 * 2 * 40 * 48
+    assert report.uncovered["mlp.experts.down_proj"] == 2 * 4 * 40 * 48
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} == {target.name for target in report.targets}
 
 
