@@ -1,4 +1,4 @@
-"""`kivnun bases`: the bases one can name, and what Kivnun will do with one of them. Next: `kivnun/model/coverage.py` (who finds out)."""
+"""`kivnun bases`: the bases one can name, and what Kivnun will do with one. Next: `kivnun/model/coverage.py` (who finds out)."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ def _lines(coverage: Coverage, facts: Mapping[str, Any]) -> list[tuple[str, str]
         ("parameters", f"{coverage.parameters:,}"),
         ("context", "no limit named" if coverage.context is None else f"{coverage.context:,} tokens"),
         ("layers", f"{layers}, {path}"),
-        ("targets", ", ".join(_target(it) for it in coverage.targets) or "none: no adapter can cover a layer; adapter.kind full can"),
+        (
+            "targets",
+            ", ".join(_target(it) for it in coverage.targets) or "none: no adapter can cover a layer; adapter.kind full can",
+        ),
         ("not covered", ", ".join(f"{name} ({count:,})" for name, count in coverage.uncovered.items()) or "nothing"),
         ("head", "tied to the embedding" if coverage.tied else "its own"),
         ("rotation", str(coverage.rope)),

@@ -165,7 +165,9 @@ def _uncovered(outline: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str
     numbers: Counter[str] = Counter()
     for at, parameter in outline.named_parameters():
         if id(parameter) in inside and parameter.ndim >= 2 and at not in covered:
-            numbers[".".join(part for part in at.split(".")[-3:] if not part.isdigit()).removesuffix(".weight")] += parameter.numel()
+            numbers[".".join(part for part in at.split(".")[-3:] if not part.isdigit()).removesuffix(".weight")] += (
+                parameter.numel()
+            )
     return dict(numbers)
 
 

@@ -23,17 +23,26 @@ TRAINED = (1, 9, 25)
 KNOWN = [
     "phi3_window", "phi4_mini", "phi", "llama_biased", "llama_llama3", "mistral", "qwen2_window", "qwen3_window", "gemma", "gemma2",
 ]  # fmt: skip
-OPT = {"vocab_size": tiny.VOCAB, "hidden_size": 48, "ffn_dim": 88, "num_hidden_layers": 2, "num_attention_heads": 6}
+OPT: dict[str, Any] = {"vocab_size": tiny.VOCAB, "hidden_size": 48, "ffn_dim": 88, "num_hidden_layers": 2, "num_attention_heads": 6}
+SIZES: dict[str, Any] = tiny.SIZES
 # Families that Kivnun does not know by name.
 OTHERS: dict[str, Callable[[], Any]] = {
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**tiny.SIZES),
-    "olmo": lambda: transformers.OlmoConfig(**tiny.SIZES),
-    "olmo2": lambda: transformers.Olmo2Config(**tiny.SIZES),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**{**tiny.SIZES, "head_dim": 10, "sliding_window": tiny.WINDOW}),
-    "starcoder2": lambda: transformers.Starcoder2Config(**tiny.SIZES),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "olmo": lambda: transformers.OlmoConfig(**SIZES),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**{**SIZES, "head_dim": 10, "sliding_window": tiny.WINDOW}),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SIZES),
     "opt": lambda: transformers.OPTConfig(**OPT, pad_token_id=0, bos_token_id=1, eos_token_id=2, word_embed_proj_dim=48),
 }
-GPT_2 = {"vocab_size": tiny.VOCAB, "n_positions": 512, "n_embd": 48, "n_layer": 2, "n_head": 6, "bos_token_id": 1, "eos_token_id": 2}
+GPT_2: dict[str, Any] = {
+    "vocab_size": tiny.VOCAB,
+    "n_positions": 512,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +115,7 @@ def test_the_report_tells_windows_caps_and_rotations(tiny_base: Callable[[str], 
 
 def test_experts_side_by_side_are_told_as_not_covered() -> None:
     config = transformers.Qwen3MoeConfig(
-        **{**tiny.SIZES, "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        **{**SIZES, "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     )
     report = cover("mixture", config.to_dict())
     assert report.uncovered["mlp.experts.gate_up_proj"] == 2 * 4 * 2 * 40 * 48
@@ -130,13 +139,13 @@ def test_a_family_of_convolutions_in_place_of_linear_layers_can_be_tuned_whole_a
     ],
 )
 def test_a_family_that_loading_refuses_is_refused_in_the_report(config: str, words: str) -> None:
-    sizes = {**tiny.SIZES, **({"n_head": 6} if config == "BloomConfig" else {"state_size": 4} if config == "MambaConfig" else {})}
+    sizes = {**SIZES, **({"n_head": 6} if config == "BloomConfig" else {"state_size": 4} if config == "MambaConfig" else {})}
     with pytest.raises(BaseModelError, match=words):
         cover("stranger", getattr(transformers, config)(**sizes).to_dict())
 
 
 def test_a_wide_window_in_the_mask_alone_is_accepted_and_a_narrow_one_refused() -> None:
-    sizes = {**tiny.SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "use_sliding_window": True}
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "use_sliding_window": True}
     wide = transformers.Qwen2MoeConfig(**{**sizes, "sliding_window": 512}).to_dict()
     assert cover("wide", wide).window == "none within its context"
     narrow = transformers.Qwen2MoeConfig(**{**sizes, "sliding_window": 12}).to_dict()

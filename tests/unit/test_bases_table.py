@@ -11,7 +11,7 @@ import pytest
 from kivnun.cli.main import run
 from kivnun.errors import BaseModelError
 from kivnun.model.coverage import cover
-from kivnun.model.families import FUSED_PARTS, find_base
+from kivnun.model.families import FUSED_PARTS, base_hash, find_base
 from kivnun.model.phi import PHI, REFUSED, nearest_id, phi_by_id, refusal_of
 from kivnun.plan.bases import known_base, known_config
 from kivnun.plan.sizes import FAMILIES, Sizes
@@ -110,6 +110,11 @@ def test_a_hash_that_is_told_of_a_folder_is_the_one_that_pins_it(capsys: pytest.
     assert run(["bases", "kivnun/tiny-phi", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["content_hash"]
     assert load_base(find_base("kivnun/tiny-phi"), "fp32", content_hash=told).content_hash == told
+
+
+def test_the_hash_in_the_guide_is_the_built_in_bases() -> None:
+    (written,) = re.findall(r"content_hash: (\w{64})", PAGE.read_text(encoding="utf-8"))
+    assert written == base_hash(find_base("kivnun/tiny-phi"))
 
 
 def test_the_guides_table_of_phi_is_the_codes() -> None:
