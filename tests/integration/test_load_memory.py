@@ -87,7 +87,8 @@ def widths(layers: int) -> dict[str, Any]:
 
 
 OWN = (transformers.Phi3Config, tiny.CONFIGS["phi3"])
-GENERIC = (transformers.Olmo2Config, lambda: transformers.Olmo2Config(**tiny.SIZES))
+SIZES: dict[str, Any] = tiny.SIZES
+GENERIC = (transformers.Olmo2Config, lambda: transformers.Olmo2Config(**SIZES))
 
 
 def measured(kind: Any, layers: int, precisions: list[str], folder: Path) -> None:

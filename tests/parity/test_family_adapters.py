@@ -62,7 +62,7 @@ def folder_of(tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 def test_logits_and_gradients_of_lora_are_pefts(name: str, folder_of: Callable[[str], Path]) -> None:
     folder, rows = folder_of(name), tiny.random_rows(TRAINED)
     base = load_base(folder, "fp32")
-    weights = tiny.new_weights(base)
+    weights: Any = tiny.new_weights(base)
     trainee = tiny.new_trainee(base, weights)
     twin = tiny.peft_twin(folder, weights.adapter)
     ids = [list(map(int, row.ids)) for row in rows]
@@ -77,7 +77,8 @@ def test_logits_and_gradients_of_lora_are_pefts(name: str, folder_of: Callable[[
     theirs = torch.stack([tiny.reference_loss(twin, [row]) * (row.total_weight / total) for row in rows]).sum()
     theirs.backward()
     assert loss == pytest.approx(float(theirs.detach()), rel=1e-5)
-    expected, gradients = dict(twin.named_parameters()), tiny.gradients(trainee)
+    expected: dict[str, Any] = dict(twin.named_parameters())
+    gradients = tiny.gradients(trainee)
     assert len(gradients) == len(weights.parameters())
     for key, gradient in gradients.items():
         assert tiny.relative_difference(gradient, expected[tiny.peft_name(key)].grad) < 5e-5, key
