@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ import torch
 from kivnun.data.loader import Dataset
 from kivnun.data.order import RowOrder
 from kivnun.data.rows import PreferencePair
+from kivnun.errors import SpecError
 from kivnun.model.families import count_parameters, longest_row, stored_precision
 from kivnun.model.kernels import native_or_reason, triton_or_reason
 from kivnun.model.load import Base
@@ -43,7 +45,11 @@ from kivnun.train.weights import LiveWeights, Weights
 def resolve_facts(
     dataset: Dataset, base_folder: Path, compute: ComputeSpec | None = None, folder: RunFolder | None = None
 ) -> ResolveFacts:
-    """Return what is known of data, base and machine, and of the folder's run where it was begun already."""
+    """Return what is known of data, base and machine, and of the folder's run where it was begun already.
+
+    Raises SpecError where `compute` needs an extra that is not installed.
+    """
+    refuse_missing_deepspeed(compute)
     native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
@@ -63,6 +69,15 @@ def resolve_facts(
         threads_before=None if compute is None or folder is None else folder.threads_in_another_shape(compute),
         deepspeed=read_json_file(compute.deepspeed) if isinstance(compute, MultiProcessSpec) and compute.deepspeed else None,
     )
+
+
+def refuse_missing_deepspeed(compute: ComputeSpec | None) -> None:
+    """Raise SpecError where state is to be divided and DeepSpeed, an extra, is not installed."""
+    if isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0 and find_spec("deepspeed") is None:
+        raise SpecError(
+            f"compute.zero_stage is {compute.zero_stage}, which needs DeepSpeed, and it is not installed",
+            hint="pip install 'kivnun[deepspeed]', or set compute.zero_stage to 0, which divides the rows alone",
+        )
 
 
 def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:
