@@ -36,7 +36,7 @@ QUICK = Size("quick", 9, 10, 10, 10, 1, 1, 1, 16)
 # What `kivnun doctor` hears of torch and the kernels, which takes seconds to find out: test_doctor.py does.
 TRIED = {
     "torch": {"version": "2", "built_for_cuda": None, "gpus": [], "bf16": None},
-    "kernels": {"reason": None, "name": "native", "packs": []},
+    "kernels": {"reason": None, "packs": [], "compiler": "cc"},
     "triton": {"reason": "there is no CUDA device"},
 }
 
