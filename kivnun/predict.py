@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from kivnun.artifacts import atomic_write, hash_file, hash_folder, numeric_environment, storage_errors
+from kivnun.artifacts import atomic_write, hash_file, hash_folder, make_folder, numeric_environment, storage_errors
 from kivnun.data.asked import Asked, BadRow, prompt_ids, read_asked
 from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import TokenRow, Where
@@ -261,6 +261,7 @@ def _check_record(output: Path, now: Mapping[str, Any]) -> None:
     if not path.exists():
         if output.exists():
             raise RunFolderError(f"{output} was not begun by predict: {path.name} is missing", hint="choose another --output")
+        make_folder(path.parent)
         atomic_write(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
         return
     try:
