@@ -55,7 +55,9 @@ def storage_errors(path: Path) -> Generator[None]:
         if number not in _DISK_WORDS:
             raise
         raise StorageError(
-            f"cannot write {path}: {_DISK_WORDS[number]} ({os.strerror(number)})", hint=_hint(number, path)
+            f"cannot write {path}: {_DISK_WORDS[number]} ({os.strerror(number)})",
+            hint=_hint(number, path),
+            pages=("20-disk-full",) if number in _ROOM else (),
         ) from error
 
 
@@ -214,7 +216,19 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path, pattern: str = "**/*") -> str:
     """Return one SHA-256 over the relative names and bytes of the files in `folder` that match the glob `pattern`."""
-    return _digest({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+    return hash_files({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+
+
+def hash_files(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 over files by their relative names and their own hashes."""
+    return _digest(hashes)
+
+
+def listed_hash(manifest: Mapping[str, Any], folder: str) -> str | None:
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files; None where it lists none."""
+    prefix = f"{folder}/"
+    files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}
+    return _digest(files) if files else None
 
 
 def code_hash() -> str:
@@ -264,9 +278,13 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     for name, said in manifest["files"].items():
         path = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise IntegrityError(f"{folder / MANIFEST} lists {name!r}, which is outside its folder")
+            raise IntegrityError(
+                f"{folder / MANIFEST} lists {name!r}, which is outside its folder", hint="restore the folder from a copy"
+            )
         if not path.is_file():
-            raise IntegrityError(f"{path} is missing: {MANIFEST} lists it with sha256 {said['sha256']}")
+            raise IntegrityError(
+                f"{path} is missing: {MANIFEST} lists it with sha256 {said['sha256']}", hint="restore it from a copy"
+            )
         found = hash_file(path)
         if found != said["sha256"]:
             size = path.stat().st_size

@@ -7,6 +7,7 @@ Next: `kivnun/events.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,18 +15,31 @@ class KivnunError(Exception):
     """Base of all errors Kivnun raises on purpose.
 
     `code` is stable (the CLI prints it, the service maps it), `exit_status` is what the CLI returns, `hint` says what to do.
+    `pages` names the pages of docs/mistakes, without `.md`, that tell more: their names do not change.
     """
 
     code = "error"
     exit_status = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, pages: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.pages = pages
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+        return "\n".join([self.message, *closing_lines(self.hint, self.pages)])
+
+
+def closing_lines(hint: str | None, pages: Sequence[str]) -> list[str]:
+    """Return the lines that end a message: what to do, and where more is said."""
+    lines = [] if hint is None else [f"  hint: {hint}"]
+    return [*lines, *(f"  more: {path_of(page)}" for page in pages)]
+
+
+def path_of(page: str) -> str:
+    """Return where the repository holds a page about a mistake."""
+    return f"docs/mistakes/{page}.md"
 
 
 class SpecError(KivnunError, ValueError):
@@ -37,11 +51,13 @@ class SpecError(KivnunError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """One thing wrong with one row of a data file. `line` counts from 1; 0 means the file as a whole."""
+    """One thing wrong with one row of a data file. `line` counts from 1; 0 means the file as a whole. `page` is the page of
+    docs/mistakes about it, if there is one."""
 
     path: str
     line: int
     message: str
+    page: str | None = None
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.message}" if self.line else f"{self.path}: {self.message}"
@@ -54,17 +70,18 @@ class DataError(KivnunError, ValueError):
     exit_status = 3
     shown = 20
 
-    def __init__(self, message: str, problems: tuple[RowProblem, ...] = (), *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self, message: str, problems: tuple[RowProblem, ...] = (), *, hint: str | None = None, pages: tuple[str, ...] = ()
+    ) -> None:
+        found = [problem.page for problem in problems if problem.page is not None]
+        super().__init__(message, hint=hint, pages=tuple(dict.fromkeys((*pages, *found))))
         self.problems = problems
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {problem}" for problem in self.problems[: self.shown])]
         if len(self.problems) > self.shown:
             lines.append(f"  ... and {len(self.problems) - self.shown} more")
-        if self.hint is not None:
-            lines.append(f"  hint: {self.hint}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *closing_lines(self.hint, self.pages)])
 
 
 class BaseModelError(KivnunError, ValueError):
@@ -112,6 +129,13 @@ class ProcessLostError(KivnunError, ConnectionError):
     exit_status = 9
 
     __str__ = KivnunError.__str__
+
+
+class WontFitError(KivnunError, MemoryError):
+    """The run does not fit in the memory there is. The hint names what would make it fit."""
+
+    code = "does_not_fit"
+    exit_status = 10
 
 
 class InterruptedRun(KivnunError, InterruptedError):

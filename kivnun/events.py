@@ -136,6 +136,16 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class PassesShortened:
+    """Memory ran out in this step, which is repeated in shorter passes, as are all later ones, also those of a resumed run."""
+
+    name: ClassVar[str] = "passes_shortened"
+    step: Annotated[int, "the step that memory ran out in, the first with shorter passes"]
+    micro_batch_tokens: Annotated[int, "tokens of a pass, at most, from here on"]
+    time: Time = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSaved:
     """The state after this step is durable."""
 
@@ -198,12 +208,12 @@ class RunInterrupted:
 
 
 Event: TypeAlias = (
-    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | CheckpointSaved | Resumed | Warned
-    | RunFinished | RunFailed | RunInterrupted
+    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | PassesShortened | CheckpointSaved
+    | Resumed | Warned | RunFinished | RunFailed | RunInterrupted
 )  # fmt: skip
 EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in get_args(Event)}
 # Lines that others rely on after a power cut: fsynced before append returns.
-_DURABLE = (CheckpointSaved, Resumed, RunFinished, RunFailed, RunInterrupted)
+_DURABLE = (PassesShortened, CheckpointSaved, Resumed, RunFinished, RunFailed, RunInterrupted)
 
 # --- one event, one line -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """From a spec to a tuned model: every stage, in its order. Start reading here.
 
-    spec -> data -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
+    spec -> data -> plan -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
 
 In a run of several processes each goes through all stages, in step; the first one alone writes and is heard. Stages hand each other
 values and folders, never a live model of their own. Next: `train/loop.py` (what training is), `opened.py` (a finished run, opened
@@ -24,6 +24,7 @@ from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
+from kivnun.evaluate.card import write_card
 from kivnun.evaluate.evaluation import (
     Evaluation,
     StageProgress,
@@ -44,6 +45,7 @@ from kivnun.events import (
     Evaluated,
     Event,
     EventLog,
+    Planned,
     Resumed,
     RunFailed,
     RunFinished,
@@ -53,7 +55,8 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.families import copy_tokenizer, find_base, longest_row
+from kivnun.lineage import lineage_of, start_of
+from kivnun.model.families import base_record, copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
 from kivnun.parts import (
@@ -62,11 +65,13 @@ from kivnun.parts import (
     open_weights,
     optimizer_settings,
     peak_memory,
+    plan_run,
     resolve_facts,
     row_order,
     schedule_of,
     spared_tokens,
 )
+from kivnun.plan.verdict import Plan
 from kivnun.run_folder import (
     RunFolder,
     check_finished,
@@ -81,6 +86,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
+from kivnun.train.passes import PassBudget
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -134,9 +140,16 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     base_folder = find_base(spec.base.model, spec.base.revision)
     tokenizer = load_tokenizer(base_folder, spec.data.template)
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
-    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
+    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute, adapter=spec.adapter))
     torch.set_num_threads(cast(int, spec.compute.threads))
-    base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
+    base = load_base(
+        base_folder,
+        spec.base.precision,
+        spec.compute.device,
+        spec.base.rope_factors,
+        kernels=spec.compute.kernels,
+        content_hash=spec.base.content_hash,
+    )
     tokens = cast(int, spec.compute.micro_batch_tokens)
     model, rows = TorchEngine(base).base_model(), dataset.validation
     probe = _probe(spec, dataset, tokenizer)
@@ -196,11 +209,14 @@ class _Run:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
-        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
-        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
-        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
+        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest, self.folder.path)
+        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder, self.spec.adapter)
+        plan = plan_run(self.spec, dataset, base_folder, facts, self.processes)
+        spec = plan.spec
+        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, plan.reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
         self._tell_data(dataset, tokenizer, changed)
+        self._hold_to(plan, begun=facts.passes is not None)
 
         base = self._load_base(spec, base_folder)
         check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
@@ -216,7 +232,7 @@ class _Run:
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base, probe)
         peak_bytes = max(self.processes.all_of(peak_memory(spec.compute.device)))
         return self.processes.from_first(
-            lambda: self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
+            lambda: self._finish(plan, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
         )
 
     def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer, changed: Sequence[str]) -> None:
@@ -232,10 +248,22 @@ class _Run:
                 trained_tokens=report.trained_tokens,
                 skipped=report.skipped,
                 truncated=report.truncated,
+                findings=report.findings(),
             )
         )
         for message in (*report.notes, *report.warnings, *tokenizer.notes):
             self.emit(Warned(message=message))
+
+    def _hold_to(self, plan: Plan, *, begun: bool) -> None:
+        """Tell what the run will take; refuse one that cannot fit, unless it was begun already: that one knows better."""
+        figures = plan.figures()
+        if figures is None:
+            self.emit(Warned(message=f"memory and time are not foretold: {plan.unknown}"))
+            return
+        self.emit(Planned(**figures))
+        refusal = plan.refusal()
+        if refusal is not None and not begun:
+            raise refusal
 
     def _load_base(self, spec: TuneSpec, base_folder: Path) -> Base:
         began = time.monotonic()
@@ -246,8 +274,9 @@ class _Run:
             spec.compute.device,
             spec.base.rope_factors,
             kernels=spec.compute.kernels,
-            recompute=spec.compute.activation_checkpointing,
+            recompute=bool(spec.compute.activation_checkpointing),
             packed=bool(spec.compute.packed_weights),
+            content_hash=spec.base.content_hash,
         )
         for line in base.slow:
             self.emit(Warned(message=line))
@@ -340,10 +369,11 @@ class _Run:
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
 
+        tokens = cast(int, spec.compute.micro_batch_tokens)
+
         def evaluate(step: int) -> None:
             if dataset.validation:
-                budget = cast(int, spec.compute.micro_batch_tokens)
-                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
+                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=tokens)
                 self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
 
         with stop_on_signals() as stop_requested:
@@ -352,7 +382,7 @@ class _Run:
                 dataset.train.rows,
                 order,
                 schedule_of(spec, order.steps),
-                cast(int, spec.compute.micro_batch_tokens),
+                self.processes.from_first(lambda: PassBudget.recorded(tokens, read_events(self.folder.events))),
                 share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
@@ -371,7 +401,7 @@ class _Run:
 
     def _finish(
         self,
-        spec: TuneSpec,
+        plan: Plan,
         dataset: Dataset,
         base: Base,
         scored_base: Evaluation | None,
@@ -380,7 +410,7 @@ class _Run:
         peak_bytes: int,
     ) -> dict[str, Any]:
         """Write the result, the report and, last, the manifest that says the run is whole."""
-        events = read_events(self.folder.events)
+        spec, events = plan.spec, read_events(self.folder.events)
         trained = sum(event.trained_tokens for event in events if isinstance(event, StepDone))
         actual = {"peak_bytes": peak_bytes, "seconds": round(seconds_worked(events), 3)}
         result = {
@@ -390,7 +420,7 @@ class _Run:
             "trained_tokens": trained,
             "base": result_fields(scored_base) if scored_base else None,
             "tuned": result_fields(scored_tuned) if scored_tuned else None,
-            "plan": None,
+            "plan": plan.result(),
             "actual": actual,
         }
         self.emit(RunFinished(status="succeeded", steps=steps, trained_tokens=trained, **actual))  # type: ignore[arg-type]
@@ -398,11 +428,14 @@ class _Run:
             "kind": "run",
             "spec_hash": spec.content_hash(),
             "data_hash": dataset.content_hash,
-            "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
+            "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
+            **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
         }
-        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
+        made = self._result_folder(spec)
+        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter")
+        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", made]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)
         atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -471,5 +504,6 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     return {
         "data_hash": dataset.content_hash,
         "base_hash": base.content_hash,
+        **({} if (start := start_of(spec.adapter)) is None else {"start_hash": start.content_hash}),
         "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }

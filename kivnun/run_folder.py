@@ -15,7 +15,9 @@ from typing import Any
 from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
 from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
-from kivnun.spec import ComputeSpec, MultiProcessSpec, TuneSpec, load_spec, resolved_yaml
+from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, load_spec, resolved_yaml
+
+CHANGED_SPEC = "18-resume-changed-spec"  # of docs/mistakes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,13 @@ class RunFolder:
         before = self.read_spec().compute
         return before.threads if isinstance(before, MultiProcessSpec) and before.processes != compute.processes else None
 
+    def passes_before(self) -> PassChoice | None:
+        """Return how the folder's run computes passes where it was begun: it goes on so, however much memory there is now."""
+        if not (self.resolved.is_file() and self.has_begun):
+            return None
+        before = self.read_spec().compute
+        return PassChoice(before.micro_batch_tokens, bool(before.activation_checkpointing), "as the run was begun with")
+
     def read_spec(self) -> TuneSpec:
         """Return the resolved spec. Raises RunFolderError when the folder is not a run."""
         if not self.resolved.is_file():
@@ -121,7 +130,11 @@ def claim(folder: RunFolder, *, resume: bool) -> None:
     """Make the folder ready for a run. Raises RunFolderError when it holds one that was not asked to be gone on with."""
     occupied = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
     if occupied and not resume and not _was_refused(folder):
-        raise RunFolderError(f"{folder.path} exists already", hint="choose another --output, or go on with it with --resume")
+        raise RunFolderError(
+            f"{folder.path} exists already",
+            hint="choose another --output, or go on with it with --resume",
+            pages=("17-run-folder-exists",),
+        )
     if occupied and not folder.events.is_file():
         raise RunFolderError(f"{folder.path} is not a run folder: it has no events.jsonl", hint="choose another --output")
     make_folder(folder.path)
@@ -138,11 +151,12 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
     reshaped: list[str] = []
     if folder.resolved.is_file() and folder.has_begun:
         before = folder.read_spec()
-        reshaped, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+        reshaped, changed = _apart(differences(before.to_tree(), spec.to_tree()))
         if changed:
             raise RunFolderError(
                 f"{folder.path} was made by another spec: {'; '.join(changed)}",
                 hint="resume with the spec it was made by, or choose another --output",
+                pages=(CHANGED_SPEC,),
             )
     atomic_write(folder.spec, spec_text)
     atomic_write(folder.resolved, resolved_yaml(spec, reasons))
@@ -162,10 +176,12 @@ def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
         before = TuneSpec.model_validate((_read_start(folder) or {})["spec"])
     except (KeyError, ValueError):  # written by another version: its result is what is asked for
         return
-    _, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+    _, changed = _apart(differences(before.to_tree(), spec.to_tree()))
     if changed:
         raise RunFolderError(
-            f"{folder.path} was finished with another spec: {'; '.join(changed)}", hint="choose another --output for the new one"
+            f"{folder.path} was finished with another spec: {'; '.join(changed)}",
+            hint="choose another --output for the new one",
+            pages=(CHANGED_SPEC,),
         )
 
 
@@ -191,12 +207,17 @@ def _read_start(folder: RunFolder) -> dict[str, Any] | None:
 def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of other data, another base or another numeric environment.
 
-    `before` and `now` hold `data_hash`, `base_hash` and `environment`. Raises RunFolderError, which says what differs.
+    `before` and `now` hold `data_hash`, `base_hash`, `environment` and, where a run goes on with an adapter, `start_hash`. Raises
+    RunFolderError, which says what differs.
     """
     changed = [
         f"the {what} changed since the run was begun"
-        for name, what in (("data_hash", "training or validation data"), ("base_hash", "base's weights or configuration"))
-        if before[name] != now[name]
+        for name, what in (
+            ("data_hash", "training or validation data"),
+            ("base_hash", "base's weights or configuration"),
+            ("start_hash", "adapter that the run starts from"),
+        )
+        if before.get(name) != now.get(name)
     ]
     changed += environment_difference(before["environment"], now["environment"])
     if changed:
@@ -229,8 +250,9 @@ def seconds_worked(events: list[Event]) -> float:
     return total + ((last - began).total_seconds() if began is not None and last is not None else 0.0)
 
 
-def _differences(before: object, now: object, path: str = "") -> list[str]:
+def differences(before: object, now: object, path: str = "") -> list[str]:
+    """Return one sentence for each value that differs between two trees of plain JSON."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kivnun.cli.completion import option_paths, spec_files
 from kivnun.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from kivnun.data.template import ChatTokenizer
     from kivnun.spec import TuneSpec
 
-FORMATS = ("auto", "messages", "prompt_completion", "text", "preference")
+FORMATS = (
+    "auto", "messages", "sharegpt", "preference", "prompt_completion", "prompt_response", "instruction", "multiple_choice",
+    "entities", "classification", "text",
+)  # fmt: skip
 
 
 @click.group()
@@ -33,7 +37,7 @@ def data() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(file: Path, format_name: str, as_json: bool) -> None:
-    """Check every row of FILE (JSONL) and say what is in it.
+    """Check every row of FILE (JSONL, JSON, CSV, TSV, Parquet, a data set) and say what is in it.
 
     All problems are found, with their line numbers; the first 20 are shown, with --json all. Needs no model: lengths in tokens
     are shown by `kivnun data show`.
@@ -55,8 +59,10 @@ def check(file: Path, format_name: str, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("spec", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec.")
+@click.argument("spec", type=click.Path(path_type=Path, dir_okay=False), shell_complete=spec_files)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", shell_complete=option_paths, help="Override one value of the spec."
+)
 @click.option("--rows", "num_rows", type=click.IntRange(min=1), default=3, show_default=True, help="Training rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids, weights and text of each row shown.")
 def show(spec: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 RUN = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command(short_help="Score a run's held-out rows, base against tuned.")
-@click.argument("run", type=RUN)
+@click.argument("run", type=RUN, shell_complete=run_folders)
 @click.option("--json", "as_json", is_flag=True, help="Print {run, base, tuned} as one JSON object.")
 def evaluate(run: Path, as_json: bool) -> None:
     """Score the held-out rows of RUN with its base and with its adapter.

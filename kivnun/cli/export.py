@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 
 @click.command(short_help="Write the tuned model for PEFT or transformers.")
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders)
 @click.option(
     "--to",
     "form",

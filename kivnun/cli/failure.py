@@ -6,16 +6,18 @@ system, of click's parser, of Ctrl-C, and the unexpected, which is our bug and s
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import click
 
-from kivnun.errors import DataError, KivnunError, RowProblem, StorageError
+from kivnun.errors import DataError, KivnunError, RowProblem, StorageError, path_of
 
 TRACEBACK_VARIABLE = "KIVNUN_TRACEBACK"
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
@@ -32,10 +34,13 @@ class Failure:
     hint: str | None
     text: str
     problems: tuple[RowProblem, ...] = ()
+    pages: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """Return one line of JSON; data errors list every problem, not only those shown."""
         error: dict[str, object] = {"code": self.code, "message": self.message, "hint": self.hint}
+        if self.pages:
+            error["pages"] = [path_of(page) for page in self.pages]
         if self.problems:
             error["problems"] = [{"path": p.path, "line": p.line, "message": p.message} for p in self.problems]
         status = "interrupted" if self.exit_status == STOPPED else "failed"
@@ -46,7 +51,7 @@ def describe(error: BaseException) -> Failure:
     """Return how `error` is shown. Every exception has an answer; none is a traceback."""
     if isinstance(error, KivnunError):
         problems = error.problems if isinstance(error, DataError) else ()
-        return Failure(error.code, error.exit_status, error.message, error.hint, str(error), problems)
+        return Failure(error.code, error.exit_status, error.message, error.hint, str(error), problems, error.pages)
     if isinstance(error, click.UsageError):
         return _plain("usage", 2, error.format_message(), _usage_hint(error))
     if isinstance(error, click.ClickException):
@@ -80,6 +85,7 @@ def exit_statuses() -> Iterator[tuple[int, str, str]]:
     """Yield (status, code, meaning) of everything the command line returns, by status."""
     rows = [
         (0, "", "Done."),
+        (1, "", "`kivnun doctor` found what prevents a run."),
         (2, "usage", "The command line names an unknown option, or lacks an argument."),
         (INTERNAL, "internal", f"A bug of Kivnun, or out of memory; {TRACEBACK_VARIABLE}=1 shows the traceback."),
     ]
@@ -104,8 +110,31 @@ def _plain(code: str, exit_status: int, message: str, hint: str | None) -> Failu
 
 
 def _usage_hint(error: click.UsageError) -> str:
+    """Return what to do about a command line that click refused. It names the nearest option or command itself."""
     command = error.ctx.command_path if error.ctx is not None else "kivnun"
-    return f"{command} --help lists what is allowed"
+    meant = _option_of_the_spec(error) or _choice_meant(error)
+    return f"{f'did you mean {meant}? ' if meant else ''}{command} --help lists what is allowed"
+
+
+def _option_of_the_spec(error: click.UsageError) -> str | None:
+    """Return how to set an option of the spec that was given as a flag, as other tools take it."""
+    if not isinstance(error, click.NoSuchOption) or error.possibilities or error.ctx is None:
+        return None
+    if not any("--set" in option.opts for option in error.ctx.command.params):
+        return None
+    from kivnun.spec.problems import nearest_path
+
+    path = nearest_path((error.option_name.lstrip("-"),))
+    return None if path is None else f"--set {path}=..."
+
+
+def _choice_meant(error: click.UsageError) -> str | None:
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    if not isinstance(kind, click.Choice):
+        return None
+    given = error.message.partition("'")[2].partition("'")[0]  # "'x' is not one of ..."
+    near = difflib.get_close_matches(given, [str(choice) for choice in cast("Sequence[object]", kind.choices)], 1)
+    return near[0] if near else None
 
 
 def _os_message(error: OSError) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kivnun.cli.completion import run_folders, scenario_names
+
 if TYPE_CHECKING:
     from kivnun.data.scenarios.overlap import Overlap
 
@@ -36,7 +38,7 @@ def list_scenarios(as_json: bool) -> None:
 
 
 @scenario.command()
-@click.argument("name")
+@click.argument("name", shell_complete=scenario_names)
 @click.option("--output", type=FOLDER, required=True, metavar="DIR", help="The folder to write into; made when it is not there.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Draws the rows; held-out topics do not depend on it.")
 @click.option("--shuffled", is_flag=True, help="Write the control: replies permuted among the training rows.")
@@ -60,7 +62,7 @@ def write(name: str, output: Path, seed: int, shuffled: bool, as_json: bool) -> 
 
 
 @scenario.command()
-@click.argument("name")
+@click.argument("name", shell_complete=scenario_names)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The data file to write (JSONL).")
 @click.option("--json", "as_json", is_flag=True, help="Print {scenario, rows, output} as one JSON object.")
@@ -95,7 +97,7 @@ def convert(name: str, file: Path, output: Path, as_json: bool) -> None:
 
 
 @scenario.command()
-@click.argument("run", type=FOLDER)
+@click.argument("run", type=FOLDER, shell_complete=run_folders)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The SVG file to write.")
 @click.option("--tunes", type=click.IntRange(min=1), default=4, show_default=True, help="Tunes to draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print {output, novelty} as one JSON object.")

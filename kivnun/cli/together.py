@@ -24,7 +24,8 @@ def start_together(processes: int, arguments: Sequence[str], *, as_json: bool) -
         start(processes, arguments)
     except EndedTogether as ended:
         problems = tuple(RowProblem(**problem) for problem in ended.told.pop("problems"))
-        failure = Failure(**ended.told, problems=problems)
+        pages = tuple(ended.told.pop("pages"))
+        failure = Failure(**ended.told, problems=problems, pages=pages)
         report(failure, ended, as_json=as_json)
         return failure.exit_status
     return 0

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -14,8 +16,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.argument("file", type=FILE)
 @click.option("--base", "model", metavar="MODEL", help="The model to score: a built-in one, a folder, or an id on the hub.")
 @click.option(
-    "--run", type=click.Path(path_type=Path, file_okay=False), help="A finished run: its base and its result are both scored."
-)
+    "--run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders,
+    help="A finished run: its base and its result are both scored.",
+)  # fmt: skip
 @click.option("--no-primer", is_flag=True, help="Leave out the six examples that the paper puts before each question.")
 @click.option("--items", type=FILE, metavar="OUT", help="Write each question's MC1, MC2 and log-probabilities as JSONL.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")

@@ -10,20 +10,22 @@ from typing import Any
 
 import click
 
+from kivnun.cli.completion import option_paths, spec_files
 from kivnun.errors import InterruptedRun
 
 SPEC = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.argument("spec", type=SPEC)
+@click.argument("spec", type=SPEC, shell_complete=spec_files)
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), metavar="RUN",
     help="The run folder to make.  [default: runs/ and the spec's name, in the current folder]",
 )  # fmt: skip
 @click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec, e.g. --set adapter.rank=32."
-)
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", shell_complete=option_paths,
+    help="Override one value of the spec, e.g. --set adapter.rank=32.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; a finished run prints its result again.")
 @click.option("--tensorboard", is_flag=True, help="Write RUN/tensorboard too, as the run goes on; needs the extra tensorboard.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line of stdout.")
@@ -34,6 +36,7 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     the record of events and a report. Ctrl-C finishes the step and saves; a second Ctrl-C ends at once, and the last
     checkpoint stands.
     """
+    from kivnun.cli.fetch import fetch_base
     from kivnun.cli.process import keep_freed_memory, set_threads
     from kivnun.cli.screen import open_screen
     from kivnun.evaluate.tensorboard import with_board
@@ -42,6 +45,8 @@ def tune(spec: Path, output: Path | None, overrides: tuple[str, ...], resume: bo
     checked = load_spec(spec, overrides)
     run = output if output is not None else Path("runs") / spec.stem
     text, going_on = spec.read_text(encoding="utf-8-sig"), _saying_how_to_go_on(_again(spec, run, overrides, tensorboard))
+    if not run.exists():  # else it is refused, or gone on with: its base has been fetched
+        fetch_base(checked.base.model, checked.base.revision)
     if isinstance(checked.compute, MultiProcessSpec):
         from kivnun.cli.together import start_together, tune_together
         from kivnun.launch import started_by_torchrun

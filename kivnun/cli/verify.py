@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 
 @click.command(short_help="Check hashes, the score, and that training repeats.")
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders)
 @click.option("--json", "as_json", is_flag=True, help="Print {run, ok, checks} as one JSON object.")
 def verify(run: Path, as_json: bool) -> None:
     """Check RUN: file hashes, the adapter loaded again, the held-out score computed again, the first steps trained again."""

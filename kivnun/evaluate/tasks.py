@@ -119,7 +119,7 @@ def _measure(name: str, samples: Sequence[Sample], replies: Sequence[Reply]) -> 
         return Measure(name, np.stack([COUNTS[name](sample) for sample in samples]))
     if name in SCORES:
         return Measure(name, _shares([float(SCORES[name](sample)) for sample in samples]))
-    raise SpecError(f"evaluation.metrics: unknown metric {name!r}; allowed are {', '.join(METRICS)}")
+    raise SpecError(f"evaluation.metrics: unknown metric {name!r}; allowed are {', '.join(METRICS)}", hint="name one of them")
 
 
 def _keeps_format(sample: Sample) -> bool:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kivnun.artifacts import check_manifest, code_hash, environment_difference, hash_folder, numeric_environment, read_manifest
+from kivnun.artifacts import check_manifest, code_hash, environment_difference, numeric_environment, read_manifest
 from kivnun.data.rows import PreferencePair, TokenRow
 from kivnun.errors import IntegrityError, KivnunError
 from kivnun.evaluate.evaluation import Evaluation, load_evaluation
 from kivnun.evaluate.heldout import held_out_nll
 from kivnun.events import Event, StepDone, read_events
+from kivnun.model.families import base_hash
 from kivnun.model.kernels import choose, names_of
 from kivnun.model.load import DTYPES, read_decoded
 from kivnun.model.read_model import hide_bars
@@ -115,16 +116,22 @@ def _environment(differences: Sequence[str]) -> str:
 
 
 def _base(run: OpenedRun) -> str:
-    said, found = read_manifest(run.folder.path)["base"]["content_hash"], hash_folder(run.base_folder)
+    said, found = read_manifest(run.folder.path)["base"]["content_hash"], base_hash(run.base_folder)
     if said != found:
-        raise IntegrityError(f"{run.base_folder} is not the base that was trained on: its hash was {said}, is {found}")
+        raise IntegrityError(
+            f"{run.base_folder} is not the base that was trained on: its hash was {said}, is {found}",
+            hint="put the base back as it was; an adapter on another base is another model",
+        )
     return f"{run.spec.base.model} is the one that was trained on"
 
 
 def _data(run: OpenedRun) -> str:
     said, found = read_manifest(run.folder.path)["data_hash"], run.dataset.content_hash
     if said != found:
-        raise IntegrityError(f"the rows are others than those trained on: their hash was {said}, is {found}")
+        raise IntegrityError(
+            f"the rows are others than those trained on: their hash was {said}, is {found}",
+            hint="put the files back that the spec names; resolved.yaml says which",
+        )
     return f"{len(run.dataset.train.rows):,} training and {len(run.dataset.validation):,} held-out rows are those of the run"
 
 
@@ -236,7 +243,10 @@ def _refuse_another(what: str, found: float, said: float, tolerance: float) -> N
     # Written so that a NaN is refused too.
     if not abs(found - said) <= tolerance:
         allowed = "they must be equal to the bit" if tolerance == 0 else f"at most {tolerance:.1e} is allowed"
-        raise IntegrityError(f"{what} was {said!r}, is {found!r}: {abs(found - said):.1e} apart, {allowed}")
+        raise IntegrityError(
+            f"{what} was {said!r}, is {found!r}: {abs(found - said):.1e} apart, {allowed}",
+            hint="run it again with no other load; if it stays, the machine or a library computes otherwise than it did",
+        )
 
 
 def _how_near(found: float, said: float) -> str:

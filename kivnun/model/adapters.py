@@ -192,6 +192,7 @@ def _matches(base: Base, target: str) -> list[str]:
         raise BaseModelError(
             f"adapter.target_modules names {target!r}, which matches no linear layer of {base.name}",
             hint=f"the base has: {', '.join(_endings(base))}; or use all-linear",
+            pages=("11-unknown-target-module",),
         )
     return found
 
@@ -211,6 +212,7 @@ def _fused_names(base: Base, targets: list[str]) -> list[str]:
             raise BaseModelError(
                 f"adapter.target_modules names {', '.join(sorted(named))}, but this base stores {whole} as one {fused}",
                 hint=f"name {fused}, or all of {whole}: a part of it cannot be adapted alone",
+                pages=("10-fused-projection",),
             )
         targets = [target for target in targets if target not in parts]
         targets += [fused] if fused not in targets else []
@@ -294,24 +296,30 @@ def _peft_name(name: str) -> str:
     return f"{MODULE_PREFIX}{name}{suffix}"
 
 
-def load_low_rank(base: Base, folder: Path, seed: int = 0) -> LowRankAdapter:
-    """Return the adapter in a PEFT folder, on this base.
-
-    Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
-    fit the base: every tensor must be used, every site complete.
-    """
+def read_low_rank_shape(folder: Path, sites: tuple[str, ...] = ()) -> AdapterShape:
+    """Return what makes the adapter in a PEFT folder what it is, on these sites. Raises IntegrityError as `load_low_rank`."""
     config = _read_low_rank_config(folder)
-    tensors = read_peft_tensors(folder)
-    ending = ".lora_A.weight"
-    found = {name.removeprefix(MODULE_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)}
-    shape = AdapterShape(
+    return AdapterShape(
         kind="dora" if config.get("use_dora") else "lora",
         rank=int(_number(folder, config, "r")),
         alpha=_number(folder, config, "lora_alpha"),
         dropout=_number(folder, config, "lora_dropout"),
         rslora=bool(config.get("use_rslora")),
-        sites=tuple(name for name in base.linears if name in found),
+        sites=sites,
     )
+
+
+def load_low_rank(base: Base, folder: Path, seed: int = 0, dropout: float | None = None) -> LowRankAdapter:
+    """Return the adapter in a PEFT folder, on this base; `dropout` takes the place of the rate in its configuration.
+
+    Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
+    fit the base: every tensor must be used, every site complete.
+    """
+    tensors = read_peft_tensors(folder)
+    ending = ".lora_A.weight"
+    found = {name.removeprefix(MODULE_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)}
+    shape = read_low_rank_shape(folder, tuple(name for name in base.linears if name in found))
+    shape = shape if dropout is None else replace(shape, dropout=dropout)
     sites: dict[str, LowRankSite] = {}
     for name in shape.sites:
         linear = base.linears[name]

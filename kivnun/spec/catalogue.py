@@ -97,7 +97,7 @@ def allowed_text(field: FieldInfo) -> str:
 
 
 def _describe(annotation: object, metadata: list[object]) -> str:
-    for item in metadata:
+    for item in reversed(metadata):  # what is said nearest to the option comes last
         if isinstance(item, Allowed):
             return item.text if not _takes_null(annotation) or "null" in item.text else f"{item.text}, or null"
     if get_origin(annotation) is Annotated:

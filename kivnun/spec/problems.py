@@ -45,6 +45,7 @@ ELSEWHERE = {
 }
 """Names that other tools give to our options."""
 
+MISSPELT, WRONG_TYPE = "01-misspelt-key", "02-wrong-type"  # pages of docs/mistakes
 BOOLEAN_WORDS = ("on", "off", "yes", "no", "y", "n", "true", "false")
 
 
@@ -56,6 +57,7 @@ class Problem:
     message: str
     hint: str | None = None
     line: int = 0
+    page: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,17 @@ class _Place:
 
 def spec_error(source: str, problems: Sequence[Problem]) -> SpecError:
     """Return one error that tells all problems of `source`."""
+    pages = tuple(dict.fromkeys(problem.page for problem in problems if problem.page is not None))
     if len(problems) == 1:
         (only,) = problems
         place = f"{source}:{only.line}" if only.line else source
-        return SpecError(f"{place}: {only.message}", hint=only.hint)
+        return SpecError(f"{place}: {only.message}", hint=only.hint, pages=pages)
     lines = [f"{source}: {len(problems)} problems"]
     for problem in problems:
         lines.append(f"  {f'line {problem.line}: ' if problem.line else ''}{problem.message}")
         if problem.hint is not None:
             lines.append(f"    hint: {problem.hint}")
-    return SpecError("\n".join(lines))
+    return SpecError("\n".join(lines), pages=pages)
 
 
 def problems_of(error: ValidationError, lines: Mapping[Location, int] | None = None) -> list[Problem]:
@@ -101,9 +104,11 @@ def _problem(details: ErrorDetails, lines: Mapping[Location, int]) -> Problem:
             path, f"{path} is missing: {_expected(place)}", f"add {place.path[-1]}: to {_section_name(place.path)}", line
         )
     if details["type"] == "extra_forbidden":
-        return Problem(path, *_unknown(place.path, place.model), line)
+        return Problem(path, *_unknown(place.path, place.model), line, MISSPELT)
     value = cast("object", details["input"])
-    return Problem(path, f"{path} must be {_expected(place)}, got {shown(value)}", hint or _hint(place, value), line)
+    text = f"{path} must be {_expected(place)}, got {shown(value)}"
+    page = cast("str | None", context.get("page")) or WRONG_TYPE
+    return Problem(path, text, hint or _hint(place, value), line, page)
 
 
 def _place(loc: Location) -> _Place:

@@ -53,7 +53,8 @@ def parse_spec(text: str, *, folder: Path, source: str = "spec", overrides: Sequ
     try:
         document = _read_document(text, source)
     except YamlError as error:
-        raise SpecError(f"{source}:{error.line}: {error.message}" if error.line else f"{source}: {error.message}") from None
+        place = f"{source}:{error.line}" if error.line else source
+        raise SpecError(f"{place}: {error.message}", hint="docs/reference/spec.md begins with a spec that can be copied") from None
     tree = as_mapping(document.value)
     if tree is None:
         received = "nothing" if document.value is None else shown(document.value)

@@ -44,9 +44,10 @@ def broken_rule(text: str, hint: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("rule", "{text}", {"text": text, "hint": hint})
 
 
-def wrong_value(hint: str | None = None) -> PydanticCustomError:
-    """Return the error for a value outside what the option allows; the message is made from the option's declaration."""
-    return PydanticCustomError("wrong_value", "wrong value", {"hint": hint})
+def wrong_value(hint: str | None = None, page: str | None = None) -> PydanticCustomError:
+    """Return the error for a value outside what the option allows; the message is made from the option's declaration. `page` is the
+    page of docs/mistakes about it, where that is not the one about wrong values."""
+    return PydanticCustomError("wrong_value", "wrong value", {"hint": hint, "page": page})
 
 
 def as_mapping(value: object) -> dict[str, object] | None:

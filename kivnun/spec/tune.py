@@ -24,7 +24,13 @@ from kivnun.spec.yaml_text import write_yaml
 
 OBJECTIVE_OF_FORMAT: dict[str, ObjectiveKind] = {
     "messages": "supervised",
+    "sharegpt": "supervised",
     "prompt_completion": "supervised",
+    "prompt_response": "supervised",
+    "instruction": "supervised",
+    "classification": "supervised",
+    "entities": "supervised",
+    "multiple_choice": "supervised",
     "text": "pretraining",
     "preference": "dpo",
 }

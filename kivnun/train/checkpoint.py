@@ -65,7 +65,7 @@ class CheckpointStore:
             try:
                 manifest = check_manifest(path)
                 if manifest.get("step") != step:
-                    raise IntegrityError(f"{path} holds step {manifest.get('step')}: it was renamed")
+                    raise IntegrityError(f"{path} holds step {manifest.get('step')}: it was renamed", hint="give it back its name")
             except (IntegrityError, OSError) as error:  # OSError: a sector that cannot be read
                 reason = error.message if isinstance(error, IntegrityError) else str(error)
                 warnings.append(f"checkpoint {path.name} is damaged and was passed over: {reason}")

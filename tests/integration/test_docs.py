@@ -1,17 +1,15 @@
 """The documentation holds: its links lead somewhere, its specs are specs, its rows are rows, and its commands run as printed.
 
-A page is a session: a file is saved where the text says `name` before a block, and the lines of `sh` blocks are run in their order,
-each page in a folder of its own. A comment `# exit status N` says how a command ends; without one it ends with 0. What a
-`text` block shows is what the commands print.
+A page is a session (`tests/pages.py`): its files are saved, and the lines of its `sh` blocks are run in their order, each page in a
+folder of its own. What a `text` block shows is what the commands print. Pages about mistakes: `test_mistakes.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -24,15 +22,12 @@ from kivnun.data.scenarios import cldr
 from kivnun.errors import KivnunError
 from kivnun.showcase.run import Size
 from kivnun.spec import parse_spec
+from pages import ROOT, blocks, commands, is_tree, named, prose, save_files
 
-ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "recipes").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 SESSIONS = [ROOT / "README.md", *GUIDES]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"`([\w.-]+\.(?:jsonl|yaml))`[^`]*\Z")
-STATUS = re.compile(r"\s+# exit status (\d+)$")
 # One thread, so that workers side by side do not wait for one another.
 ONE_THREAD = ("--set", "compute.threads=1")
 # The command writes 200; every score of the page is taken over them, six times in all.
@@ -41,56 +36,10 @@ HELD_OUT_ROWS = 20
 QUICK = Size("quick", 9, 10, 10, 10, 1, 1, 1, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One fenced block: its language, its text, and the file that the sentence before it names."""
-
-    language: str
-    text: str
-    name: str | None
-
-
-def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text(encoding="utf-8")
-    for match in BLOCK.finditer(text):
-        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
-        name = NAMED.search(before)
-        yield Block(match[1], match[2], name[1] if name else None)
-
-
-def prose(page: Path) -> str:
-    return BLOCK.sub("", page.read_text(encoding="utf-8"))
-
-
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).strip().replace(" ", "-") for head in heads}
-
-
-def commands(page: Path) -> Iterator[tuple[list[str], int]]:
-    """Yield each command of the page's `sh` blocks that a test can run, with the exit status it should have."""
-    for block in blocks(page):
-        if block.language == "sh":
-            for line in block.text.splitlines():
-                status = STATUS.search(line)
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["kivnun"] or words[:2] == ["python", "-m"]:
-                    yield words, int(status[1]) if status else 0
-
-
-def is_tree(block: Block) -> bool:
-    return block.text.startswith("kivnun/\n")
-
-
-def save_files(page: Path, folder: Path) -> None:
-    for block in blocks(page):
-        if block.name is not None and block.language in ("json", "yaml", "text"):
-            (folder / block.name).write_text(block.text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -106,8 +55,8 @@ def test_every_relative_link_leads_to_a_file_and_an_anchor_that_are_there(page: 
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", prose(index))}
+    index, mistakes = ROOT / "docs" / "README.md", ROOT / "docs" / "mistakes" / "README.md"
+    linked = {(page.parent / link).resolve() for page in (index, mistakes) for link in re.findall(r"\]\(([^)#\s]+)", prose(page))}
     assert [named(page) for page in DOCS if page != index and page not in linked] == []
 
 
@@ -131,10 +80,11 @@ def test_every_spec_shown_is_a_spec(page: Path, tmp_path: Path) -> None:
 def test_every_row_shown_is_a_row(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):
         if block.language == "json":
-            (tmp_path / "rows.jsonl").write_text(block.text, encoding="utf-8")
-            _, records, problems = read_records(tmp_path / "rows.jsonl")
+            path = tmp_path / (block.name or "rows.jsonl")
+            path.write_text(block.text, encoding="utf-8")
+            _, records, problems = read_records(path)
             assert problems == []
-            assert len(records) == len(block.text.splitlines())
+            assert len(records) == len(block.text.splitlines()) or path.suffix == ".json"
 
 
 @pytest.mark.parametrize("page", SESSIONS, ids=named)
@@ -148,6 +98,9 @@ def test_the_commands_of_a_page_run_in_their_order(
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):
+        if words[0] == "python" and words[1] != "-m":
+            runpy.run_path(words[1])
+            continue
         if words[0] == "python":
             assert words[2] == cldr.__name__
             cldr.write(Path(words[3]), validation=HELD_OUT_ROWS)
@@ -168,7 +121,7 @@ def test_the_commands_of_a_page_run_in_their_order(
 
 def test_every_command_is_run_on_some_page() -> None:
     shown = [words for page in SESSIONS for words, _ in commands(page)]
-    run_somewhere = {tuple(word for word in words[1:3] if word.isalpha()) for words in shown}
+    run_somewhere = {tuple(word for word in words[1:3] if word.replace("-", "").isalpha()) for words in shown}
     for name, command in cli.commands.items():
         leaves = [(name, below) for below in command.commands] if isinstance(command, click.Group) else [(name,)]
         for leaf in leaves:

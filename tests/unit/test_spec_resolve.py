@@ -49,7 +49,11 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 NONE_MEANS_NONE = {
     "base.revision",
+    "data.columns",
+    "data.instruction",
+    "base.content_hash",
     "data.template",
+    "adapter.start_from",
     "schedule.steps",
     "schedule.batch_tokens",
     "evaluation.every_steps",
@@ -216,6 +220,7 @@ def test_metrics_on_texts_are_refused_once_the_data_are_known() -> None:
 CHANGES: dict[str, list[str]] = {
     "base.model": ["base.model=microsoft/phi-4"],
     "base.revision": ["base=microsoft/phi-4", "base.revision=v2"],
+    "base.content_hash": ["base.content_hash=" + "a" * 64],
     "base.precision": ["base.precision=nf4"],
     "base.rope_factors": ["base.rope_factors=long"],
     "data.train": ["data.train=b.jsonl"],
@@ -223,6 +228,8 @@ CHANGES: dict[str, list[str]] = {
     "data.train.0.share": ["data.train=[{path: a, share: 1}, {path: b, share: 1}]"],
     "data.validation": ["data.validation=null"],
     "data.format": ["data.format=prompt_completion"],
+    "data.columns": ["data.columns={text: review}"],
+    "data.instruction": ["data.instruction=Which mood?"],
     "data.template": ["data.template=t.jinja"],
     "data.max_seq_len": ["data.max_seq_len=1024"],
     "data.bad_rows": ["data.bad_rows=skip"],
@@ -234,6 +241,7 @@ CHANGES: dict[str, list[str]] = {
     "adapter.dropout": ["adapter.dropout=0.1"],
     "adapter.target_modules": ["adapter.target_modules=[qkv_proj]"],
     "adapter.rslora": ["adapter.rslora=true", "adapter.alpha=32"],
+    "adapter.start_from": ["adapter.start_from=runs/first"],
     "adapter.init": ["adapter.init=gaussian"],
     "schedule.epochs": ["schedule.epochs=4"],
     "schedule.steps": ["schedule.steps=4"],
