@@ -216,7 +216,19 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path, pattern: str = "**/*") -> str:
     """Return one SHA-256 over the relative names and bytes of the files in `folder` that match the glob `pattern`."""
-    return _digest({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+    return hash_files({name: hash_file(folder / name) for name in _names(folder, folder.glob(pattern))})
+
+
+def hash_files(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 over files by their relative names and their own hashes."""
+    return _digest(hashes)
+
+
+def listed_hash(manifest: Mapping[str, Any], folder: str) -> str | None:
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files; None where it lists none."""
+    prefix = f"{folder}/"
+    files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}
+    return _digest(files) if files else None
 
 
 def code_hash() -> str:

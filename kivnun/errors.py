@@ -131,6 +131,13 @@ class ProcessLostError(KivnunError, ConnectionError):
     __str__ = KivnunError.__str__
 
 
+class WontFitError(KivnunError, MemoryError):
+    """The run does not fit in the memory there is. The hint names what would make it fit."""
+
+    code = "does_not_fit"
+    exit_status = 10
+
+
 class InterruptedRun(KivnunError, InterruptedError):
     """The user asked to stop; the step in progress was finished and saved."""
 

@@ -109,6 +109,11 @@ class Evaluated:
     intervals: Annotated[dict[str, tuple[float, float]], "metric -> 95 % bootstrap interval"]
     samples: Annotated[list[dict[str, object]], "a few held-out rows with the reference and the model's reply"]
     time: Time = ""
+    forgetting: Annotated[
+        dict[str, object],
+        "what the model gives to text that has nothing to do with the task: source, rows, nll and its interval, and of the tuned "
+        "model the interval of tuned minus base and the verdict; empty where none was scored",
+    ] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,16 @@ class StepDone:
     trained_tokens: Annotated[int, "tokens in the step that carry weight"]
     computed_tokens: Annotated[int, "tokens that were computed: fewer than `tokens` where rows share what they begin with"]
     seconds: Seconds
+    time: Time = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PassesShortened:
+    """Memory ran out in this step, which is repeated in shorter passes, as are all later ones, also those of a resumed run."""
+
+    name: ClassVar[str] = "passes_shortened"
+    step: Annotated[int, "the step that memory ran out in, the first with shorter passes"]
+    micro_batch_tokens: Annotated[int, "tokens of a pass, at most, from here on"]
     time: Time = ""
 
 
@@ -193,12 +208,12 @@ class RunInterrupted:
 
 
 Event: TypeAlias = (
-    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | CheckpointSaved | Resumed | Warned
-    | RunFinished | RunFailed | RunInterrupted
+    RunStarted | DataLoaded | Planned | BaseLoaded | AdapterOpened | Evaluated | StepDone | PassesShortened | CheckpointSaved
+    | Resumed | Warned | RunFinished | RunFailed | RunInterrupted
 )  # fmt: skip
 EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in get_args(Event)}
 # Lines that others rely on after a power cut: fsynced before append returns.
-_DURABLE = (CheckpointSaved, Resumed, RunFinished, RunFailed, RunInterrupted)
+_DURABLE = (PassesShortened, CheckpointSaved, Resumed, RunFinished, RunFailed, RunInterrupted)
 
 # --- one event, one line -----------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,13 @@ from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.evaluate.evaluation import Evaluation, StageProgress, evaluate_scorer
+from kivnun.evaluate.forgetting import open_probe
 from kivnun.model.adapter_folder import load_peft
-from kivnun.model.families import find_base
+from kivnun.model.families import count_parameters, find_base, stored_precision
 from kivnun.model.load import Base, load_base
 from kivnun.run_folder import RunFolder
 from kivnun.spec import FullSpec, TuneSpec
+from kivnun.spec.resolve import SMALL_BASE
 from kivnun.train.engine import FixedModel, TorchEngine
 
 
@@ -53,7 +55,7 @@ class OpenedRun:
     @cached_property
     def base(self) -> Base:
         """Return the pretrained model, in the precision and with the threads of the run."""
-        return self._load(self.base_folder)
+        return self._load(self.base_folder, self.spec.base.content_hash)
 
     @cached_property
     def base_model(self) -> FixedModel:
@@ -74,9 +76,12 @@ class OpenedRun:
 
     def _score(self, model: FixedModel, base: Evaluation | None, on_progress: StageProgress | None) -> Evaluation:
         spec, tokens = self.spec, cast(int, self.spec.compute.micro_batch_tokens)
-        rows = self.dataset.validation
+        rows, probe = (
+            self.dataset.validation,
+            open_probe(spec.evaluation.forgetting, self.tokenizer, cast(int, spec.data.max_seq_len)),
+        )
         return evaluate_scorer(
-            model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base
+            model, rows, self.tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, base=base, probe=probe
         )
 
     @property
@@ -84,16 +89,50 @@ class OpenedRun:
         """Return which kernels to use: torch's where the run did, else the best there are here, which may be another machine."""
         return "torch" if self.spec.compute.kernels == "torch" else "auto"
 
-    def _load(self, place: Path) -> Base:
+    def _load(self, place: Path, content_hash: str | None = None) -> Base:
         torch.set_num_threads(cast(int, self.spec.compute.threads))
         spec = self.spec.base
         packed = bool(self.spec.compute.packed_weights)
-        return load_base(place, spec.precision, self.spec.compute.device, spec.rope_factors, kernels=self.kernels, packed=packed)
+        return load_base(
+            place,
+            spec.precision,
+            self.spec.compute.device,
+            spec.rope_factors,
+            kernels=self.kernels,
+            packed=packed,
+            content_hash=content_hash,
+        )
 
     def _existing(self, place: Path) -> Path:
         if not place.is_dir():
             raise RunFolderError(f"{self.folder.path} has no {place.name} yet", hint="finish the run with --resume")
         return place
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """A base as it is, on the device and in the precision that a run would choose by itself."""
+
+    folder: Path
+
+    @cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def base(self) -> Base:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        small = device == "cpu" and count_parameters(self.folder) < SMALL_BASE
+        return load_base(self.folder, stored_precision(self.folder) or ("fp32" if small else "bf16"), device)
+
+    @cached_property
+    def base_model(self) -> FixedModel:
+        return TorchEngine(self.base).base_model()
+
+
+def open_base(model: str) -> OpenedBase:
+    """Return a base by its id or folder. Raises BaseModelError when it is nowhere to be found."""
+    return OpenedBase(find_base(model))
 
 
 def open_run(run_dir: Path) -> OpenedRun:

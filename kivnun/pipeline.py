@@ -1,6 +1,6 @@
 """From a spec to a tuned model: every stage, in its order. Start reading here.
 
-    spec -> data -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
+    spec -> data -> plan -> base -> score the base -> adapter -> train -> export -> score the tuned -> report
 
 In a run of several processes each goes through all stages, in step; the first one alone writes and is heard. Stages hand each other
 values and folders, never a live model of their own. Next: `train/loop.py` (what training is), `opened.py` (a finished run, opened
@@ -24,6 +24,7 @@ from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
+from kivnun.evaluate.card import write_card
 from kivnun.evaluate.evaluation import (
     Evaluation,
     StageProgress,
@@ -33,6 +34,7 @@ from kivnun.evaluate.evaluation import (
     result_fields,
     save_evaluation,
 )
+from kivnun.evaluate.forgetting import Probe, check_same_text, open_probe
 from kivnun.evaluate.heldout import Scorer
 from kivnun.evaluate.report import write_report
 from kivnun.events import (
@@ -43,6 +45,7 @@ from kivnun.events import (
     Evaluated,
     Event,
     EventLog,
+    Planned,
     Resumed,
     RunFailed,
     RunFinished,
@@ -52,7 +55,8 @@ from kivnun.events import (
     read_events,
     utc_now,
 )
-from kivnun.model.families import copy_tokenizer, find_base, longest_row
+from kivnun.lineage import lineage_of, start_of
+from kivnun.model.families import base_record, copy_tokenizer, find_base, longest_row
 from kivnun.model.kernels import names_of
 from kivnun.model.load import Base, load_base
 from kivnun.parts import (
@@ -61,11 +65,13 @@ from kivnun.parts import (
     open_weights,
     optimizer_settings,
     peak_memory,
+    plan_run,
     resolve_facts,
     row_order,
     schedule_of,
     spared_tokens,
 )
+from kivnun.plan.verdict import Plan
 from kivnun.run_folder import (
     RunFolder,
     check_finished,
@@ -80,6 +86,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
+from kivnun.train.passes import PassBudget
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -122,6 +129,9 @@ def tune(
         except KivnunError as error:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
                 emit(RunFailed(code=error.code, message=error.message))
+            with contextlib.suppress(KivnunError):
+                if folder.has_begun:  # else the command may be given again, and finds an empty folder
+                    write_report(folder.path)
             raise
 
 
@@ -130,20 +140,36 @@ def score_base(spec: TuneSpec, path: Path, on_progress: StageProgress | None = N
     base_folder = find_base(spec.base.model, spec.base.revision)
     tokenizer = load_tokenizer(base_folder, spec.data.template)
     dataset = load_dataset(spec.data, tokenizer, spec.seed, spec.data.max_seq_len or longest_row(base_folder))
-    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute))
+    spec, _ = resolve(spec, resolve_facts(dataset, base_folder, spec.compute, adapter=spec.adapter))
     torch.set_num_threads(cast(int, spec.compute.threads))
-    base = load_base(base_folder, spec.base.precision, spec.compute.device, spec.base.rope_factors, kernels=spec.compute.kernels)
+    base = load_base(
+        base_folder,
+        spec.base.precision,
+        spec.compute.device,
+        spec.base.rope_factors,
+        kernels=spec.compute.kernels,
+        content_hash=spec.base.content_hash,
+    )
     tokens = cast(int, spec.compute.micro_batch_tokens)
     model, rows = TorchEngine(base).base_model(), dataset.validation
-    scored = evaluate_scorer(model, rows, tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens)
+    probe = _probe(spec, dataset, tokenizer)
+    scored = evaluate_scorer(
+        model, rows, tokenizer, spec.evaluation, spec.seed, on_progress, micro_batch_tokens=tokens, probe=probe
+    )
     make_folder(path.parent)
     save_evaluation(scored, path)
     return scored
 
 
-def _fitting(scored: Evaluation, spec: TuneSpec, dataset: Dataset, path: Path) -> Evaluation:
-    """Return a base's scores that were made before. Raises IntegrityError where they are of other rows or metrics."""
-    if scored.rows != len(dataset.validation) or not set(spec.evaluation.metrics) <= scored.measures.keys():
+def _probe(spec: TuneSpec, dataset: Dataset, tokenizer: ChatTokenizer) -> Probe | None:
+    """Return the unrelated text of a resolved spec, None where nothing is scored."""
+    return open_probe(spec.evaluation.forgetting, tokenizer, cast(int, spec.data.max_seq_len)) if dataset.validation else None
+
+
+def _fitting(scored: Evaluation, spec: TuneSpec, dataset: Dataset, path: Path, probe: Probe | None) -> Evaluation:
+    """Return a base's scores that were made before. Raises IntegrityError where they are of other rows, metrics or text."""
+    lacks = probe is not None and scored.forgetting is None
+    if scored.rows != len(dataset.validation) or not set(spec.evaluation.metrics) <= scored.measures.keys() or lacks:
         raise IntegrityError(f"{path} holds scores of other rows or metrics than this run's", hint="score the base again")
     return scored
 
@@ -183,26 +209,30 @@ class _Run:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
         longest = self.spec.data.max_seq_len or longest_row(base_folder)
-        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest)
-        spec, reasons = resolve(self.spec, resolve_facts(dataset, base_folder, self.spec.compute, self.folder))
-        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, reasons))
+        dataset = load_dataset(self.spec.data, tokenizer, self.spec.seed, longest, self.folder.path)
+        facts = resolve_facts(dataset, base_folder, self.spec.compute, self.folder, self.spec.adapter)
+        plan = plan_run(self.spec, dataset, base_folder, facts, self.processes)
+        spec = plan.spec
+        changed = self.processes.from_first(lambda: write_specs(self.folder, self.spec_text, spec, plan.reasons))
         self.emit(RunStarted(run=self.folder.path.name, spec_hash=spec.content_hash()))
         self._tell_data(dataset, tokenizer, changed)
+        self._hold_to(plan, begun=facts.passes is not None)
 
         base = self._load_base(spec, base_folder)
         check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
         same = _sameness(spec, dataset, base)
         self.processes.from_first(lambda: check_start(self.folder, self.spec, same))
-        scored_base = self._score_base(spec, TorchEngine(base), dataset, tokenizer)
+        probe = _probe(spec, dataset, tokenizer)
+        scored_base = self._score_base(spec, TorchEngine(base), dataset, tokenizer, probe)
         trainee = self._open_trainee(spec, base, dataset)
         self._tell_spared(spec, base, dataset)
         self._train(spec, trainee, dataset, tokenizer, same)
 
         self._export(spec, trainee, base_folder)
-        scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base)
+        scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base, probe)
         peak_bytes = max(self.processes.all_of(peak_memory(spec.compute.device)))
         return self.processes.from_first(
-            lambda: self._finish(spec, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
+            lambda: self._finish(plan, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
         )
 
     def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer, changed: Sequence[str]) -> None:
@@ -218,10 +248,22 @@ class _Run:
                 trained_tokens=report.trained_tokens,
                 skipped=report.skipped,
                 truncated=report.truncated,
+                findings=report.findings(),
             )
         )
         for message in (*report.notes, *report.warnings, *tokenizer.notes):
             self.emit(Warned(message=message))
+
+    def _hold_to(self, plan: Plan, *, begun: bool) -> None:
+        """Tell what the run will take; refuse one that cannot fit, unless it was begun already: that one knows better."""
+        figures = plan.figures()
+        if figures is None:
+            self.emit(Warned(message=f"memory and time are not foretold: {plan.unknown}"))
+            return
+        self.emit(Planned(**figures))
+        refusal = plan.refusal()
+        if refusal is not None and not begun:
+            raise refusal
 
     def _load_base(self, spec: TuneSpec, base_folder: Path) -> Base:
         began = time.monotonic()
@@ -232,8 +274,9 @@ class _Run:
             spec.compute.device,
             spec.base.rope_factors,
             kernels=spec.compute.kernels,
-            recompute=spec.compute.activation_checkpointing,
+            recompute=bool(spec.compute.activation_checkpointing),
             packed=bool(spec.compute.packed_weights),
+            content_hash=spec.base.content_hash,
         )
         for line in base.slow:
             self.emit(Warned(message=line))
@@ -248,13 +291,18 @@ class _Run:
         )
         return base
 
-    def _score_base(self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset, tokenizer: ChatTokenizer) -> Evaluation | None:
+    def _score_base(
+        self, spec: TuneSpec, engine: TorchEngine, dataset: Dataset, tokenizer: ChatTokenizer, probe: Probe | None
+    ) -> Evaluation | None:
         """Score the base before anything changes; a resumed run takes the figures it has."""
         if self.processes.from_first(self.folder.base_evaluation.is_file):
-            return load_evaluation(self.folder.base_evaluation)
+            scored = load_evaluation(self.folder.base_evaluation)
+            if scored.forgetting is not None and probe is not None:
+                check_same_text(scored.forgetting, probe)
+            return scored
         if self.known_base is not None and dataset.validation:
-            return self._keep(_fitting(load_evaluation(self.known_base), spec, dataset, self.known_base), "base", 0)
-        return self._score(spec, engine.base_model(), dataset, tokenizer, "base", 0, None)
+            return self._keep(_fitting(load_evaluation(self.known_base), spec, dataset, self.known_base, probe), "base", 0)
+        return self._score(spec, engine.base_model(), dataset, tokenizer, "base", 0, None, probe)
 
     def _score(
         self,
@@ -265,6 +313,7 @@ class _Run:
         which: str,
         step: int,
         base: Evaluation | None,
+        probe: Probe | None,
     ) -> Evaluation | None:
         if not dataset.validation:
             return None
@@ -277,6 +326,7 @@ class _Run:
             self.on_progress,
             micro_batch_tokens=cast(int, spec.compute.micro_batch_tokens),
             base=base,
+            probe=probe,
         )
         return self._keep(scored, which, step)
 
@@ -319,10 +369,11 @@ class _Run:
         order = row_order(spec, dataset)
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
 
+        tokens = cast(int, spec.compute.micro_batch_tokens)
+
         def evaluate(step: int) -> None:
             if dataset.validation:
-                budget = cast(int, spec.compute.micro_batch_tokens)
-                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=budget)
+                scored = evaluate_scorer(trainee, dataset.validation, tokenizer, light, spec.seed, micro_batch_tokens=tokens)
                 self.emit(Evaluated(which="tuned", step=step, **evaluation_fields(scored)))
 
         with stop_on_signals() as stop_requested:
@@ -331,7 +382,7 @@ class _Run:
                 dataset.train.rows,
                 order,
                 schedule_of(spec, order.steps),
-                cast(int, spec.compute.micro_batch_tokens),
+                self.processes.from_first(lambda: PassBudget.recorded(tokens, read_events(self.folder.events))),
                 share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
                 evaluate=evaluate,
@@ -350,7 +401,7 @@ class _Run:
 
     def _finish(
         self,
-        spec: TuneSpec,
+        plan: Plan,
         dataset: Dataset,
         base: Base,
         scored_base: Evaluation | None,
@@ -359,7 +410,7 @@ class _Run:
         peak_bytes: int,
     ) -> dict[str, Any]:
         """Write the result, the report and, last, the manifest that says the run is whole."""
-        events = read_events(self.folder.events)
+        spec, events = plan.spec, read_events(self.folder.events)
         trained = sum(event.trained_tokens for event in events if isinstance(event, StepDone))
         actual = {"peak_bytes": peak_bytes, "seconds": round(seconds_worked(events), 3)}
         result = {
@@ -369,7 +420,7 @@ class _Run:
             "trained_tokens": trained,
             "base": result_fields(scored_base) if scored_base else None,
             "tuned": result_fields(scored_tuned) if scored_tuned else None,
-            "plan": None,
+            "plan": plan.result(),
             "actual": actual,
         }
         self.emit(RunFinished(status="succeeded", steps=steps, trained_tokens=trained, **actual))  # type: ignore[arg-type]
@@ -377,11 +428,14 @@ class _Run:
             "kind": "run",
             "spec_hash": spec.content_hash(),
             "data_hash": dataset.content_hash,
-            "base": {"model": spec.base.model, "revision": spec.base.revision, "content_hash": base.content_hash},
+            "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
+            **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
         }
-        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", self._result_folder(spec)]
+        made = self._result_folder(spec)
+        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter")
+        kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", made]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)
         atomic_write(self.folder.result, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -450,5 +504,6 @@ def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:
     return {
         "data_hash": dataset.content_hash,
         "base_hash": base.content_hash,
+        **({} if (start := start_of(spec.adapter)) is None else {"start_hash": start.content_hash}),
         "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
     }

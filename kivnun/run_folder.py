@@ -15,7 +15,7 @@ from typing import Any
 from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
 from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
-from kivnun.spec import ComputeSpec, MultiProcessSpec, TuneSpec, load_spec, resolved_yaml
+from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, load_spec, resolved_yaml
 
 CHANGED_SPEC = "18-resume-changed-spec"  # of docs/mistakes
 
@@ -75,9 +75,14 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, where they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def has_begun(self) -> bool:
         """Return whether anything was computed here. A run refused for its data or its base leaves only what was said of it."""
-        said = {self.spec.name, self.resolved.name, self.events.name}
+        said = {self.spec.name, self.resolved.name, self.events.name, self.tensorboard.name}
         return any(entry.name not in said for entry in self.path.iterdir())
 
     @property
@@ -96,6 +101,13 @@ class RunFolder:
             return None
         before = self.read_spec().compute
         return before.threads if isinstance(before, MultiProcessSpec) and before.processes != compute.processes else None
+
+    def passes_before(self) -> PassChoice | None:
+        """Return how the folder's run computes passes where it was begun: it goes on so, however much memory there is now."""
+        if not (self.resolved.is_file() and self.has_begun):
+            return None
+        before = self.read_spec().compute
+        return PassChoice(before.micro_batch_tokens, bool(before.activation_checkpointing), "as the run was begun with")
 
     def read_spec(self) -> TuneSpec:
         """Return the resolved spec. Raises RunFolderError when the folder is not a run."""
@@ -139,7 +151,7 @@ def write_specs(folder: RunFolder, spec_text: str, spec: TuneSpec, reasons: Mapp
     reshaped: list[str] = []
     if folder.resolved.is_file() and folder.has_begun:
         before = folder.read_spec()
-        reshaped, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+        reshaped, changed = _apart(differences(before.to_tree(), spec.to_tree()))
         if changed:
             raise RunFolderError(
                 f"{folder.path} was made by another spec: {'; '.join(changed)}",
@@ -164,7 +176,7 @@ def check_finished(folder: RunFolder, spec: TuneSpec) -> None:
         before = TuneSpec.model_validate((_read_start(folder) or {})["spec"])
     except (KeyError, ValueError):  # written by another version: its result is what is asked for
         return
-    _, changed = _apart(_differences(before.to_tree(), spec.to_tree()))
+    _, changed = _apart(differences(before.to_tree(), spec.to_tree()))
     if changed:
         raise RunFolderError(
             f"{folder.path} was finished with another spec: {'; '.join(changed)}",
@@ -195,12 +207,17 @@ def _read_start(folder: RunFolder) -> dict[str, Any] | None:
 def check_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of other data, another base or another numeric environment.
 
-    `before` and `now` hold `data_hash`, `base_hash` and `environment`. Raises RunFolderError, which says what differs.
+    `before` and `now` hold `data_hash`, `base_hash`, `environment` and, where a run goes on with an adapter, `start_hash`. Raises
+    RunFolderError, which says what differs.
     """
     changed = [
         f"the {what} changed since the run was begun"
-        for name, what in (("data_hash", "training or validation data"), ("base_hash", "base's weights or configuration"))
-        if before[name] != now[name]
+        for name, what in (
+            ("data_hash", "training or validation data"),
+            ("base_hash", "base's weights or configuration"),
+            ("start_hash", "adapter that the run starts from"),
+        )
+        if before.get(name) != now.get(name)
     ]
     changed += environment_difference(before["environment"], now["environment"])
     if changed:
@@ -233,8 +250,9 @@ def seconds_worked(events: list[Event]) -> float:
     return total + ((last - began).total_seconds() if began is not None and last is not None else 0.0)
 
 
-def _differences(before: object, now: object, path: str = "") -> list[str]:
+def differences(before: object, now: object, path: str = "") -> list[str]:
+    """Return one sentence for each value that differs between two trees of plain JSON."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"`([\w./-]+\.(?:jsonl|yaml))`[^`]*\Z")
+NAMED = re.compile(r"`([\w./-]+\.(?:jsonl|json|yaml|csv|py))`[^`]*\Z")
 STATUS = re.compile(r"\s+# exit status (\d+)$")
 
 
@@ -50,7 +50,7 @@ def commands(page: Path) -> Iterator[tuple[list[str], int]]:
             for line in block.text.splitlines():
                 status = STATUS.search(line)
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["kivnun"] or words[:2] == ["python", "-m"]:
+                if words[:1] in (["kivnun"], ["python"]):
                     yield words, int(status[1]) if status else 0
 
 
@@ -60,5 +60,5 @@ def is_tree(block: Block) -> bool:
 
 def save_files(page: Path, folder: Path) -> None:
     for block in blocks(page):
-        if block.name is not None and block.language in ("json", "yaml", "text"):
+        if block.name is not None and block.language in ("json", "yaml", "text", "csv", "python"):
             (folder / block.name).write_text(block.text, encoding="utf-8")

@@ -27,7 +27,7 @@ SHORT: Tree = {
     "data": {"train": "train.jsonl", "validation": 0.2},
     "adapter": {"kind": "lora", "rank": 4},
     "schedule": {"epochs": 2, "batch_rows": 4, "learning_rate": 0.01},
-    "evaluation": {"samples": 0, "bootstrap": 100},
+    "evaluation": {"samples": 0, "bootstrap": 100, "forgetting": None},
     "compute": {"kind": "local", "device": "cpu", "threads": 1},
     "seed": 7,
 }
@@ -69,7 +69,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def write_spec(folder: Path, base: Path, rows: Sequence[Row] | None = None, /, **sections: Any) -> Path:
+def write_spec(folder: Path, base: Path | str, rows: Sequence[Row] | None = None, /, **sections: Any) -> Path:
     """Write spec.yaml, and train.jsonl where rows are given; a section given as a mapping is laid over the short spec's own, one
     with a `kind` takes its place. Return the spec's path."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kivnun.plan.advise import Advice, Candidate, Question
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+ROWS = click.Path(path_type=Path)  # a file, a data set's folder, or hf://ORG/NAME
 HELD_OUT = 0.1  # of a user's rows, where no file of held-out ones is given
 
 
@@ -37,8 +38,8 @@ HELD_OUT = 0.1  # of a user's rows, where no file of held-out ones is given
 )  # fmt: skip
 @click.option("--devices", type=click.IntRange(min=1, max=4096), default=1, show_default=True, help="How many of them.")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="What a run may take of each device.")
-@click.option("--train", type=FILE, metavar="FILE", help="Your rows (JSONL).  [default: the scenario's]")
-@click.option("--validation", type=FILE, metavar="FILE", help="Your held-out rows.  [default: a tenth of --train]")
+@click.option("--train", type=ROWS, metavar="FILE", help="Your rows, in any kind of data file.  [default: the scenario's]")
+@click.option("--validation", type=ROWS, metavar="FILE", help="Your held-out rows.  [default: a tenth of --train]")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the rows.  [default: the scenario's; 3 for your rows]")
 @click.option("--matrix", type=FILE, metavar="FILE", help="A matrix.json of yours.  [default: the one that comes along]")
 @click.option(
@@ -88,7 +89,7 @@ def advise(
             rows = training_rows(folder / "train.jsonl", where)
         else:
             rows = training_rows(train, where)
-            data = {"train": str(train.resolve()), "validation": HELD_OUT if validation is None else str(validation.resolve())}
+            data = {"train": _place(train), "validation": HELD_OUT if validation is None else _place(validation)}
     question = Question(
         _task(table, scenario.name),
         table,
@@ -112,6 +113,13 @@ def advise(
         print_json({"spec": tree, **_as_json(advice)})
         return
     _show(question, advice, text, output)
+
+
+def _place(rows: Path) -> str:
+    """Return what a spec in any folder names these rows by."""
+    from kivnun.data.opening import name_of, on_hub
+
+    return name_of(rows) if on_hub(rows) else str(rows.resolve())
 
 
 def _claim(output: Path) -> None:

@@ -72,10 +72,10 @@ def scenario_names(_context: click.Context, _parameter: click.Parameter, typed: 
 
 def base_names(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem[str]]:
     """Return the built-in bases and the Phi models; a folder is completed by the shell."""
-    from kivnun.model.families import BUILT_IN, REFUSED_IDS
-    from kivnun.plan.bases import PHI
+    from kivnun.model.families import BUILT_IN
+    from kivnun.model.phi import PHI
 
-    names = [*BUILT_IN, *(name for name in PHI if name.lower() not in REFUSED_IDS)]
+    names = [*BUILT_IN, *(name for name, model in PHI.items() if model.refused is None)]
     found = [CompletionItem(name) for name in names if name.lower().startswith(typed.lower())]
     return found or [CompletionItem(typed, type="dir")]
 

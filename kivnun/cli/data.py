@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from kivnun.data.template import ChatTokenizer
     from kivnun.spec import TuneSpec
 
-FORMATS = ("auto", "messages", "prompt_completion", "text", "preference")
+FORMATS = (
+    "auto", "messages", "sharegpt", "preference", "prompt_completion", "prompt_response", "instruction", "multiple_choice",
+    "entities", "classification", "text",
+)  # fmt: skip
 
 
 @click.group()
@@ -34,7 +37,7 @@ def data() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(file: Path, format_name: str, as_json: bool) -> None:
-    """Check every row of FILE (JSONL) and say what is in it.
+    """Check every row of FILE (JSONL, JSON, CSV, TSV, Parquet, a data set) and say what is in it.
 
     All problems are found, with their line numbers; the first 20 are shown, with --json all. Needs no model: lengths in tokens
     are shown by `kivnun data show`.

@@ -17,15 +17,21 @@ from kivnun.cli import failure
 from kivnun.cli.advise import advise
 from kivnun.cli.bases import bases
 from kivnun.cli.chat import chat
+from kivnun.cli.compare import compare
 from kivnun.cli.completion import completion
 from kivnun.cli.data import data
 from kivnun.cli.doctor import doctor
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
+from kivnun.cli.harness import harness
 from kivnun.cli.matrix import matrix
+from kivnun.cli.models import models
+from kivnun.cli.plan import plan
+from kivnun.cli.predict import predict
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
+from kivnun.cli.serve_run import serve_run
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
@@ -54,23 +60,11 @@ def cli() -> None:
     """
 
 
-for _command in (
-    tune,
-    data,
-    evaluate,
-    chat,
-    export,
-    verify,
-    bases,
-    scenario,
-    advise,
-    doctor,
-    matrix,
-    showcase,
-    truthfulqa,
-    schema,
-    completion,
-):
+_COMMANDS = (
+    tune, plan, data, evaluate, compare, chat, predict, export, verify, models, serve_run, bases, doctor, scenario, advise, matrix,
+    showcase, truthfulqa, harness, schema, completion,
+)  # fmt: skip
+for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"
     cli.add_command(_command)
 

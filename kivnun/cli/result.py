@@ -19,7 +19,7 @@ Scores: TypeAlias = Mapping[str, Any]
 """`base` or `tuned` of the result: rows, nll and each metric by its name, intervals (name -> [low, high]), verdicts."""
 
 # Keys of `base` and `tuned` that are not a metric.
-NOT_METRICS = ("intervals", "rows", "verdicts")
+NOT_METRICS = ("forgetting", "intervals", "rows", "verdicts")
 
 
 def show_comparison(console: Console, base: Scores, tuned: Scores) -> None:
@@ -32,6 +32,8 @@ def show_comparison(console: Console, base: Scores, tuned: Scores) -> None:
     brackets = ", 95 % intervals in brackets" if tuned["intervals"] else ", too few for intervals"
     console.print(f"\n{tuned['rows']:,} held-out rows{brackets}", style="bold")
     table(("", "base", "tuned", "difference", ""), rows, console)
+    if "forgetting" in tuned:
+        console.print(_forgetting(base.get("forgetting"), tuned["forgetting"]))
 
 
 def show_samples(console: Console, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
@@ -81,6 +83,16 @@ def _interval(name: str, key: str, scores: Scores) -> str:
         return ""
     low, high = scores["intervals"][key]
     return f" [{figure(name, low)}, {figure(name, high)}]"
+
+
+def _forgetting(base: Mapping[str, Any] | None, tuned: Mapping[str, Any]) -> str:
+    """Return the line on unrelated text: its loss before and after, and what the paired difference says."""
+    about = f"unrelated text ({tuned['source']}, {tuned['rows']:,} rows): nll "
+    if base is None:
+        return f"{about}{tuned['nll']:.4f}; the base was not scored on it"
+    interval = f" [{tuned['difference'][0]:.4f}, {tuned['difference'][1]:.4f}]" if "difference" in tuned else ""
+    change = f"{base['nll']:.4f} -> {tuned['nll']:.4f}, difference {tuned['nll'] - base['nll']:+.4f}{interval}"
+    return f"{about}{change}: {tuned.get('verdict', 'not compared')}"
 
 
 def _one_line(text: str) -> str:

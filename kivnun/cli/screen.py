@@ -26,6 +26,7 @@ from kivnun.events import (
     DataLoaded,
     Evaluated,
     Event,
+    Planned,
     Resumed,
     RunFinished,
     RunInterrupted,
@@ -146,6 +147,7 @@ class LiveScreen:
         )
         self._task: TaskID | None = None
         self._bar: TaskID | None = None
+        self._describe = _Lines()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -156,7 +158,7 @@ class LiveScreen:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
-        line = describe(event)
+        line = self._describe(event)
         if line is not None:
             self._console.print(line, style="yellow" if isinstance(event, Warned) else None)
         if isinstance(event, StepDone):
@@ -196,6 +198,7 @@ class PlainScreen:
         self._speed = _Speed()
         self._shown_at = -PLAIN_EVERY_S
         self._began: tuple[float, int] | None = None
+        self._describe = _Lines()
 
     def __enter__(self) -> Self:
         return self
@@ -204,7 +207,7 @@ class PlainScreen:
         return None
 
     def __call__(self, event: Event) -> None:
-        line = self._step(event) if isinstance(event, StepDone) else describe(event)
+        line = self._step(event) if isinstance(event, StepDone) else self._describe(event)
         if line is not None:
             self._console.print(line)
 
@@ -219,6 +222,21 @@ class PlainScreen:
         self._shown_at = now
         left = (now - began_at) / (event.step - began_step) * (event.steps - event.step)
         return f"step {event.step}/{event.steps}  loss {event.loss:.3f}  {speed:,.0f} tokens/s  {clock_time(left)} left"
+
+
+class _Lines:
+    """Says what happened, and at the end what was foretold beside what came."""
+
+    def __init__(self) -> None:
+        self._planned: Planned | None = None
+
+    def __call__(self, event: Event) -> str | None:
+        if isinstance(event, Planned):
+            self._planned = event
+        line = describe(event)
+        if not isinstance(event, RunFinished) or self._planned is None:
+            return line
+        return f"{line} (foretold: {_foretold(self._planned)})"
 
 
 def next_phase(event: Event) -> str | None:
@@ -241,6 +259,8 @@ def describe(event: Event) -> str | None:
     match event:
         case DataLoaded():
             return _data_line(event)
+        case Planned():
+            return f"plan: {event.steps:,} steps, {_foretold(event)}"
         case BaseLoaded():
             return f"base: {event.model}, {event.parameters:,} parameters, {event.precision}"
         case AdapterOpened():
@@ -279,6 +299,11 @@ def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _foretold(event: Planned) -> str:
+    time_taken = "" if event.seconds != event.seconds else f"{clock_time(event.seconds)}, "  # NaN: nobody knows
+    return f"{time_taken}{event.peak_bytes / 2**20:,.0f} MiB at most"
 
 
 def _data_line(event: DataLoaded) -> str:

@@ -38,6 +38,7 @@ def tune_together(
     going_on: AbstractContextManager[None],
     *,
     resume: bool,
+    tensorboard: bool,
     show: Callable[[dict[str, Any]], None],
 ) -> int:
     """Take part in a run as one of the processes that torchrun started; return this one's exit status. The first is heard."""
@@ -46,7 +47,7 @@ def tune_together(
     try:
         say_where()
         with going_on:
-            result = _run(spec, text, run, resume, heard=is_first())
+            result = _run(spec, text, run, resume, tensorboard, heard=is_first())
         if is_first():
             show(result)
         return 0
@@ -61,11 +62,12 @@ def tune_together(
         return failure.exit_status
 
 
-def _run(spec: TuneSpec, text: str, run: Path, resume: bool, *, heard: bool) -> dict[str, Any]:
+def _run(spec: TuneSpec, text: str, run: Path, resume: bool, tensorboard: bool, *, heard: bool) -> dict[str, Any]:
     import warnings
 
     from kivnun.cli.process import give_back_memory, set_threads
     from kivnun.cli.screen import open_screen
+    from kivnun.evaluate.tensorboard import with_board
 
     assert isinstance(spec.compute, MultiProcessSpec)
     give_back_memory()
@@ -76,7 +78,7 @@ def _run(spec: TuneSpec, text: str, run: Path, resume: bool, *, heard: bool) -> 
         from kivnun.pipeline import tune_together as run_spec
 
         return run_spec(spec, text, run, resume=resume)
-    with open_screen() as screen:
+    with open_screen() as screen, with_board(screen, run, tensorboard) as listener:
         from kivnun.pipeline import tune_together as run_spec
 
-        return run_spec(spec, text, run, resume=resume, listener=screen, on_progress=screen.scoring)
+        return run_spec(spec, text, run, resume=resume, listener=listener, on_progress=screen.scoring)

@@ -1,7 +1,7 @@
 """The rules of one conversation in OpenAI's shape: roles, content, tool calls, weights.
 
 Each check takes the value, complains in words that name places, key names and types (never content), and returns the value as
-records hold it. Rules about templates are not here: which roles a template knows only the template can say. Next: `template.py`.
+records hold it. Rules about templates are not here: which roles a template knows only the template can say. Next: `task_shapes.py`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ class Complain(Protocol):
     def __call__(self, message: str, page: str | None = None) -> None: ...
 
 
+class Sentences(list[str]):
+    """What is wrong, as sentences alone, where no page is told."""
+
+    def __call__(self, message: str, page: str | None = None) -> None:
+        self.append(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` is most likely a slip for, or None."""
     found = difflib.get_close_matches(name[:40].lower(), list(known), n=1, cutoff=0.75)
@@ -66,9 +73,15 @@ def check_keys(value: Iterable[str], allowed: Sequence[str], at: str, complain: 
 def check_messages(value: Any, complain: Complain) -> tuple[Message, ...]:
     """Return the messages of a conversation to train on: it ends with a reply, and some reply has a weight other than 0."""
     messages = _conversation(value, "messages", complain)
+    check_trains(messages, complain)
+    return messages
+
+
+def check_trains(messages: Sequence[Message], complain: Complain) -> None:
+    """Complain of a conversation that trains nothing, or goes on after its last reply; of an empty one others complain."""
     replies = [message for message in messages if message["role"] == "assistant"]
     if not messages:
-        return ()
+        return
     if not replies:
         complain("messages hold no assistant message: there is nothing to train")
     elif messages[-1]["role"] != "assistant":
@@ -76,7 +89,6 @@ def check_messages(value: Any, complain: Complain) -> tuple[Message, ...]:
         complain(f"{text}: what follows a reply trains nothing", "06-last-message")
     elif all(message.get("weight") == 0 for message in replies):
         complain("every assistant message has weight 0: there is nothing to train")
-    return messages
 
 
 def check_prompt_messages(value: Any, at: str, complain: Complain) -> tuple[Message, ...]:
@@ -87,6 +99,16 @@ def check_prompt_messages(value: Any, at: str, complain: Complain) -> tuple[Mess
     if any("weight" in message for message in messages):
         complain(f"{at} has a weight: of a preference only the two replies are trained; remove it")
     return messages
+
+
+def check_asked_messages(value: Any, at: str, complain: Complain) -> tuple[tuple[Message, ...], Message | None]:
+    """Return the messages that a reply is to be written to, and the reply that a row made for training holds already (or None)."""
+    messages = _conversation(value, at, complain)
+    reply = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+    asked = messages if reply is None else messages[:-1]
+    if messages and not any(message["role"] in ("user", "tool") for message in asked):
+        complain(f"{at} hold no user message: nothing is asked")
+    return asked, reply
 
 
 def check_reply(value: Any, at: str, complain: Complain) -> str | None:
@@ -228,9 +250,7 @@ def _check_message_keys(message: Message, role: str, at: str, complain: Complain
 
 def _check_assistant(message: Message, at: str, complain: Complain) -> None:
     if "weight" in message:
-        weight = message["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-            complain(f"{at}.weight must be 0 (context only) or 1 (trained)")
+        check_weight(message["weight"], at, complain)
     if "tool_calls" not in message:
         return
     calls = as_list(message["tool_calls"])
@@ -239,6 +259,11 @@ def _check_assistant(message: Message, at: str, complain: Complain) -> None:
         return
     for number, call in enumerate(calls):
         _check_call(call, f"{at}.tool_calls[{number}]", complain)
+
+
+def check_weight(weight: Any, at: str, complain: Complain) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        complain(f"{at}.weight must be 0 (context only) or 1 (trained)")
 
 
 def _check_call(value: Any, at: str, complain: Complain) -> None:

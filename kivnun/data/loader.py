@@ -1,7 +1,8 @@
 """From the files a spec names to the rows a run trains and scores: nothing dropped, cut or repeated without being counted.
 
-read (`formats.py`) -> token rows (`tokens.py`) -> what is too long -> refuse or skip -> hold out -> number -> report. All
-problems of all files are collected before any is raised. Next: `order.py` (which rows make a step), `packing.py`.
+read (`formats.py`) -> token rows (`tokens.py`) -> what is too long -> refuse or skip -> store -> hold out -> number -> report.
+Rows pass one at a time: a file may be larger than memory. All problems of all files are found before any is raised. Next:
+`store.py` (where rows lie), `repeats.py` (what is there twice), `order.py` (which rows make a step), `packing.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kivnun.data.checks import DataReport, by_reason, fingerprint, num_bad_rows, num_duplicates, num_empty_replies, reasons
-from kivnun.data.formats import UNKNOWN, read_records
-from kivnun.data.rows import PreferencePair, PreferenceRecord, Record, TokenRow, Trainable
+from kivnun.data.checks import DataReport, histogram, num_empty_replies
+from kivnun.data.formats import UNKNOWN, stream_records
+from kivnun.data.opening import name_of
+from kivnun.data.problems import Problems
+from kivnun.data.repeats import Found, Repeats
+from kivnun.data.rows import PreferenceRecord, Record
+from kivnun.data.spool import Table
+from kivnun.data.store import RowStore, StoredRows
 from kivnun.data.tokens import Draft, RowTokenizer, cut_drafts, make_drafts
 from kivnun.errors import DataError, RowProblem, SpecError
 from kivnun.randomness import permutation
@@ -32,7 +38,7 @@ class Source:
 
     path: str
     share: float | None
-    rows: tuple[Trainable, ...]
+    rows: StoredRows
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,12 @@ class Sources:
     """
 
     files: tuple[Source, ...]
-
-    @cached_property
-    def rows(self) -> tuple[Trainable, ...]:
-        return tuple(row for source in self.files for row in source.rows)
+    rows: StoredRows
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row (int64); of a pair, both sides together."""
-        return np.asarray([row.length for row in self.rows], dtype=np.int64)
+        return self.rows.lengths
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -72,74 +75,97 @@ class Dataset:
     the same one see the same numbers."""
 
     train: Sources
-    validation: list[Trainable]
+    validation: StoredRows
     format: str
     report: DataReport
     content_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One usable record and its token rows, before it is dealt to training or held-out."""
-
-    record: Record
-    drafts: list[Draft]
-
-
 @dataclass
 class _File:
+    """A file and which of all usable records are its own: [first, end)."""
+
     path: Path
     share: float | None
-    items: list[_Item] = field(default_factory=list[_Item])
+    first: int = 0
+    end: int = 0
+
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
 
 
 @dataclass
 class _Findings:
     """What reading all files brought up. `fatal` ends the run, `listed` is reported."""
 
-    fatal: list[RowProblem] = field(default_factory=list[RowProblem])
-    listed: list[RowProblem] = field(default_factory=list[RowProblem])
+    fatal: Problems = field(default_factory=Problems)
+    listed: Problems = field(default_factory=Problems)
     over_long: int = 0
     rows: int = 0
     truncated: int = 0
     cut_tokens: int = 0
+    empty_replies: int = 0
+    notes: list[str] = field(default_factory=list[str])
 
 
-def load_dataset(spec: DataSpec, tokenizer: RowTokenizer, seed: int, max_seq_len: int) -> Dataset:
+class _Read:
+    """What was read: token rows, how many items each usable record came to (1, or more where a template says so), what repeats."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.store = RowStore(folder)
+        self.repeats = Repeats(folder)
+        self.findings = _Findings()
+        self._items = Table(np.dtype("<i4"), folder)
+
+    @property
+    def num_records(self) -> int:
+        return len(self._items)
+
+    def add(self, record: Record, drafts: Sequence[Draft]) -> None:
+        """Take a usable record with its token rows."""
+        for draft in drafts:
+            self.store.append(draft, record.where)
+        self._items.append(np.int32(1 if isinstance(record, PreferenceRecord) else len(drafts)).tobytes())
+        self.repeats.add(record)
+        self.findings.empty_replies += num_empty_replies(record)
+
+    def items_of_records(self) -> np.ndarray:
+        """Return how many items each usable record came to, int32."""
+        return self._items.read()
+
+
+def load_dataset(spec: DataSpec, tokenizer: RowTokenizer, seed: int, max_seq_len: int, folder: Path | None = None) -> Dataset:
     """Return the rows of a spec's data, held-out rows set apart. A pure function of the files' bytes, spec, tokenizer and seed.
 
-    Raises DataError with the problems of all files, SpecError where the spec asks what this data cannot have, StorageError.
+    Rows that are many lie in a file without a name in `folder` (None: where the system puts temporary files), gone with the data
+    set or the process. Raises DataError with the problems of all files, SpecError where the spec asks what this data cannot have,
+    StorageError.
     """
     files = [_File(source.path, source.share) for source in spec.train]
     held_out = _File(spec.validation, None) if isinstance(spec.validation, Path) else None
-    findings = _Findings()
-    name = _read_all([*files, *([held_out] if held_out else [])], spec, tokenizer, max_seq_len, findings)
-    if findings.fatal:
-        raise _refusal(findings, max_seq_len)
-    if isinstance(spec.validation, float):
-        held_out = _hold_out(files, spec.validation, seed)
-    _check_left(files, held_out)
-    train = _number_sources(files)
-    validation = _number(held_out.items, 0) if held_out else []
-    report = _report(name, files, held_out, train, validation, spec, max_seq_len, findings)
+    read = _Read(folder)
+    name = _read_all([*files, *([held_out] if held_out else [])], spec, tokenizer, max_seq_len, read)
+    if read.findings.fatal:
+        raise _refusal(read.findings, max_seq_len)
+    held = _held_out(read.num_records, held_out or spec.validation, seed)
+    _check_left(files, held_out, held)
+    train, validation = _dealt(files, read, held, name == "preference")
+    report = _report(name, files, train, validation, held, spec, max_seq_len, read)
     return Dataset(train, validation, name, report, _content_hash(name, train, validation))
 
 
-def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, findings: _Findings) -> str:
-    """Fill every file's items, and the findings; return the one format of all files."""
-    formats: dict[str, Path] = {}
+def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, read: _Read) -> str:
+    """Read every file; return the one format of all."""
+    formats: dict[str, str] = {}
     for file in files:
-        name, records, problems = read_records(file.path, spec.format)
-        if name == "preference" and spec.over_long == "truncate":
-            raise SpecError(
-                "data.over_long: truncate cannot be used with preferences: cutting one reply would decide the comparison",
-                hint="use refuse or skip",
-            )
+        file.first = read.num_records
+        name = _read_file(file.path, spec, tokenizer, max_seq_len, read)
+        file.end = read.num_records
+        if name == "preference":
+            _refuse_cut_pairs(spec)
         if name != UNKNOWN:
-            formats.setdefault(name, file.path)
-        findings.rows += len(records) + num_bad_rows(problems)
-        (findings.fatal if spec.bad_rows == "refuse" else findings.listed).extend(problems)
-        file.items = [item for record in records if (item := _item(record, spec, tokenizer, max_seq_len, findings)) is not None]
+            formats.setdefault(name, file.name)
     if len(formats) > 1:
         parts = " and ".join(f"{name} ({path})" for name, path in formats.items())
         raise DataError(
@@ -150,137 +176,158 @@ def _read_all(files: Sequence[_File], spec: DataSpec, tokenizer: RowTokenizer, m
     return next(iter(formats), UNKNOWN)
 
 
-def _item(record: Record, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, findings: _Findings) -> _Item | None:
-    """Return the record with its token rows, or None with a finding that says why not."""
+def _read_file(path: Path, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, read: _Read) -> str:
+    """Read one file to its end; return its format."""
+    findings = read.findings
+    bad = findings.fatal if spec.bad_rows == "refuse" else findings.listed
+    stream = stream_records(path, spec.format, spec.columns, spec.instruction)
+    line = None
+    for item in stream:
+        if isinstance(item, RowProblem):
+            findings.rows += item.line != line  # a row may have several problems, one after the other
+            line = item.line
+            bad.add(item)
+            continue
+        findings.rows += 1
+        if isinstance(item, PreferenceRecord):
+            _refuse_cut_pairs(spec)
+        drafts = _drafts(item, spec, tokenizer, max_seq_len, findings)
+        if drafts:
+            read.add(item, drafts)
+    findings.notes += stream.notes
+    return stream.format
+
+
+def _refuse_cut_pairs(spec: DataSpec) -> None:
+    if spec.over_long == "truncate":
+        raise SpecError(
+            "data.over_long: truncate cannot be used with preferences: cutting one reply would decide the comparison",
+            hint="use refuse or skip",
+        )
+
+
+def _drafts(record: Record, spec: DataSpec, tokenizer: RowTokenizer, max_seq_len: int, findings: _Findings) -> list[Draft]:
+    """Return the record's token rows, or none, with a finding that says why."""
     bad = findings.fatal if spec.bad_rows == "refuse" else findings.listed
     where = record.where
     try:
         drafts = make_drafts(record, tokenizer)
     except DataError as error:
-        bad.extend(error.problems or [RowProblem(where.path, where.line, error.message)])
-        return None
+        for problem in error.problems or [RowProblem(where.path, where.line, error.message)]:
+            bad.add(problem)
+        return []
     longest = max(draft.length for draft in drafts)
     if longest <= max_seq_len:
-        return _Item(record, drafts)
+        return drafts
     if spec.over_long != "truncate":
         findings.over_long += 1
         message = f"has {longest:,} tokens, max_seq_len is {max_seq_len:,}"
         problem = RowProblem(where.path, where.line, message, "08-rows-too-long")
-        (findings.fatal if spec.over_long == "refuse" else findings.listed).append(problem)
-        return None
+        (findings.fatal if spec.over_long == "refuse" else findings.listed).add(problem)
+        return []
     drafts, num_cut = cut_drafts(drafts, max_seq_len)
     if not drafts:
         message = f"has {longest:,} tokens; its first {max_seq_len:,} hold nothing to train"
-        bad.append(RowProblem(where.path, where.line, message))
-        return None
+        bad.add(RowProblem(where.path, where.line, message))
+        return []
     findings.truncated += 1
     findings.cut_tokens += num_cut
-    return _Item(record, drafts)
+    return drafts
 
 
 def _refusal(findings: _Findings, max_seq_len: int) -> DataError:
-    problems = tuple(sorted(findings.fatal, key=lambda problem: (problem.path, problem.line)))
+    fatal = findings.fatal
+    problems = tuple(sorted(fatal.kept, key=lambda problem: (problem.path, problem.line)))
     hints: list[str] = []
     if findings.over_long:
         hints.append(f"rows longer than data.max_seq_len ({max_seq_len:,}): raise it, or set data.over_long to skip or truncate")
-    if findings.over_long < num_bad_rows(problems):
+    if findings.over_long < fatal.rows:
         hints.append("mend the rows, or set data.bad_rows to skip, which lists what it leaves out")
-    return DataError(f"{num_bad_rows(problems):,} of {findings.rows:,} rows cannot be used", problems, hint="; ".join(hints))
+    return DataError(f"{fatal.rows:,} of {findings.rows:,} rows cannot be used{fatal.left_out}", problems, hint="; ".join(hints))
 
 
-def _hold_out(files: Sequence[_File], share: float, seed: int) -> _File:
-    """Move a share of all records, at least one, to a held-out set; at least one stays. Token rows of a record stay together."""
-    records = [(file, item) for file in files for item in file.items]
-    count = len(records)
-    if count < 2:
-        raise DataError(
-            f"{count} usable {'row' if count == 1 else 'rows'}: too few to train on some and hold others out",
-            hint="give more rows, or set data.validation to null or to a file",
-        )
-    num_held_out = min(max(round(count * share), 1), count - 1)
-    chosen = {int(index) for index in permutation(count, seed, "validation")[:num_held_out]}
-    for file in files:
-        file.items = []
-    held_out = _File(Path(), None)
-    for index, (file, item) in enumerate(records):
-        (held_out if index in chosen else file).items.append(item)
-    return held_out
-
-
-def _check_left(files: Sequence[_File], held_out: _File | None) -> None:
-    if not any(file.items for file in files):
-        raise DataError("no training row is left", hint="the report of `kivnun data check FILE` says what is wrong with the rows")
-    if held_out is not None and not held_out.items:
-        raise DataError(f"no held-out row is left of {held_out.path}", hint="mend the file, or set data.validation to null")
-    for file in files:
-        if file.share is not None and not file.items:
+def _held_out(count: int, asked: _File | float | Path | None, seed: int) -> np.ndarray:
+    """Return which of `count` records are held out: those of a file, or a share of all, at least one; at least one stays."""
+    held = np.zeros(count, dtype=np.bool_)
+    if isinstance(asked, _File):
+        held[asked.first : asked.end] = True
+    elif isinstance(asked, float):
+        if count < 2:
             raise DataError(
-                f"no training row is left of {file.path}, which has a share", hint="give the file more rows, or no part"
+                f"{count} usable {'row' if count == 1 else 'rows'}: too few to train on some and hold others out",
+                hint="give more rows, or set data.validation to null or to a file",
+            )
+        num_held_out = min(max(round(count * asked), 1), count - 1)
+        held[permutation(count, seed, "validation")[:num_held_out]] = True
+    return held
+
+
+def _check_left(files: Sequence[_File], held_out: _File | None, held: np.ndarray) -> None:
+    left = [int((~held[file.first : file.end]).sum()) for file in files]
+    if not any(left):
+        raise DataError("no training row is left", hint="the report of `kivnun data check FILE` says what is wrong with the rows")
+    if held_out is not None and held_out.first == held_out.end:
+        raise DataError(f"no held-out row is left of {held_out.name}", hint="mend the file, or set data.validation to null")
+    for file, count in zip(files, left, strict=True):
+        if file.share is not None and not count:
+            raise DataError(
+                f"no training row is left of {file.name}, which has a share", hint="give the file more rows, or no part"
             )
 
 
-def _number_sources(files: Sequence[_File]) -> Sources:
+def _dealt(files: Sequence[_File], read: _Read, held: np.ndarray, pairs: bool) -> tuple[Sources, StoredRows]:
+    """Return the training rows by file, numbered through all files, and the held-out rows, numbered by themselves. Token rows of a
+    record are on the same side."""
+    items = read.items_of_records()
+    held_items = np.repeat(held, items)
+    places = np.flatnonzero(~held_items)
     sources: list[Source] = []
-    first = 0
+    start = first = 0
     for file in files:
-        rows = _number(file.items, first)
-        first += len(rows)
-        if rows:  # a file without rows (all skipped or held out) would be an empty stream
-            sources.append(Source(str(file.path), file.share, tuple(rows)))
-    return Sources(tuple(sources))
-
-
-def _number(items: Iterable[_Item], first: int) -> list[Trainable]:
-    """Return the trainable rows of the items, numbered from `first`."""
-    rows: list[Trainable] = []
-    for item in items:
-        number, where = first + len(rows), item.record.where
-        if _is_pair(item):
-            sides = [TokenRow(d.ids, d.weights, 2 * number + side, where, d.prompt_len) for side, d in enumerate(item.drafts)]
-            rows.append(PreferencePair(sides[0], sides[1], number, where))
-        else:
-            rows.extend(TokenRow(d.ids, d.weights, number + at, where, d.prompt_len) for at, d in enumerate(item.drafts))
-    return rows
-
-
-def _is_pair(item: _Item) -> bool:
-    return isinstance(item.record, PreferenceRecord)
+        end = start + int(items[file.first : file.end].sum())
+        count = int(np.count_nonzero(~held_items[start:end]))
+        if count:  # a file without rows (all skipped or held out) would be an empty stream
+            rows = StoredRows(read.store, places[first : first + count], first, pairs)
+            sources.append(Source(file.name, file.share, rows))
+        start, first = end, first + count
+    train = Sources(tuple(sources), StoredRows(read.store, places, 0, pairs))
+    return train, StoredRows(read.store, np.flatnonzero(held_items), 0, pairs)
 
 
 def _report(
     name: str,
     files: Sequence[_File],
-    held_out: _File | None,
     train: Sources,
-    validation: Sequence[Trainable],
+    validation: StoredRows,
+    held: np.ndarray,
     spec: DataSpec,
     max_seq_len: int,
-    findings: _Findings,
+    read: _Read,
 ) -> DataReport:
-    records = [item.record for file in files for item in file.items]
-    held_records = [item.record for item in held_out.items] if held_out else []
-    prints = [fingerprint(record) for record in records]
-    seen = set(prints)
-    overlap = sum(fingerprint(record) in seen for record in held_records)
+    findings, found = read.findings, read.repeats.find(held)
+    of_validation = validation.lengths
     return DataReport(
         format=name,
         train_rows=len(train),
         validation_rows=len(validation),
         train_tokens=int(train.lengths.sum()),
-        trained_tokens=_num_trained(train.rows),
-        validation_tokens=sum(row.length for row in validation),
-        validation_trained_tokens=_num_trained(validation),
-        longest_row=max(row.length for row in (*train.rows, *validation)),
-        skipped=num_bad_rows(findings.listed),
+        trained_tokens=train.rows.num_trained,
+        validation_tokens=int(of_validation.sum()),
+        validation_trained_tokens=validation.num_trained,
+        longest_row=int(max(train.lengths.max(), of_validation.max(initial=0))),
+        skipped=findings.listed.rows,
         truncated=findings.truncated,
         cut_tokens=findings.cut_tokens,
-        duplicates=num_duplicates(prints),
-        overlap=overlap,
-        empty_replies=sum(num_empty_replies(record) for record in (*records, *held_records)),
-        problems=tuple(findings.listed),
-        reasons=reasons(findings.listed),
-        notes=tuple(_notes(name, train, files, held_out, spec, max_seq_len, findings)),
-        warnings=(*by_reason(findings.listed), *_overlap_warning(overlap, len(held_records))),
+        duplicates=found.duplicates,
+        overlap=found.overlap,
+        empty_replies=findings.empty_replies,
+        problems=tuple(findings.listed.kept),
+        reasons=findings.listed.reasons,
+        notes=(*_notes(name, train, files, held, spec, max_seq_len, findings), *found.notes()),
+        warnings=(*findings.listed.sentences(), *_overlap_warning(found, int(held.sum()))),
+        near_duplicates=found.near_duplicates,
+        near_overlap=found.near_overlap,
+        lengths=histogram(train.lengths, of_validation),
     )
 
 
@@ -288,7 +335,7 @@ def _notes(
     name: str,
     train: Sources,
     files: Sequence[_File],
-    held_out: _File | None,
+    held: np.ndarray,
     spec: DataSpec,
     max_seq_len: int,
     findings: _Findings,
@@ -296,36 +343,33 @@ def _notes(
     """Yield what was decided without being asked for in so many words."""
     if spec.format == "auto":
         yield f"format {name}, decided by the keys of the first good row of {files[0].path.name}"
-    if held_out is not None and isinstance(spec.validation, float):
-        count = sum(len(file.items) for file in files) + len(held_out.items)
-        yield f"{len(held_out.items):,} of {count:,} records are held out (validation {spec.validation:g}), chosen by the seed"
+    yield from findings.notes
+    if isinstance(spec.validation, float):
+        yield f"{held.sum():,} of {len(held):,} records are held out (validation {spec.validation:g}), chosen by the seed"
     if findings.truncated and name == "text":
         yield f"truncated rows keep their first {max_seq_len:,} tokens; the end-of-text token of these rows is not trained"
     elif findings.truncated:
         yield f"truncated rows keep their first {max_seq_len:,} tokens; replies and end markers after that are not trained"
     kept = {source.path for source in train.files}
     for file in files:
-        if str(file.path) not in kept:
-            yield f"{file.path} gives no training row: its rows are all skipped or held out"
+        if file.name not in kept:
+            yield f"{file.name} gives no training row: its rows are all skipped or held out"
 
 
-def _overlap_warning(overlap: int, num_held_out: int) -> Iterable[str]:
-    if overlap:
+def _overlap_warning(found: Found, num_held_out: int) -> Iterable[str]:
+    if found.overlap:
         yield (
-            f"{overlap:,} of {num_held_out:,} held-out records are also training records: the held-out score is too good; "
+            f"{found.overlap:,} of {num_held_out:,} held-out records are also training records: the held-out score is too good; "
             "remove the duplicates from one side"
         )
 
 
-def _num_trained(rows: Iterable[Trainable]) -> int:
-    return sum(int(np.count_nonzero(side.weights)) for row in rows for side in row.sides)
-
-
-def _content_hash(name: str, train: Sources, validation: Sequence[Trainable]) -> str:
+def _content_hash(name: str, train: Sources, validation: StoredRows) -> str:
     digest = hashlib.sha256(f"{name} {train.sizes} {train.shares} {len(validation)}".encode())
-    for row in (*train.rows, *validation):
-        for side in row.sides:
-            digest.update(f"|{side.row} {side.length} {side.prompt_len}|".encode())
-            digest.update(side.ids.astype("<i4").tobytes())
-            digest.update(side.weights.astype("<f4").tobytes())
+    for rows in (train.rows, validation):
+        for item in rows:
+            for row in item.sides:
+                digest.update(f"|{row.row} {row.length} {row.prompt_len}|".encode())
+                digest.update(row.ids.astype("<i4").tobytes())
+                digest.update(row.weights.astype("<f4").tobytes())
     return digest.hexdigest()

@@ -45,7 +45,7 @@ def near_duplicates(train: Sequence[str], test: Sequence[str]) -> NearDuplicates
     """Compare each test text with every training text. Neither may be empty. White space and case do not count."""
     assert train, "no training text"
     assert test, "no test text"
-    kept, asked = [_plain(text) for text in train], [_plain(text) for text in test]
+    kept, asked = [plain(text) for text in train], [plain(text) for text in test]
     known = set(kept)
     nearest = nearest_by_runs([runs_of(text, RUN) for text in kept], [runs_of(text, RUN) for text in asked])
     return NearDuplicates(sum(text in known for text in asked), tuple(nearest))
@@ -77,5 +77,5 @@ def _nearest(test: int, own: Set[str], runs: Sequence[Set[str]], holders: Mappin
     return best
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     return " ".join(text.casefold().split())

@@ -8,10 +8,14 @@ all its rows were seen. Next: `train/loop.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kivnun.randomness import permutation
+
+if TYPE_CHECKING:
+    from kivnun.spec import ScheduleSpec
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,22 @@ class RowOrder:
         total = sum(self.source_sizes)
         scale = total / sum(self.shares)
         return [max(1, round(share * scale)) for share in self.shares]
+
+
+def order_of(
+    schedule: ScheduleSpec, seed: int, lengths: np.ndarray, sizes: tuple[int, ...], shares: tuple[float, ...] | None
+) -> RowOrder:
+    """Return the order of training that a resolved schedule gives to rows of these lengths."""
+    return RowOrder(
+        lengths=lengths,
+        source_sizes=sizes,
+        shares=shares,
+        batch_rows=schedule.batch_rows,
+        batch_tokens=schedule.batch_tokens,
+        epochs=schedule.epochs,
+        num_steps=schedule.steps,
+        seed=seed,
+    )
 
 
 def _stream(size: int, first: int, count: int, seed: int, source: int) -> np.ndarray:

@@ -91,6 +91,11 @@ class ChatTokenizer:
         dates = [f"{template.now:%Y-%m-%d %H:%M:%S}" for template in self._templates.values() if template.uses_clock]
         return self.tokens.content_hash(*(f"{name}\n{one.source}" for name, one in sorted(self._templates.items())), *dates)
 
+    @property
+    def template_source(self) -> str | None:
+        """Return the chat template that renders a conversation without tools; None: there is none."""
+        return self._templates["default"].source if "default" in self._templates else None
+
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generated reply, EOS first."""
@@ -119,6 +124,10 @@ class ChatTokenizer:
         count = len(messages)
         text = conversation.prompt(count)
         return self._encode(text, _turns_within(text, conversation.earlier_turns(count), len(text)))[0]
+
+    def prompt_text(self, messages: Sequence[Message], tools: Tools = None) -> str:
+        """Return the text that `prompt_ids` are the ids of. Raises as it does."""
+        return self._conversation(messages, tools).prompt(len(messages))
 
     def chat_rows(self, record: ChatRecord) -> list[Row]:
         """Return the rows that train a conversation's replies: (ids int32 [T], weights float32 [T], prompt_len) each.

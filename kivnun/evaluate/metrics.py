@@ -170,6 +170,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tune_validity": ratio,
     "perplexity": perplexity,
     "novelty": ratio,
+    "mean": ratio,
 }
 """How each metric's sums become its figure."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from kivnun.artifacts import atomic_folder, check_manifest, hash_folder
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable
 from kivnun.errors import IntegrityError, RunFolderError
+from kivnun.evaluate.card import Form, write_card
+from kivnun.lineage import CARD, MERGE_RECORD
 from kivnun.model.adapter_folder import load_peft
 from kivnun.model.attention import Rows
-from kivnun.model.families import copy_tokenizer, stored_dtype
+from kivnun.model.families import base_hash, copy_tokenizer, stored_dtype
 from kivnun.model.linear import ScalesBias
 from kivnun.model.load import DTYPES, Base, load_base, load_decoded
 from kivnun.model.sites import NormSite, PrefixSite, PromptSite, Site
 from kivnun.opened import OpenedRun, open_run
 from kivnun.spec.base import QUANTISED
 
-MERGE_RECORD = "kivnun_merge.json"
 GATE_ROWS = 32
 
 # Mean KL divergence (nats per position) allowed between base plus adapter in float32 and the merged weights as they were stored.
@@ -58,7 +59,7 @@ def export_run(run_dir: Path, form: str, output: Path) -> dict[str, Any]:
     run = open_run(run_dir)
     manifest = check_manifest(run.folder.path)
     said = manifest["base"]["content_hash"]
-    if hash_folder(run.base_folder) != said:
+    if base_hash(run.base_folder) != said:
         raise IntegrityError(
             f"{run.base_folder} is not the base this run was tuned on: its content hash should be {said}",
             hint="bring back the base as it was, or tune again",
@@ -78,6 +79,7 @@ def export_peft(run: OpenedRun, output: Path) -> dict[str, Any]:
         copied, own = hash_folder(place), hash_folder(run.folder.adapter)
         if copied != own:
             raise IntegrityError(f"the copy of {run.folder.adapter} differs: {copied} instead of {own}", hint="try another disk")
+        _add_card(run, place, "adapter")
     return {"content_hash": copied}
 
 
@@ -91,6 +93,7 @@ def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
     if run.is_full:
         with atomic_folder(output) as place:
             shutil.copytree(run.folder.model, place, dirs_exist_ok=True)
+            _add_card(run, place, "model")
         return {"content_hash": hash_folder(output)}
     adapter_hash = hash_folder(run.folder.adapter)
     _refuse_second_merge(run.base_folder, adapter_hash)
@@ -110,9 +113,16 @@ def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
                 f"the merged model answers differently: mean KL {likeness.kl:.2g} nats, {MAX_KL[precision]:.0e} is allowed",
                 hint="use the adapter as it is (--to peft), or tune on a base that is stored in float32",
             )
+        _add_card(run, place, "merged")
     gate = None if likeness is None else asdict(likeness)
     note = {"note": f"the base was held in {held}: the adapter is merged into its decoded weights, stored as bf16"} if held else {}
     return {"content_hash": hash_folder(output), "stored": precision, "gate": gate, **note}
+
+
+def _add_card(run: OpenedRun, place: Path, form: Form) -> None:
+    """Write the model card; one that came with the copy stays as it was made."""
+    if not (place / CARD).is_file():
+        write_card(run.folder.path, place, form)
 
 
 def _base_in_float32(run: OpenedRun) -> Base:
@@ -159,7 +169,7 @@ def _refuse_second_merge(base_folder: Path, adapter_hash: str) -> None:
 
 def _gate_rows(run: OpenedRun) -> list[TokenRow]:
     """Return up to GATE_ROWS held-out rows, or training rows where none is held out."""
-    items: list[Trainable] = run.dataset.validation or list(run.dataset.train.rows)
+    items: Sequence[Trainable] = run.dataset.validation or run.dataset.train.rows
     sides = [item.chosen if isinstance(item, PreferencePair) else item for item in items[:GATE_ROWS]]
     return [row for row in sides if row.total_weight > 0]
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kivnun.artifacts import check_manifest, code_hash, environment_difference, hash_folder, numeric_environment, read_manifest
+from kivnun.artifacts import check_manifest, code_hash, environment_difference, numeric_environment, read_manifest
 from kivnun.data.rows import PreferencePair, TokenRow
 from kivnun.errors import IntegrityError, KivnunError
 from kivnun.evaluate.evaluation import Evaluation, load_evaluation
 from kivnun.evaluate.heldout import held_out_nll
 from kivnun.events import Event, StepDone, read_events
+from kivnun.model.families import base_hash
 from kivnun.model.kernels import choose, names_of
 from kivnun.model.load import DTYPES, read_decoded
 from kivnun.model.read_model import hide_bars
@@ -115,7 +116,7 @@ def _environment(differences: Sequence[str]) -> str:
 
 
 def _base(run: OpenedRun) -> str:
-    said, found = read_manifest(run.folder.path)["base"]["content_hash"], hash_folder(run.base_folder)
+    said, found = read_manifest(run.folder.path)["base"]["content_hash"], base_hash(run.base_folder)
     if said != found:
         raise IntegrityError(
             f"{run.base_folder} is not the base that was trained on: its hash was {said}, is {found}",

@@ -296,24 +296,30 @@ def _peft_name(name: str) -> str:
     return f"{MODULE_PREFIX}{name}{suffix}"
 
 
-def load_low_rank(base: Base, folder: Path, seed: int = 0) -> LowRankAdapter:
-    """Return the adapter in a PEFT folder, on this base.
-
-    Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
-    fit the base: every tensor must be used, every site complete.
-    """
+def read_low_rank_shape(folder: Path, sites: tuple[str, ...] = ()) -> AdapterShape:
+    """Return what makes the adapter in a PEFT folder what it is, on these sites. Raises IntegrityError as `load_low_rank`."""
     config = _read_low_rank_config(folder)
-    tensors = read_peft_tensors(folder)
-    ending = ".lora_A.weight"
-    found = {name.removeprefix(MODULE_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)}
-    shape = AdapterShape(
+    return AdapterShape(
         kind="dora" if config.get("use_dora") else "lora",
         rank=int(_number(folder, config, "r")),
         alpha=_number(folder, config, "lora_alpha"),
         dropout=_number(folder, config, "lora_dropout"),
         rslora=bool(config.get("use_rslora")),
-        sites=tuple(name for name in base.linears if name in found),
+        sites=sites,
     )
+
+
+def load_low_rank(base: Base, folder: Path, seed: int = 0, dropout: float | None = None) -> LowRankAdapter:
+    """Return the adapter in a PEFT folder, on this base; `dropout` takes the place of the rate in its configuration.
+
+    Raises IntegrityError when the folder is not a LoRA or DoRA adapter, needs what Kivnun does not offer, or its tensors do not
+    fit the base: every tensor must be used, every site complete.
+    """
+    tensors = read_peft_tensors(folder)
+    ending = ".lora_A.weight"
+    found = {name.removeprefix(MODULE_PREFIX).removesuffix(ending) for name in tensors if name.endswith(ending)}
+    shape = read_low_rank_shape(folder, tuple(name for name in base.linears if name in found))
+    shape = shape if dropout is None else replace(shape, dropout=dropout)
     sites: dict[str, LowRankSite] = {}
     for name in shape.sites:
         linear = base.linears[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from kivnun.errors import BaseModelError
+from kivnun.artifacts import hash_file, hash_files
+from kivnun.errors import BaseModelError, IntegrityError
+from kivnun.model.hub import NOT_FOUND, OnBytes, commit_of, download, refuse_damaged
+from kivnun.model.phi import REFUSED, REFUSED_FAMILY, USE_INSTEAD
 
 BUILT_IN = {"kivnun/tiny-phi": Path(__file__).parent.parent / "bases" / "tiny_phi"}
 
@@ -30,14 +32,9 @@ FUSED_PARTS = {
 FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "w2")  # layers whose inputs IA3 scales: the second of an MLP
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-
-REFUSED = {
-    "phi3small": "Phi-3-small computes block-sparse attention in code of its own that transformers does not hold",
-}
-
-REFUSED_IDS = {"microsoft/phi-3-small-8k-instruct": "phi3small", "microsoft/phi-3-small-128k-instruct": "phi3small"}
-
-NOT_FOUND = "12-base-not-found"  # of docs/mistakes
+MORE_TEMPLATES = "chat_templates/*.jinja"
+# What is read of a base beside its weights.
+BASE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.model", *TOKENIZER_FILES)
 
 # Families of transformers whose sliding window stands in a mask alone, which packed rows do without.
 WINDOW_IN_MASK = frozenset({"phimoe", "qwen2_moe", "doge"})
@@ -74,10 +71,10 @@ class BaseInfo:
     licence: str
 
 
-def find_base(model: str, revision: str | None = None) -> Path:
+def find_base(model: str, revision: str | None = None, on_bytes: OnBytes = lambda name, done, total: None) -> Path:
     """Return the folder of a base: a built-in id, a folder, or a model hub's id (downloaded or taken from its cache).
 
-    Raises BaseModelError when it is nowhere to be found.
+    `on_bytes` hears how far a download is. Raises BaseModelError when it is nowhere to be found, and as `hub.download` does.
     """
     if model in BUILT_IN:
         return BUILT_IN[model]
@@ -92,53 +89,40 @@ def find_base(model: str, revision: str | None = None) -> Path:
             hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder",
             pages=(NOT_FOUND,),
         )
-    if model.lower() in REFUSED_IDS:
-        raise refused(model, REFUSED_IDS[model.lower()])  # before it is downloaded
-    return _from_hub(model, revision)
+    return download(model, revision, on_bytes)
 
 
-def refused(name: str, kind: str) -> BaseModelError:
-    """Return the error for a base of a `model_type` in REFUSED."""
-    return BaseModelError(
-        f"{name}: {REFUSED[kind]}",
-        hint="use Phi-3-mini, Phi-3-medium, Phi-3.5-mini or Phi-4 instead",
-        pages=("15-phi-3-small",),
-    )
+def refuse_family(name: str, config: Mapping[str, object]) -> None:
+    """Raise BaseModelError for a family that is refused whatever its weights are."""
+    kind = str(config.get("model_type"))
+    if kind in REFUSED:
+        raise BaseModelError(f"{name}: {REFUSED[kind]}", hint=USE_INSTEAD, pages=(REFUSED_FAMILY,))
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def base_hash(folder: Path) -> str:
+    """Return one SHA-256 over all that makes a base what it is: configuration, weights, tokenizer and template.
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise not_from_hub(model, error) from error
+    Whatever else lies beside them (a licence, another format that another program fetched) changes nothing. Raises IntegrityError
+    for a file of the hub's cache that is not what the hub says.
+    """
+    files = [*weight_files(folder), *(folder / name for name in BASE_FILES), *folder.glob(MORE_TEMPLATES)]
+    hashes = {file.relative_to(folder).as_posix(): hash_file(file) for file in files if file.is_file()}
+    refuse_damaged(folder, hashes)
+    return hash_files(hashes)
 
 
-def not_from_hub(model: str, error: Exception) -> BaseModelError:
-    """Return what to tell of a base that the hub did not give: it is gated, it is not there, or the hub was not reached."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return BaseModelError(
-            f"base {model!r} is gated: the hub gives it only to those who are logged in and accepted its terms",
-            hint="accept the terms on the model's page, then `hf auth login`; or give a folder",
-            pages=("13-gated-base",),
+def refuse_other_base(folder: Path, found: str, wanted: str | None) -> None:
+    """Raise IntegrityError where a spec names the base by another hash than that of what is there."""
+    if wanted is not None and found != wanted:
+        raise IntegrityError(
+            f"the base in {folder} is not the one that base.content_hash names: its hash should be {wanted}, is {found}",
+            hint="name the commit of the base that is meant in base.revision, or write the hash that is there after checking it",
         )
-    if isinstance(error, RepositoryNotFoundError):
-        return BaseModelError(
-            f"base {model!r} is not on the hub, or is private",
-            hint="check the id; for a private model `hf auth login`; or give a folder",
-            pages=(NOT_FOUND,),
-        )
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return BaseModelError(
-        f"base {model!r} could not be downloaded{offline}: {type(error).__name__}",
-        hint="check the id, the network and the revision; or give a folder",
-        pages=(NOT_FOUND,),
-    )
+
+
+def base_record(model: str, revision: str | None, folder: Path, content_hash: str) -> dict[str, str | None]:
+    """Return what a manifest says of the base: what was asked for, which commit that was, and the hash of what is there."""
+    return {"model": model, "revision": revision, "commit": commit_of(folder), "content_hash": content_hash}
 
 
 def builtin_bases() -> list[BaseInfo]:

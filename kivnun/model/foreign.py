@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kivnun.model.activation import WholeVectors
 from kivnun.model.attention import Rows
 from kivnun.model.decoder import recomputed
-from kivnun.model.rope import RowRotary, refuse_factors_without_longrope, refuse_rotation_by_batch
+from kivnun.model.rope import RowRotary, refuse_another_longrope, refuse_factors_without_longrope, refuse_rotation_by_batch
 
 
 class ForeignTrunk:
@@ -101,6 +101,7 @@ def _install_rotary(model: nn.Module, rope_factors: str) -> PackedRotary | None:
         return None
     ((name, module),) = found
     device: torch.device = module.original_inv_freq.device  # type: ignore[assignment]
+    refuse_another_longrope(type(model).__name__, module, RowRotary.from_config(module.config, "per_row", device))
     packed = PackedRotary(RowRotary.from_config(module.config, rope_factors, device))
     replace_module(model, name, packed)
     return packed

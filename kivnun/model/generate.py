@@ -22,14 +22,15 @@ from kivnun.randomness import generator
 # Rows decoded together. More rows make better use of matrix products, and hold more cache.
 ROWS_AT_ONCE = 64
 
-OnToken = Callable[[int, int], None]
+OnToken = Callable[[int, int], bool | None]
+"""Hears (place of the prompt, id) as each token is chosen; True ends that row with this token."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. Temperature 0 is greedy: the most likely token, the lowest id among equals.
 
-    `stop_ids` end a row and are not part of its answer. Row i draws from (seed, "sample", i), one number per token.
+    `stop_ids` end a row and are not part of its answer. Stream i draws from (seed, "sample", i), one number per token.
     """
 
     max_new_tokens: int
@@ -41,7 +42,7 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class _Row:
-    number: int
+    place: int
     ids: list[int]
     prompt_length: int
     draws: np.random.Generator | None
@@ -52,23 +53,28 @@ class _Row:
 
 @torch.no_grad()
 def generate(
-    base: Base, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    on_token: OnToken | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, in the prompts' order, stop ids left out.
 
-    `on_token(row, id)` hears each token as it is chosen. Runs with whatever adapter the base has been lent. Prompts must not be
-    empty: there would be nothing to predict the first token from.
+    `on_token(row, id)` hears each token as it is chosen, and may end the row; what it raises ends all. `streams` numbers each
+    prompt's draws, so that a row drawn by its own number says the same in any company (None: by its place). Runs with whatever
+    adapter the base has been lent. Prompts must not be empty: there would be nothing to predict the first token from.
     """
-    rows = [_row(number, prompt, params) for number, prompt in enumerate(prompts)]
+    rows = [_row(place, prompt, params, place if streams is None else streams[place]) for place, prompt in enumerate(prompts)]
     for at in range(0, len(rows), ROWS_AT_ONCE):
         _answer(base, rows[at : at + ROWS_AT_ONCE], params, on_token)
     return [row.produced for row in rows]
 
 
-def _row(number: int, prompt: Sequence[int], params: SamplingParams) -> _Row:
+def _row(place: int, prompt: Sequence[int], params: SamplingParams, stream: int) -> _Row:
     assert len(prompt) > 0
-    draws = generator(params.seed, "sample", number) if params.temperature > 0 else None
-    return _Row(number, list(prompt), len(prompt), draws, slot=number)
+    draws = generator(params.seed, "sample", stream) if params.temperature > 0 else None
+    return _Row(place, list(prompt), len(prompt), draws, slot=place)
 
 
 def _answer(base: Base, rows: list[_Row], params: SamplingParams, on_token: OnToken | None) -> None:
@@ -93,8 +99,8 @@ def _take(row: _Row, token: int, params: SamplingParams, on_token: OnToken | Non
         return
     row.ids.append(token)
     row.produced.append(token)
-    if on_token is not None:
-        on_token(row.number, token)
+    if on_token is not None and on_token(row.place, token):
+        row.done = True
 
 
 def prefill(base: Base, cache: KVCache, rows: Sequence[_Row]) -> Tensor:

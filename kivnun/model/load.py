@@ -18,12 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kivnun.artifacts import hash_folder
 from kivnun.errors import BaseModelError
 from kivnun.model import attention
 from kivnun.model.attention import Rows
 from kivnun.model.decoder import BlankLinear, Decoder, design_of
-from kivnun.model.families import REFUSED, WINDOW_IN_MASK, read_config, refuse_other_precision, refused
+from kivnun.model.families import (
+    WINDOW_IN_MASK,
+    base_hash,
+    read_config,
+    refuse_family,
+    refuse_other_base,
+    refuse_other_precision,
+)
 from kivnun.model.foreign import ForeignTrunk, replace_module
 from kivnun.model.kernels import Kernels, choose
 from kivnun.model.linear import TunableEmbedding, TunableLinear
@@ -212,19 +218,24 @@ def load_base(
     kernels: str = "auto",
     recompute: bool = False,
     packed: bool = False,
+    content_hash: str | None = None,
 ) -> Base:
     """Return the base in `folder` in `precision` ("fp32", "bf16", "nf4" or "int8") on `device` ("cpu" or "cuda").
 
     Memory stays near that of what is loaded: tensors are read, converted and quantised one at a time. With `packed` the weights of
     linear layers are kept as a CPU's products read them: faster, for twice their bytes, and only for a base that stays as it is.
     Raises BaseModelError when the folder holds no causal language model that Kivnun can run row by row, or holds it in another
-    precision for good.
+    precision for good; IntegrityError when its hash is not the `content_hash` that was asked for, before anything is read into
+    memory, or when a file of the hub's cache is damaged.
     """
+    _refuse_unsupported(folder)
+    found = base_hash(folder)
+    refuse_other_base(folder, found, content_hash)
     chosen = choose(kernels, device)
     read = _read(folder, precision, rope_factors, chosen if device == "cpu" else choose("auto", "cpu"))
     for matrix in read.matrices.values():  # quantised on the CPU, decoded where the base computes
         matrix.buffer.kernels = chosen
-    base = _prepared(folder, read, DTYPES[precision], device, rope_factors, chosen, recompute)
+    base = _prepared(folder, read, DTYPES[precision], device, rope_factors, chosen, recompute, found)
     if packed:
         for linear in base.linears.values():
             linear.pack()
@@ -251,7 +262,7 @@ def base_from_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     read = taken_over(ReadModel(model, matrices), "per_row")
-    return _prepared(Path(type(model).__name__), read, dtype, device, "per_row", chosen, recompute, content_hash="in memory")
+    return _prepared(Path(type(model).__name__), read, dtype, device, "per_row", chosen, recompute, "in memory")
 
 
 def _pieces_for(precision: str, weight_OI: Tensor) -> Iterator[Tensor]:
@@ -267,7 +278,8 @@ def load_decoded(folder: Path, precision: str, rope_factors: str = "per_row") ->
     """
     kernels = choose("auto", "cpu")
     read = _read(folder, precision, rope_factors, kernels)
-    return _prepared(folder, ReadModel(decoded(read).float(), {}), torch.float32, "cpu", rope_factors, kernels, False)
+    dense = ReadModel(decoded(read).float(), {})
+    return _prepared(folder, dense, torch.float32, "cpu", rope_factors, kernels, False, base_hash(folder))
 
 
 def read_decoded(folder: Path, precision: str) -> nn.Module:
@@ -297,7 +309,7 @@ def _prepared(
     rope_factors: str,
     kernels: Kernels,
     recompute: bool,
-    content_hash: str | None = None,
+    content_hash: str,
 ) -> Base:
     model = read.model
     name = model.name if isinstance(model, Decoder) else type(model).__name__
@@ -317,7 +329,7 @@ def _prepared(
         trunk=trunk,
         config=model.config,
         folder=folder,
-        content_hash=content_hash or hash_folder(folder),
+        content_hash=content_hash,
         dtype=dtype,
         device=torch.device(device),
         linears=linears,
@@ -335,8 +347,7 @@ def _prepared(
 def _refuse_unsupported(folder: Path) -> None:
     config = read_config(folder)
     kind = str(config.get("model_type"))
-    if kind in REFUSED:
-        raise refused(str(folder), kind)
+    refuse_family(str(folder), config)
     if "auto_map" in config and kind not in _known_types():
         raise BaseModelError(
             f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run",

@@ -123,6 +123,16 @@ def token_log_probs(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
     return out_S
 
 
+@torch.no_grad()
+def are_likeliest(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
+    """Return whether each target is the likeliest token, the lowest id among equals (bool [S])."""
+    out_S = torch.empty(len(h_SD), dtype=torch.bool, device=h_SD.device)
+    for at in _chunks(h_SD):
+        logits_CV = head(padded(h_SD[at], head.kernels))
+        out_S[at] = logits_CV[: len(targets_S[at])].argmax(dim=-1) == targets_S[at]
+    return out_S
+
+
 def _chunks(h_SD: Tensor) -> list[slice]:
     count, chunk = len(h_SD), CHUNK[h_SD.device.type]
     return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]

@@ -99,6 +99,26 @@ def refuse_rotation_by_batch(model: str, kind: object) -> None:
         )
 
 
+@torch.no_grad()
+def refuse_another_longrope(model: str, theirs: nn.Module, ours: RowRotary) -> None:
+    """Raise BaseModelError where a model's own rotation is not LongRoPE's on either side of the original length.
+
+    Phi-3.5-MoE's is not: it scales by factors of its own. The probe of logits cannot see it, since ours takes its place in both.
+    """
+    for length in (ours.original_length, ours.original_length + 1):
+        positions_T = torch.arange(length, device=ours.short_R.device)
+        angles = ours(positions_T, [length], torch.float32)
+        expected = theirs(torch.zeros(1, device=positions_T.device), positions_T[None])
+        if not all(
+            torch.allclose(e[0, :, : m.shape[1]], m, atol=1e-3)
+            for e, m in zip(expected, (angles.cos_TR, angles.sin_TR), strict=True)
+        ):
+            raise BaseModelError(
+                f"{model} calls its rotation LongRoPE, but turns a row of {length:,} tokens otherwise",
+                hint="use Phi-3-mini, Phi-3.5-mini, Phi-4-mini or another base",
+            )
+
+
 def refuse_factors_without_longrope(model: str, factors: str) -> None:
     """Raise BaseModelError when factors were chosen for a model that has none."""
     if factors != "per_row":

@@ -5,16 +5,20 @@ Next: `time.py`, which says how much of that training comes to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Literal
 
 from kivnun.errors import SpecError
 
 GIB = 2**30
+GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,12 @@ def find_device(name: str, memory_gib: float | None = None, count: int = 1) -> D
     Raises SpecError for a name that is not known, and where this machine has no such device.
     """
     if name == "cpu":
-        memory = _machine_memory() * (1 - LEFT_TO_OTHERS) if memory_gib is None else memory_gib * GIB
+        memory = machine_memory() * (1 - LEFT_TO_OTHERS) if memory_gib is None else memory_gib * GIB
         return Device("this machine's CPU", "cpu", memory, _cores(), None, count)
     if name == "cuda":
         label, memory = _own_gpu()
-        known = next((flops for word, _, flops in GPUS.values() if word.split()[0] in label), None)
-        return Device(label, "cuda", (memory if memory_gib is None else memory_gib * GIB) - CONTEXT_BYTES, 0, known, count)
+        whole = memory if memory_gib is None else memory_gib * GIB
+        return Device(label, "cuda", whole - CONTEXT_BYTES, 0, known_flops(label), count)
     if name not in GPUS:
         near = get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -66,12 +70,51 @@ def find_device(name: str, memory_gib: float | None = None, count: int = 1) -> D
     return Device(label, "cuda", (memory if memory_gib is None else memory_gib) * GIB - CONTEXT_BYTES, 0, flops, count)
 
 
-def _machine_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def this_machine(count: int = 1) -> Device:
+    """Return this machine's CPU with all of its memory: what a run here may take at the very most; `count` such machines."""
+    return Device("this machine's CPU", "cpu", machine_memory(), _cores(), None, count)
+
+
+def known_flops(label: str) -> float | None:
+    """Return the dense bfloat16 peak of a GPU by what its driver calls it; None: not known."""
+    return next((flops for word, _, flops in GPUS.values() if word.split()[0] in label), None)
+
+
+def machine_memory() -> float:
+    """Return this machine's memory in bytes, or what its control group allows where that is less."""
+    return min([float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), *_group_limits()])
+
+
+def _group_limits() -> Iterator[float]:
+    """Yield the limits of this process's control groups (version 2, then 1), from its own up to the outermost that it sees."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, name = {"": (GROUPS, "memory.max"), "memory": (GROUPS / "memory", "memory.limit_in_bytes")}.get(
+                controllers, (None, "")
+            )
+            if root is not None:
+                own = root / path.lstrip("/")
+                yield from _limits([folder / name for folder in (own, *own.parents) if folder.is_relative_to(root)])
+
+
+def _limits(files: Iterable[Path]) -> Iterator[float]:
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            yield float(int(file.read_text(encoding="ascii")))
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_gpu() -> bool:
+    """Return whether this machine's driver knows an NVIDIA GPU."""
+    try:
+        _own_gpu()
+    except SpecError:
+        return False
+    return True
 
 
 def _own_gpu() -> tuple[str, float]:

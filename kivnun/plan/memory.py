@@ -9,27 +9,56 @@ T tokens of a pass, D model width, F inner width, L layers, V vocabulary. Next: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.trained import chosen_linears, trained_of
-from kivnun.spec.adapters import AdapterSpec, FullSpec, PrefixSpec, PromptSpec, Targeted, VeraSpec
+from kivnun.spec.adapters import (
+    AdaloraSpec,
+    AdapterSpec,
+    FullSpec,
+    Ia3Spec,
+    LohaSpec,
+    LokrSpec,
+    LoraSpec,
+    PrefixSpec,
+    PromptSpec,
+    Targeted,
+    VeraSpec,
+)
 
+PeftSpec = VeraSpec | AdaloraSpec | LohaSpec | LokrSpec | Ia3Spec  # whose layers PEFT computes
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2, "nf4": 2}  # of a number that is computed with
 # Of a number in codes: NF4's half byte, its block's scale in 8 bits for 64 numbers, and the scales' own for 256 of them; int8's row
 # scales are too few to count.
 CODE_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-# What operations need for a moment, per token of a pass: bytes per word of the vocabulary and per inner width, and a method's share
-# of that beside LoRA's; the rest is what the allocator keeps. Kernels in Triton hold no logits of a whole pass.
-WORD_BYTES = {2: 2.5, 4: 1.9}
-INNER_BYTES = {2: 32.0, 4: 80.0}
+# On a CPU: what operations need for a moment, and what the allocator keeps between them.
+CHUNK = 256  # positions whose logits exist at once (`model/loss.py`)
+WORD_BYTES = 6.8  # for each of them and each word
+BACKWARD_SHARE = {"full": 0.08, "lora": 0.43, "dora": 0.43, "adalora": 0.0}  # of what a LoRA step keeps
+AGAIN_INPUTS = 9.0  # times the inputs of all layers, where layers are computed again
+HEAD_BYTES = 5.5  # of a trained head's number: sums of its gradient over chunks
+UPDATE_BYTES = {"loha": 2.3, "lokr": 1.2}  # of a number of the linear layers, where an update is made whole
+ALLOCATOR = 10e6
+# A process on a CPU before it has a base (`python -m benchmarks.plan` measures it, docs/LOG.md).
+IDLE_BYTES = 285e6  # Python, torch and what a run imports
+TOUCHED_BYTES = 23e6  # code and tables that loading and the first step touch
+PEFT_BYTES = 190e6  # PEFT, with what it imports where that is installed
+DEEPSPEED_BYTES = 190e6
+TOGETHER_BYTES = 10e6  # torch's and gloo's own, of each of several processes
+TOKENIZER_BYTES, ROW_BYTES, TOKEN_BYTES = 6e6, 1450.0, 15.0  # the built-in base's, and what rows and their records leave
+SCRATCH_BYTES = 4e6  # through which files are read
+# On a GPU: per token of a pass and inner width, and a method's share of that beside LoRA's. Kernels in Triton hold no logits.
 GPU_INNER_BYTES = {2: 16.0, 4: 32.0}
-WORKSPACE = {
+GPU_WORKSPACE = {
     "full": 1.1, "lora": 1.0, "dora": 1.0, "adalora": 1.0, "loha": 2.3, "lokr": 2.0, "vera": 2.5, "ia3": 2.0, "ln_tuning": 1.0,
     "prompt": 1.0, "prefix": 1.15,
 }  # fmt: skip
-ALLOCATOR = 14e6  # bytes
+GPU_ALLOCATOR = 14e6  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +88,143 @@ class Shape:
     recompute: bool = False
     processes: int = 1
     zero_stage: int = 0
+    packed: bool = False
 
 
 def step_memory(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     """Return what a step of one process takes at most, in bytes above the same process at rest."""
-    number, trained, full = COMPUTE_BYTES[shape.precision], trained_of(sizes, spec), isinstance(spec, FullSpec)
-    code = CODE_BYTES.get(shape.precision, number)
-    weights = code * sizes.linear_numbers + number * sizes.outer_numbers
-    # Weights in 16 bits are trained through float32 ones.
-    adapter = (0 if number == 4 else 4 * trained.numbers) if full else 4 * (trained.numbers + trained.fixed)
-    moments, gradients = 8.0 * trained.numbers, 4.0 * trained.numbers
-    kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
-    workspace = WORKSPACE[spec.kind] * _workspace(sizes, number, shape)
-    if shape.recompute:  # inputs of all layers, and one layer whole
-        workspace += number * shape.pass_tokens * (sizes.layers * sizes.hidden + _kept(sizes, spec, shape) / sizes.layers)
+    return _on_gpu(sizes, spec, shape) if shape.device == "cuda" else _on_cpu(sizes, spec, shape)
+
+
+def _on_cpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
+    """Return the parts on a CPU, whose allocator keeps what was freed: what is there one after the other adds up."""
+    number, full = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec)
+    stays = _divided(_staying(sizes, spec, shape), shape, in_place=full and number == 4)
+    whole = number * shape.pass_tokens * _kept(sizes, spec, shape)
+    plain = number * shape.pass_tokens * _kept(sizes, LoraSpec(), shape)
+    words = WORD_BYTES * sizes.vocab * min(shape.pass_tokens, CHUNK)
+    workspace = ALLOCATOR + words
+    if shape.recompute:
         kept = 0.0
-    # A backward pass uses activations up while it makes gradients: the peak is at its beginning, when the head's are there alone,
-    # or at its end.
-    head = 4.0 * sizes.vocab * sizes.hidden if full else 0.0
-    copies = 2.0 * sizes.numbers + head if full else 0.0
+        workspace += AGAIN_INPUTS * number * shape.pass_tokens * sizes.layers * sizes.hidden
+    else:
+        kept = whole
+        workspace += BACKWARD_SHARE.get(spec.kind, BACKWARD_SHARE["lora"]) * plain
+    if full:
+        workspace += HEAD_BYTES * sizes.vocab * sizes.hidden
+    workspace += UPDATE_BYTES.get(spec.kind, 0.0) * sizes.linear_numbers
+    return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, kept, workspace)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staying:
+    weights: float
+    adapter: float
+    gradients: float
+    moments: float
+
+
+def _staying(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> _Staying:
+    """Return the bytes of what is there from step to step, and of all gradients, nothing divided."""
+    number, trained = COMPUTE_BYTES[shape.precision], trained_of(sizes, spec)
+    weights = CODE_BYTES.get(shape.precision, number) * sizes.linear_numbers + number * sizes.outer_numbers
+    if shape.packed:  # for products with both sides, in the place of the weights; a tied head beside the embedding
+        head = sizes.vocab * sizes.hidden
+        weights += number * (sizes.linear_numbers + (2 if sizes.tied else 1) * head)
+    if isinstance(spec, FullSpec):  # weights in 16 bits are trained through float32 ones
+        adapter = 0.0 if number == 4 else 4.0 * trained.numbers
+    else:
+        adapter = 4.0 * (trained.numbers + trained.fixed)
+    return _Staying(weights, adapter, 4.0 * trained.numbers, 8.0 * trained.numbers)
+
+
+def _divided(whole: _Staying, shape: Shape, in_place: bool) -> _Staying:
+    """Return what one process holds of it. `in_place`: what is trained are the weights themselves."""
+    part, stage = 1 / shape.processes, shape.zero_stage
+    return _Staying(
+        whole.weights * (part if stage >= 3 else 1),
+        whole.adapter * (part if stage >= (3 if in_place else 1) else 1),
+        whole.gradients * (part if stage >= 2 else 1),
+        whole.moments * (part if stage >= 1 else 1),
+    )
+
+
+def _on_gpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
+    """Return the parts on a GPU. A backward pass uses activations up while it makes gradients: the peak is at its beginning, when
+    the head's are there alone, or at its end."""
+    number, full = COMPUTE_BYTES[shape.precision], isinstance(spec, FullSpec)
+    stays = _divided(_staying(sizes, spec, shape), shape, in_place=full and number == 4)
+    kept = number * shape.pass_tokens * _kept(sizes, spec, shape)
+    workspace = GPU_WORKSPACE[spec.kind] * (GPU_ALLOCATOR + shape.pass_tokens * GPU_INNER_BYTES[number] * sizes.mlp)
+    if shape.recompute:  # inputs of all layers, and one layer whole
+        workspace += number * shape.pass_tokens * sizes.layers * sizes.hidden + kept / sizes.layers
+        kept = 0.0
+    if not full:
+        return StepMemory(stays.weights, stays.adapter, 0.0, stays.moments, kept, workspace)
+    head, gradients = 4.0 * sizes.vocab * sizes.hidden, 4.0 * sizes.numbers
+    copies = 2.0 * sizes.numbers + head
     early, late = head / 2 + kept, gradients + copies - head / 2
-    part = 1 / shape.processes
-    weights *= part if shape.zero_stage >= 3 else 1
-    adapter *= part if shape.zero_stage >= (3 if full and number == 4 else 1) else 1
-    moments *= part if shape.zero_stage >= 1 else 1
-    gradients *= part if shape.zero_stage >= 2 else 1
-    if early >= late or not full:
-        return StepMemory(weights, adapter, head / 2, moments, kept, workspace)
-    return StepMemory(weights, adapter, gradients, moments, 0.0, workspace + (late - 4.0 * trained.numbers))
+    if early >= late:
+        return StepMemory(stays.weights, stays.adapter, head / 2, stays.moments, kept, workspace)
+    return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, 0.0, workspace + (late - gradients))
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Bytes of a process beside what a step counts: `idle` before a base is loaded, `libraries` that loading and training bring
+    in, `rows` of text and tokens; `loading` is there for a moment while the base is read."""
+
+    idle: float
+    libraries: float
+    rows: float
+    loading: float
+
+    @property
+    def rest(self) -> float:
+        """Return what is there at every step, beside the step's own."""
+        return self.idle + self.libraries + self.rows
+
+
+def process_memory(
+    sizes: Sizes, spec: AdapterSpec, shape: Shape, *, rows: int = 0, tokens: int = 0, idle: float = IDLE_BYTES
+) -> ProcessMemory:
+    """Return what one process takes before a step, in bytes. `rows` and `tokens` are all that are loaded, held out ones included;
+    `idle` is what `idle_bytes` found on this machine. On a GPU it is nothing: there, what the run allocates is counted."""
+    if shape.device == "cuda":
+        return ProcessMemory(0.0, 0.0, 0.0, 0.0)
+    libraries = TOUCHED_BYTES
+    if isinstance(spec, PeftSpec):
+        libraries += PEFT_BYTES
+    elif shape.zero_stage:
+        libraries += DEEPSPEED_BYTES
+    libraries += TOGETHER_BYTES if shape.processes > 1 else 0.0
+    held = TOKENIZER_BYTES + ROW_BYTES * rows + TOKEN_BYTES * tokens if rows else 0.0
+    return ProcessMemory(idle, libraries, held, SCRATCH_BYTES + _loading(sizes, shape))
+
+
+def _loading(sizes: Sizes, shape: Shape) -> float:
+    """Return what reading a base takes for a moment beside what stays: a tensor at a time, as it is stored and as it is held."""
+    number = COMPUTE_BYTES[shape.precision]
+    largest = max(sizes.vocab * sizes.hidden, max(inputs * outputs for inputs, outputs in sizes.linears.values()))
+    return float(number * largest)
+
+
+def peak_bytes(sizes: Sizes, spec: AdapterSpec, shape: Shape, *, rows: int = 0, tokens: int = 0, idle: float = IDLE_BYTES) -> float:
+    """Return the most that one process of a run takes: resident on a CPU, allocated on a GPU, as a result's `actual.peak_bytes`."""
+    process, whole = process_memory(sizes, spec, shape, rows=rows, tokens=tokens, idle=idle), replace(shape, zero_stage=0)
+    # A base is read whole before it is divided.
+    read = _staying(sizes, spec, whole).weights + process.loading
+    return process.rest + max(step_memory(sizes, spec, shape).peak, read)
+
+
+IDLE = "import kivnun.pipeline\nprint(open('/proc/self/statm').read().split()[1])"
+
+
+def idle_bytes() -> float:
+    """Return what a process takes on this machine before it has a base, by starting one; IDLE_BYTES where the kernel does not
+    tell."""
+    found = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, timeout=120, check=False)
+    return float(found.stdout) * os.sysconf("SC_PAGE_SIZE") if found.returncode == 0 else IDLE_BYTES
 
 
 def held_layer(sizes: Sizes, spec: AdapterSpec, pass_tokens: int) -> float:
@@ -125,9 +263,3 @@ def _kept(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> float:
     if isinstance(spec, PrefixSpec):
         kept += 2 * sizes.layers * sizes.keys * spec.num_virtual_tokens / shape.pass_tokens
     return kept
-
-
-def _workspace(sizes: Sizes, number: int, shape: Shape) -> float:
-    if shape.device == "cuda":
-        return ALLOCATOR + shape.pass_tokens * GPU_INNER_BYTES[number] * sizes.mlp
-    return ALLOCATOR + shape.pass_tokens * (WORD_BYTES[number] * sizes.vocab + INNER_BYTES[number] * sizes.mlp)

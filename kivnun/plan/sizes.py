@@ -11,13 +11,16 @@ from functools import cached_property
 
 from kivnun.errors import BaseModelError
 
-# Families whose layers Kivnun computes itself, by the `model_type` of their configuration; attention's biases where it has any.
-FAMILIES = ("phi3", "llama", "mistral", "qwen2", "qwen3")
+# By the `model_type` of their configuration: families whose layers Kivnun computes itself, and those that transformers computes.
+OWN = ("phi3", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*OWN, "gemma", "gemma2", "phi")
+GEMMA_HEAD = 256  # width of a head, and tied matrices, where a Gemma's configuration says nothing else
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A decoder's widths. `mlp` is the inner width of its gated layers, `tied` whether the head is the embedding."""
+    """A decoder's widths. `mlp` is its inner width, `tied` whether the head is the embedding, `head_norms` whether each head's
+    queries and keys are normed."""
 
     family: str
     hidden: int
@@ -31,6 +34,7 @@ class Sizes:
     tied: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    head_norms: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, object], name: str) -> Sizes:
@@ -53,20 +57,27 @@ class Sizes:
             return value
 
         hidden, heads = number("hidden_size"), number("num_attention_heads")
+        gemma = family in ("gemma", "gemma2")
         return cls(
             str(family),
             hidden,
             number("num_hidden_layers"),
             heads,
             number("num_key_value_heads", heads),
-            number("head_dim", hidden // heads),
+            number("head_dim", GEMMA_HEAD if gemma else hidden // heads),
             number("intermediate_size"),
             number("vocab_size"),
             number("max_position_embeddings", 1 << 30),
-            bool(config.get("tie_word_embeddings", False)),
-            family == "qwen2" or bool(config.get("attention_bias", False)),
-            bool(config.get("mlp_bias", False)),
+            bool(config.get("tie_word_embeddings", gemma)),
+            family in ("qwen2", "phi") or bool(config.get("attention_bias", False)),
+            family == "phi" or bool(config.get("mlp_bias", False)),
+            family == "qwen3" or bool(config.get("qk_layernorm", False)),
         )
+
+    @property
+    def own(self) -> bool:
+        """Return whether Kivnun computes the layers itself; else transformers does, and more is kept for the backward pass."""
+        return self.family in OWN
 
     @property
     def queries(self) -> int:
@@ -88,6 +99,15 @@ class Sizes:
                 "mlp.gate_up_proj": (self.hidden, 2 * self.mlp),
                 "mlp.down_proj": (self.mlp, self.hidden),
             }
+        elif self.family == "phi":
+            layer = {
+                "self_attn.q_proj": (self.hidden, self.queries),
+                "self_attn.k_proj": (self.hidden, self.keys),
+                "self_attn.v_proj": (self.hidden, self.keys),
+                "self_attn.dense": (self.queries, self.hidden),
+                "mlp.fc1": (self.hidden, self.mlp),
+                "mlp.fc2": (self.mlp, self.hidden),
+            }
         else:
             layer = {
                 "self_attn.q_proj": (self.hidden, self.queries),
@@ -103,10 +123,16 @@ class Sizes:
     @cached_property
     def norms(self) -> dict[str, int]:
         """Return the numbers of every norm, by its module's name."""
-        heads = ("self_attn.q_norm", "self_attn.k_norm") if self.family == "qwen3" else ()
-        layer = {"input_layernorm": self.hidden, "post_attention_layernorm": self.hidden, **dict.fromkeys(heads, self.head_width)}
+        if self.family == "phi":  # with biases; attention and MLP read the same norm
+            layer = {"input_layernorm": 2 * self.hidden}
+            heads, last = {f"self_attn.{which}_layernorm": 2 * self.head_width for which in "qk"}, "model.final_layernorm"
+        else:
+            around = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if self.family == "gemma2" else ()
+            layer = dict.fromkeys(("input_layernorm", "post_attention_layernorm", *around), self.hidden)
+            heads, last = {f"self_attn.{which}_norm": self.head_width for which in "qk"}, "model.norm"
+        layer |= heads if self.head_norms else {}
         every = {f"model.layers.{number}.{name}": size for number in range(self.layers) for name, size in layer.items()}
-        return {**every, "model.norm": self.hidden}
+        return {**every, last: layer["input_layernorm"]}
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -131,6 +157,8 @@ class Sizes:
 
     @property
     def _bias_numbers(self) -> int:
-        attention = self.queries + 2 * self.keys + (self.hidden if self.family == "llama" or self.family == "qwen3" else 0)
-        mlp = 2 * self.mlp + self.hidden
-        return self.layers * (attention * self.attention_bias + mlp * self.mlp_bias)
+        out = self.hidden if self.family not in ("qwen2", "phi3") else 0
+        attention = self.queries + 2 * self.keys + out
+        mlp = (self.mlp if self.family == "phi" else 2 * self.mlp) + self.hidden
+        head = self.vocab if self.family == "phi" else 0
+        return self.layers * (attention * self.attention_bias + mlp * self.mlp_bias) + head

@@ -1,27 +1,69 @@
-"""How long training takes, predicted: operations at a rate, and what a pass keeps at another.
+"""How long a run takes, predicted: what it computes, counted by kind, each kind at a rate of its own.
 
-A step computes 4 operations per number of the base's matrices and token where they are frozen (forward, and the gradient of the
-input), 6 where they are trained; attention's own are few for rows of these lengths. A CPU moves what layers keep at a cost of its
-own. The rates are those of one core of the machine that the table was measured on (docs/LOG.md, 2026-11-27), scaled by a short
-product on this one. Next: `advise.py`.
+Counted are the operations of products, of attention and of what PEFT computes in float32; numbers that layers keep, that are decoded
+from codes, laid out for products, or updated; passes through layers, which cost something however short they are. A backward pass
+takes twice what a forward one does, or once for products with frozen weights. The rates are those of one core of the reference
+machine, scaled by a short product on this one. On a GPU: a share of its peak.
+
+The rates were fitted to the points of benchmarks/results/plan_calibration_2026-11-27.json (`tests/unit/test_plan_laws.py` holds them
+to it). How they do on models, lengths and combinations that they were not fitted to is what `python -m benchmarks.plan` measures.
+T tokens of a pass, L layers, V vocabulary. Next: `advise.py`.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from kivnun.plan.memory import COMPUTE_BYTES, held_layer
+from kivnun.plan.memory import CHUNK, COMPUTE_BYTES, PeftSpec, Shape, held_layer, step_memory
 from kivnun.plan.sizes import Sizes
-from kivnun.plan.trained import trained_of
-from kivnun.spec.adapters import AdapterSpec, FullSpec, LoraSpec
+from kivnun.plan.trained import chosen_linears, trained_of
+from kivnun.spec.adapters import (
+    AdaloraSpec,
+    AdapterSpec,
+    DoraSpec,
+    FullSpec,
+    LohaSpec,
+    LokrSpec,
+    LoraSpec,
+    LowRank,
+    PrefixSpec,
+    PromptSpec,
+    VeraSpec,
+)
 
-CORE_FLOPS = {2: 273e9, 4: 149e9}  # of one core of the reference machine, by the bytes of a number
-KEPT_S = {2: 6.84e-9, 4: 10.4e-9}  # seconds per number that a pass keeps
-UPDATE_S = 4.4e-9  # seconds of AdamW per number trained and step
-REFERENCE_FLOPS = {2: 165e9, 4: 66e9}  # what `model/speed.py` found on one core of the reference machine
+# Seconds of one of each kind on one core of the reference machine, by the bytes of a number that is computed with.
+SECONDS: dict[str, dict[int, float]] = {
+    "products": {2: 4.8e-12, 4: 9.9e-12},
+    "attention": {2: 5e-12, 4: 1.1e-11},
+    "kept": {2: 1.1e-9, 4: 5e-10},
+    "low rank": {2: 5e-12, 4: 2e-11},
+    "laid out": {2: 1e-10, 4: 2.8e-10},
+    "nf4": {2: 6.3e-10, 4: 0.0},
+    "int8": {2: 8.8e-10, 4: 0.0},
+    "deltas": {2: 2e-9, 4: 3e-9},
+    "head sums": {2: 5e-9, 4: 1.2e-8},
+    "words": {2: 0.0, 4: 0.0},
+    "wide": {2: 1.2e-11, 4: 1.2e-11},
+    "sites": {2: 2e-4, 4: 2e-4},
+    "loha": {2: 1e-8, 4: 1e-8},
+    "lokr": {2: 5e-9, 4: 5e-9},
+    "layers": {2: 4e-4, 4: 4e-4},
+    "passes": {2: 3e-3, 4: 3e-3},
+    "steps": {2: 8e-3, 4: 8e-3},
+    "updates": {2: 4e-9, 4: 2.5e-9},
+    "read": {2: 3e-10, 4: 4e-10},
+    "cache": {2: 1e-9, 4: 1e-9},
+    "told": {2: 2e-4, 4: 2e-4},
+}
+REFERENCE_FLOPS = {2: 165e9, 4: 66e9}  # what `model/speed.py` finds on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
+ROWS_AT_ONCE = 64  # rows that are answered together (`model/generate.py`)
+FIRST_S = 3.5e-10  # seconds for each byte that a run grows by, in its first step
+IMPORT_S, PEFT_IMPORT_S, READ_S, ROW_S, TOKEN_S = 1.8, 1.5, 1e-9, 1.2e-4, 2.8e-6
 # The share of a GPU's dense bfloat16 peak that a step's operations come to: an H100 on eight layers of Phi-4-mini's width, 8,192
 # tokens a pass (benchmarks/results/gpu_2026-11-27.json).
 GPU_SHARE = {
@@ -32,11 +74,193 @@ GPU_SHARE = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be trained: tokens and steps in all, tokens of a pass."""
+    """What is to be computed: tokens and steps in all, tokens of a pass.
+
+    `passes` are those of all steps (None: as few as hold the tokens), `scored` the tokens that the head is for (None: all),
+    `row_tokens` the mean length of the row that a token is in, sum(l^2) / sum(l), which attention goes by (0: it is left out).
+    """
 
     tokens: int
     steps: int
     pass_tokens: int
+    passes: int | None = None
+    scored: int | None = None
+    row_tokens: float = 0.0
+
+    @property
+    def num_passes(self) -> int:
+        return max(self.steps, -(-self.tokens // self.pass_tokens)) if self.passes is None else self.passes
+
+    @property
+    def num_scored(self) -> int:
+        return self.tokens if self.scored is None else self.scored
+
+
+def work_of(steps: Iterable[Sequence[int]], pass_tokens: int, scored_share: float = 1.0) -> Work:
+    """Return the work of steps of rows of these lengths, packed as `data/packing.py` packs them: in their order, a new pass where
+    the next row does not fit."""
+    tokens = squares = passes = count = longest = 0
+    for lengths in steps:
+        count, room = count + 1, 0
+        for length in lengths:
+            if length > room:
+                passes, room = passes + 1, pass_tokens
+            room -= length
+            tokens, squares = tokens + length, squares + length * length
+            longest = max(longest, pass_tokens - room)
+    return Work(tokens, count, longest, passes, round(scored_share * tokens), squares / tokens if tokens else 0.0)
+
+
+def training_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
+    """Return how much of each kind training takes of one process that has this work."""
+    forward = _layers_forward(sizes, spec, shape, work)
+    head = _head(sizes, spec, work, 3.0 if isinstance(spec, FullSpec) else 2.0)
+    times = 2.0 if shape.recompute else 1.0
+    found = {name: times * amount for name, amount in forward.items()}
+    for name, amount in _layers_backward(sizes, spec, forward).items():
+        found[name] = found.get(name, 0.0) + amount
+    found["products"] += head.pop("products")
+    passes, trained = work.num_passes, trained_of(sizes, spec).numbers
+    found |= {"passes": passes, "updates": float(trained * work.steps), "steps": work.steps, **head}
+    return found
+
+
+def scoring_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
+    """Return how much of each kind a forward pass over held-out rows takes."""
+    found = _layers_forward(sizes, spec, shape, work)
+    found["products"] += _head(sizes, spec, work, 1.0)["products"]
+    return found | {"passes": work.num_passes / 2}
+
+
+def _layers_forward(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
+    tokens, passes, layer = work.tokens, work.num_passes, sizes.linear_numbers / sizes.layers
+    if isinstance(spec, PromptSpec):  # once in each pass
+        tokens += spec.num_virtual_tokens * passes
+    inputs_of_attention = sizes.hidden * (sizes.queries + 2 * sizes.keys)
+    # The last layer's second half sees the scored tokens alone.
+    whole = sizes.linear_numbers * tokens - (layer - inputs_of_attention) * max(0, tokens - work.num_scored) * sizes.own
+    row = work.row_tokens + (spec.num_virtual_tokens if isinstance(spec, PrefixSpec) else 0)
+    found = {
+        "products": 2.0 * whole,
+        "attention": 2.0 * sizes.layers * sizes.queries * row * tokens,
+        "kept": sizes.layers * held_layer(sizes, spec, work.pass_tokens) * tokens,
+        "layers": float(sizes.layers * passes),
+    }
+    if shape.precision in ("nf4", "int8"):
+        found[shape.precision] = float(sizes.linear_numbers * passes)
+    if not shape.packed:
+        found["laid out"] = float((sizes.linear_numbers + sizes.vocab * sizes.hidden) * passes)
+    return found | _of_technique(sizes, spec, tokens, passes)
+
+
+def _of_technique(sizes: Sizes, spec: AdapterSpec, tokens: int, passes: int) -> dict[str, float]:
+    """Return what a technique computes beside the base in a forward pass."""
+    if isinstance(spec, LowRank):
+        return {"low rank": 2.0 * trained_of(sizes, spec).numbers * tokens} | (
+            {"deltas": float(sizes.linear_numbers * passes)} if isinstance(spec, DoraSpec) else {}
+        )
+    if not isinstance(spec, PeftSpec):
+        return {}
+    chosen = chosen_linears(sizes, spec)
+    found = {"sites": float(len(chosen) * passes)}
+    sides = sum(inputs + outputs for inputs, outputs in chosen.values())
+    if isinstance(spec, VeraSpec | AdaloraSpec):
+        return found | {"wide": 2.0 * spec.rank * sides * tokens}
+    if isinstance(spec, LohaSpec | LokrSpec):  # the update is made whole, in float32
+        numbers = sum(inputs * outputs for inputs, outputs in chosen.values())
+        return found | {"wide": 2.0 * numbers * tokens, spec.kind: float(numbers * passes)}
+    return found
+
+
+BACKWARD = {
+    "attention": 2.5,
+    "kept": 2.0,
+    "low rank": 2.0,
+    "layers": 1.5,
+    "sites": 1.5,
+    "nf4": 1.0,
+    "int8": 1.0,
+    "laid out": 1.0,
+    "deltas": 0.0,
+    "loha": 1.0,
+    "lokr": 1.0,
+}
+
+
+def _layers_backward(sizes: Sizes, spec: AdapterSpec, forward: Mapping[str, float]) -> dict[str, float]:
+    times = {
+        **BACKWARD,
+        "products": 2.0 if isinstance(spec, FullSpec) else 1.0,
+        "wide": 1.0 if isinstance(spec, VeraSpec) else 2.0,
+    }
+    return {name: times[name] * amount for name, amount in forward.items()}
+
+
+def _head(sizes: Sizes, spec: AdapterSpec, work: Work, times: float) -> dict[str, float]:
+    table = sizes.vocab * sizes.hidden
+    found = {"products": times * 2.0 * table * work.num_scored, "words": float(sizes.vocab * work.num_scored)}
+    if isinstance(spec, FullSpec):  # its gradient is added up chunk by chunk
+        found["head sums"] = table * max(work.num_scored / CHUNK, work.num_passes)
+    return found
+
+
+def training_seconds(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work, *, speed: float = 1.0) -> float:
+    """Return the CPU seconds of all steps of one process that has this work: `Work` of its own rows where several divide them."""
+    amounts = training_amounts(sizes, spec, shape, work)
+    grown = FIRST_S * max(
+        0.0, step_memory(sizes, spec, shape).peak - step_memory(sizes, spec, replace(shape, pass_tokens=1)).weights
+    )
+    return (seconds_of(amounts, shape.precision) + grown) / speed
+
+
+def scoring_seconds(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work, *, speed: float = 1.0) -> float:
+    """Return the CPU seconds of one evaluation of held-out rows, without replies."""
+    return seconds_of(scoring_amounts(sizes, spec, shape, work), shape.precision) / speed
+
+
+def generation_seconds(
+    sizes: Sizes, spec: AdapterSpec, shape: Shape, *, prompts: Sequence[int], new_tokens: int, speed: float = 1.0
+) -> float:
+    """Return the CPU seconds of replies of `new_tokens` tokens each to prompts of these lengths."""
+    total = 0.0
+    for at in range(0, len(prompts), ROWS_AT_ONCE):
+        some = prompts[at : at + ROWS_AT_ONCE]
+        read = replace(work_of([some], sum(some)), scored=len(some))
+        amounts = scoring_amounts(sizes, spec, shape, read)
+        told = Work(len(some) * (new_tokens - 1), 1, len(some), passes=new_tokens - 1)
+        for name, amount in scoring_amounts(sizes, spec, shape, told).items():
+            amounts[name] = amounts.get(name, 0.0) + amount
+        context = sum(some) / len(some) + new_tokens / 2
+        amounts["cache"] = 2.0 * sizes.layers * sizes.keys * context * len(some) * new_tokens
+        amounts["read"] = float((sizes.linear_numbers + sizes.vocab * sizes.hidden) * new_tokens) if shape.packed else 0.0
+        amounts["told"] = float(len(some) * new_tokens)
+        total += seconds_of(amounts, shape.precision)
+    return total / speed
+
+
+def start_seconds(
+    sizes: Sizes,
+    spec: AdapterSpec,
+    shape: Shape,
+    *,
+    stored_bytes: float | None = None,
+    rows: int = 0,
+    tokens: int = 0,
+    speed: float = 1.0,
+) -> float:
+    """Return the CPU seconds before the first pass: imports, reading and hashing a base of `stored_bytes` (None: its numbers in
+    16 bits), encoding it, reading rows."""
+    stored = 2.0 * sizes.numbers if stored_bytes is None else stored_bytes
+    seconds = IMPORT_S + READ_S * stored + READ_S * sizes.numbers
+    seconds += PEFT_IMPORT_S if isinstance(spec, PeftSpec) else 0.0
+    seconds += ROW_S * rows + TOKEN_S * tokens
+    return seconds / speed
+
+
+def seconds_of(amounts: Mapping[str, float], precision: str) -> float:
+    """Return the CPU seconds of amounts by kind on one core of the reference machine."""
+    number = COMPUTE_BYTES[precision]
+    return sum(SECONDS[name][number] * amount for name, amount in amounts.items())
 
 
 def operations(sizes: Sizes, spec: AdapterSpec) -> float:
@@ -45,24 +269,25 @@ def operations(sizes: Sizes, spec: AdapterSpec) -> float:
     return (6.0 if isinstance(spec, FullSpec) else 4.0) * matrices
 
 
-def cpu_seconds(sizes: Sizes, spec: AdapterSpec, precision: str, work: Work, *, slower: float, speed: float) -> float:
-    """Return the seconds of all steps. `slower`: a step of the method beside LoRA's; `speed`: this machine beside one core of the
-    reference."""
-    number = COMPUTE_BYTES[precision]
-    like = spec if isinstance(spec, FullSpec) else LoraSpec()
-    kept = sizes.layers * held_layer(sizes, LoraSpec(), work.pass_tokens)
-    per_token = operations(sizes, like) / CORE_FLOPS[number] + KEPT_S[number] * kept
-    update = UPDATE_S * trained_of(sizes, spec).numbers * work.steps
-    return (per_token * work.tokens * (1.0 if isinstance(spec, FullSpec) else slower) + update) / speed
-
-
 def gpu_seconds(sizes: Sizes, spec: AdapterSpec, work: Work, flops: float) -> float:
     """Return the seconds of all steps on a GPU that does so many operations a second at such work."""
     return operations(sizes, spec) * work.tokens / flops
 
 
-def machine_speed(precision: str) -> float:
-    """Return how fast this machine, with all its cores, is beside one core of the reference machine, by products in a precision."""
-    command = [sys.executable, "-m", "kivnun.model.speed", precision]
+def cpu_seconds(
+    sizes: Sizes, spec: AdapterSpec, precision: str, work: Work, *, slower: float | None = None, speed: float = 1.0
+) -> float:
+    """Return the seconds of all steps, activations kept. `slower`, where it is given: a step of the method beside LoRA's, which then
+    is what is predicted; `speed`: this machine beside one core of the reference."""
+    shape = Shape(precision, work.pass_tokens)
+    if slower is None or isinstance(spec, FullSpec):
+        return training_seconds(sizes, spec, shape, work, speed=speed)
+    return slower * training_seconds(sizes, LoraSpec(), shape, work, speed=speed)
+
+
+def machine_speed(precision: str, clock: Literal["wall", "cpu"] = "wall") -> float:
+    """Return how fast this machine, with all its cores, is beside one core of the reference machine, by products in a precision:
+    as fast as they come to an end, or (cpu) by the seconds that its cores spent on them, however busy they are otherwise."""
+    command = [sys.executable, "-m", "kivnun.model.speed", precision, clock]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return float(found.stdout) / REFERENCE_FLOPS[COMPUTE_BYTES[precision]]

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kivnun.artifacts import atomic_write
 from kivnun.data.choices import ChoiceQuestion
-from kivnun.data.template import ChatTokenizer, load_tokenizer
+from kivnun.data.template import ChatTokenizer
 from kivnun.evaluate.intervals import difference_interval, interval_of, verdict_of
 from kivnun.evaluate.truthfulqa import PRIMER, TruthfulQA, longest_answer, score_truthfulqa
-from kivnun.model.families import count_parameters, find_base, longest_row, stored_precision
-from kivnun.model.load import load_base
-from kivnun.opened import OpenedRun, open_run
-from kivnun.spec.resolve import SMALL_BASE
-from kivnun.train.engine import FixedModel, TorchEngine
+from kivnun.model.families import longest_row
+from kivnun.opened import OpenedRun, open_base, open_run
+from kivnun.train.engine import FixedModel
 
 DRAWS = 2_000
 SEED = 7
@@ -61,12 +57,10 @@ class Found:
 
 def score_base(model: str, asked: Sequence[ChoiceQuestion], on_progress: StageProgress, *, primer: bool) -> Found:
     """Return the figures of a base as it is."""
-    folder = find_base(model, None)
-    tokenizer, text = load_tokenizer(folder), PRIMER if primer else ""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = TorchEngine(load_base(folder, _precision(folder, device), device)).base_model()
-    scores = score_truthfulqa(scorer, asked, tokenizer, MICRO_BATCH_TOKENS, _stage(on_progress, "base"), primer=text)
-    return Found({"base": scores}, tuple(_too_long(folder, asked, tokenizer, text)))
+    opened, text = open_base(model), PRIMER if primer else ""
+    stage = _stage(on_progress, "base")
+    scores = score_truthfulqa(opened.base_model, asked, opened.tokenizer, MICRO_BATCH_TOKENS, stage, primer=text)
+    return Found({"base": scores}, tuple(_too_long(opened.folder, asked, opened.tokenizer, text)))
 
 
 def score_run(run: Path, asked: Sequence[ChoiceQuestion], on_progress: StageProgress, *, primer: bool) -> Found:
@@ -93,12 +87,6 @@ def write_items(path: Path, asked: Sequence[ChoiceQuestion], found: Found) -> No
     atomic_write(path, "\n".join(lines) + "\n")
 
 
-def _precision(folder: Path, device: str) -> str:
-    """Return what a run would choose by itself: as stored, else fp32 for a small base on a CPU, else bf16."""
-    small = device == "cpu" and count_parameters(folder) < SMALL_BASE
-    return stored_precision(folder) or ("fp32" if small else "bf16")
-
-
 def _too_long(folder: Path, asked: Sequence[ChoiceQuestion], tokenizer: ChatTokenizer, primer: str) -> list[str]:
     longest, limit = longest_answer(asked, tokenizer, primer), longest_row(folder)
     if longest <= limit:
@@ -110,9 +98,11 @@ def _too_long(folder: Path, asked: Sequence[ChoiceQuestion], tokenizer: ChatToke
 
 def _overlap(opened: OpenedRun, asked: Sequence[ChoiceQuestion]) -> list[str]:
     """Return a warning where questions of the file stand in the run's training rows, whatever is around them there."""
-    rows = [side for row in opened.dataset.train.rows for side in row.sides]
-    trained = "\n".join(_plain(opened.tokenizer.decode(row.ids.tolist(), skip_special=True)) for row in rows)
-    seen = sum(_plain(question.question) in trained for question in asked)
+    unseen = [_plain(question.question) for question in asked]
+    for row in (side for item in opened.dataset.train.rows for side in item.sides):
+        trained = _plain(opened.tokenizer.decode(row.ids.tolist(), skip_special=True))
+        unseen = [question for question in unseen if question not in trained]
+    seen = len(asked) - len(unseen)
     if not seen:
         return []
     return [

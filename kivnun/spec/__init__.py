@@ -21,7 +21,7 @@ from kivnun.spec.data import DataSpec, SourceSpec
 from kivnun.spec.evaluation import CheckpointSpec, EvaluationSpec, Metric
 from kivnun.spec.objectives import DpoSpec, ObjectiveKind, ObjectiveSpec, PretrainingSpec, SupervisedSpec
 from kivnun.spec.read import load_spec, parse_spec, read_spec_text
-from kivnun.spec.resolve import ResolveFacts, rate_table, resolve, resolved_yaml
+from kivnun.spec.resolve import PassChoice, ResolveFacts, rate_table, resolve, resolved_yaml
 from kivnun.spec.schedule import AdamWSpec, MuonSpec, OptimizerSpec, ScheduleSpec
 from kivnun.spec.schema import json_schema
 from kivnun.spec.tune import TuneSpec
@@ -51,6 +51,7 @@ __all__ = [
     "ObjectiveSpec",
     "OptimizerSpec",
     "Option",
+    "PassChoice",
     "PrefixSpec",
     "PretrainingSpec",
     "PromptSpec",

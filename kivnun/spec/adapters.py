@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator
 
-from kivnun.spec.section import Allowed, Name, Section, Why, as_list, broken_rule, kind_chooser, wrong_value
+from kivnun.spec.section import Allowed, Name, Section, SpecPath, Why, as_list, broken_rule, kind_chooser, wrong_value
 
 
 def _targets(value: object) -> object:
@@ -86,6 +86,11 @@ class LowRank(Targeted, frozen=True):
     rslora: Annotated[bool, Why("alpha / rank is what other tools assume; turn it on above rank 64")] = Field(
         default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732), which keeps high ranks learning."
     )
+    start_from: Annotated[SpecPath | None, Why("a new adapter, which changes nothing at its start")] = Field(
+        default=None,
+        description="An adapter to go on with: a run, its adapter folder, or any PEFT folder. Its rank, alpha, rslora and target "
+        "modules are taken over; the base must be the one it was trained on; the optimizer starts anew.",
+    )
     init: Annotated[Literal["kaiming", "gaussian", "pissa", "olora", "eva"], Why("as PEFT does, so that runs compare")] = Field(
         default="kaiming",
         description="How A and B start; the tuned model starts as the base in any case. kaiming and gaussian draw A, eva takes the "
@@ -96,6 +101,13 @@ class LowRank(Targeted, frozen=True):
     loraplus_lr_ratio: Annotated[
         float, Why("1 is plain LoRA; arXiv:2402.12354 finds 16 better for hard tasks, at a lower rate")
     ] = Field(default=1.0, ge=1, le=1024, description="Learning rate of B over that of A (LoRA+).")
+
+    @field_validator("init")
+    @classmethod
+    def _one_start(cls, init: str, info: ValidationInfo) -> str:
+        if init != "kaiming" and info.data.get("start_from") is not None:
+            raise broken_rule(f"is {init}, but adapter.start_from brings A and B as they were trained", "leave one of them out")
+        return init
 
     @field_validator("init")
     @classmethod

@@ -11,6 +11,7 @@ from kivnun.spec.section import Allowed, Name, Section, Why, absolute, broken_ru
 
 BUILT_IN = "kivnun/"
 QUANTISED = ("int8", "nf4")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 
@@ -29,6 +30,14 @@ class BaseSpec(Section, frozen=True):
         Name | None,
         Why("the hub's default branch; the manifest records the hash of the weights themselves"),
     ] = Field(default=None, description="Branch, tag or commit of a hub id. Refused for folders and built-in ids, which have none.")
+    content_hash: Annotated[
+        Name | None,
+        Allowed("64 hexadecimal digits, as `kivnun bases FOLDER` prints them"),
+        Why("the base is taken as it is found, and the manifest records its hash"),
+    ] = Field(
+        default=None,
+        description="The SHA-256 that the base must have, over its configuration, weights and tokenizer. Another one is refused.",
+    )
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "int8", "nf4"],
         Why(
@@ -66,6 +75,13 @@ class BaseSpec(Section, frozen=True):
         if HUB_ID.fullmatch(model) is None:
             raise wrong_value(f"there is no folder {path}, and a hub id has the form org/name", "12-base-not-found")
         return model
+
+    @field_validator("content_hash")
+    @classmethod
+    def _is_a_hash(cls, content_hash: str | None) -> str | None:
+        if content_hash is not None and SHA256.fullmatch(content_hash) is None:
+            raise wrong_value("a SHA-256 has 64 hexadecimal digits in lower case")
+        return content_hash
 
     @field_validator("revision")
     @classmethod

@@ -25,7 +25,7 @@ class Shape(Section, frozen=True):
         int | None,
         Why(
             "the longest row or, if larger, 4096; on a CPU 640 (fp32: 512) from 50 M parameters on, unless prefixes are shared: as "
-            "fast there, in less memory"
+            "fast there, in less memory; fewer where the plan finds that memory does not hold so many"
         ),
     ] = Field(
         default=None,
@@ -33,9 +33,9 @@ class Shape(Section, frozen=True):
         description="Tokens of one forward and backward pass, at most; the result of a step does not depend on it.",
     )
     activation_checkpointing: Annotated[
-        bool, Why("it costs a second forward pass: turn it on when a run does not fit in memory")
+        bool | None, Why("it costs a second forward pass: off, unless the plan finds that a run does not fit in memory without")
     ] = Field(
-        default=False,
+        default=None,
         description="Keep each layer's input alone and compute the rest again in the backward pass: less memory, more time.",
     )
     share_prefixes: Annotated[

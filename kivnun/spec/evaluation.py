@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from kivnun.spec.section import Allowed, Section, Why, broken_rule, tuple_from_list
+from kivnun.spec.section import Allowed, Section, Why, broken_rule, path_from, tuple_from_list, wrong_value
 
 Metric: TypeAlias = Literal[
     "exact_match",
@@ -20,6 +21,18 @@ Metric: TypeAlias = Literal[
     "perplexity",
 ]
 METRICS: tuple[str, ...] = get_args(Metric)
+
+
+Forgetting: TypeAlias = Literal["builtin"] | Path
+
+
+def _builtin_or_path(value: object, info: ValidationInfo) -> object:
+    """Return null and the word `builtin` as they are, any other text as a path from the spec's folder."""
+    if value is None or value == "builtin":
+        return value
+    if not isinstance(value, str | Path):
+        raise wrong_value()
+    return path_from(value, info)
 
 
 class EvaluationSpec(Section, frozen=True):
@@ -50,6 +63,19 @@ class EvaluationSpec(Section, frozen=True):
     )
     bootstrap: Annotated[int, Why("its ends are steady to about 2 % of its width")] = Field(
         default=1000, ge=100, le=100_000, description="Resamplings behind each 95 % interval."
+    )
+
+    forgetting: Annotated[
+        Forgetting | None,
+        BeforeValidator(_builtin_or_path),
+        Allowed("builtin, a path, or null"),
+        WithJsonSchema({"anyOf": [{"const": "builtin", "type": "string"}, {"type": "string", "minLength": 1}, {"type": "null"}]}),
+        Why("48 short rows in nine languages and code cost seconds, and forgetting is seen nowhere else"),
+    ] = Field(
+        default="builtin",
+        description="Text that has nothing to do with the task, on which base and tuned are scored apart from the held-out rows: "
+        "the rows that come along, a file of texts, prompts with completions or conversations, or null for none. "
+        "Rows longer than `data.max_seq_len` are cut to it.",
     )
 
     @field_validator("metrics")

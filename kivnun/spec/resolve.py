@@ -21,6 +21,7 @@ from kivnun.spec.problems import Problem, problems_of, spec_error
 from kivnun.spec.read import validate
 from kivnun.spec.section import Section
 from kivnun.spec.sharding import sharding_choices, sharding_mismatches
+from kivnun.spec.starting import StoredAdapter, start_choices, start_mismatches
 from kivnun.spec.tune import TuneSpec
 from kivnun.spec.yaml_text import write_yaml
 
@@ -46,6 +47,17 @@ RATE_FACTOR = {
 
 
 @dataclass(frozen=True, slots=True)
+class PassChoice:
+    """How a step's passes are computed where that is decided already: by the plan, to fit in memory, or when the run was begun.
+
+    It holds where the spec leaves these options open; None leaves the usual choice."""
+
+    micro_batch_tokens: int | None
+    activation_checkpointing: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResolveFacts:
     """What is known of data, base and machine when a run starts.
 
@@ -57,7 +69,7 @@ class ResolveFacts:
     `packs` the precisions whose weights the kernels in C read packed on this processor, `rows_turn_from` the length above which
     rows take LongRoPE's long factors (None: no row of the data is so long), `local_processes` how many processes of the run share
     this machine, `threads_before` what each had where the run was begun with another number of them, `deepspeed` the content of
-    compute.deepspeed.
+    compute.deepspeed, `passes` what is decided of a step's passes already, `start` the adapter that adapter.start_from names.
     """
 
     objective_kind: ObjectiveKind
@@ -76,6 +88,8 @@ class ResolveFacts:
     local_processes: int = 1
     threads_before: int | None = None
     deepspeed: Mapping[str, object] | None = None
+    passes: PassChoice | None = None
+    start: StoredAdapter | None = None
 
     def no_kernels_reason(self, kernels: str) -> str | None:
         """Return why kernels of this name cannot be used here; None: they can."""
@@ -133,6 +147,7 @@ def _mismatches(spec: TuneSpec, facts: ResolveFacts) -> Iterator[Problem]:
     yield from _kernel_mismatches(spec, facts)
     yield from _packing_mismatches(spec, facts)
     yield from _sharing_mismatches(spec, facts)
+    yield from start_mismatches(spec.adapter, facts.start)
     yield from sharding_mismatches(spec, _device(spec, facts), _precision_of(spec, facts), facts.deepspeed)
     stored, precision = facts.stored_precision, spec.base.precision
     if stored is not None and precision not in ("auto", stored):
@@ -189,7 +204,10 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _Choice("data.max_seq_len", facts.max_seq_len, "the longest row this base takes")
     if spec.objective is None:
         yield _Choice("objective", {"kind": facts.objective_kind}, "what the format of the data is for")
-    yield from _adapter_choices(spec)
+    if facts.start is None:
+        yield from _adapter_choices(spec)
+    for choice in start_choices(spec.adapter, facts.start):
+        yield _Choice(*choice)
     yield from _schedule_choices(spec, facts)
     if spec.compute.device == "auto":
         found = "a CUDA device was found" if device == "cuda" else "no CUDA device was found"
@@ -202,6 +220,8 @@ def _choices(spec: TuneSpec, facts: ResolveFacts) -> Iterator[_Choice]:
         yield _threads(facts)
     if spec.compute.micro_batch_tokens is None:
         yield _micro_batch(spec, facts)
+    if spec.compute.activation_checkpointing is None:
+        yield _checkpointing(facts.passes)
     if spec.compute.packed_weights is None:
         yield _packed_weights(spec, facts)
     for choice in sharding_choices(spec, facts.base_parameters, facts.deepspeed):
@@ -225,7 +245,15 @@ def _precision_of(spec: TuneSpec, facts: ResolveFacts) -> str:
     return str(_precision(_device(spec, facts), facts).value) if spec.base.precision == "auto" else spec.base.precision
 
 
+def _checkpointing(passes: PassChoice | None) -> _Choice:
+    if passes is None:
+        return _Choice("compute.activation_checkpointing", False, "nothing says that memory is short")
+    return _Choice("compute.activation_checkpointing", passes.activation_checkpointing, passes.reason)
+
+
 def _micro_batch(spec: TuneSpec, facts: ResolveFacts) -> _Choice:
+    if facts.passes is not None and facts.passes.micro_batch_tokens is not None:
+        return _Choice("compute.micro_batch_tokens", facts.passes.micro_batch_tokens, facts.passes.reason)
     share = spec.compute.share_prefixes
     small = _device(spec, facts) == "cpu" and facts.base_parameters >= CPU_MICRO_BATCH_FROM and not share
     least = CPU_MICRO_BATCH[_precision_of(spec, facts)] if small else MIN_MICRO_BATCH

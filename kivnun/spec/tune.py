@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -23,7 +24,13 @@ from kivnun.spec.yaml_text import write_yaml
 
 OBJECTIVE_OF_FORMAT: dict[str, ObjectiveKind] = {
     "messages": "supervised",
+    "sharegpt": "supervised",
     "prompt_completion": "supervised",
+    "prompt_response": "supervised",
+    "instruction": "supervised",
+    "classification": "supervised",
+    "entities": "supervised",
+    "multiple_choice": "supervised",
     "text": "pretraining",
     "preference": "dpo",
 }
@@ -118,6 +125,11 @@ class TuneSpec(Section, frozen=True):
     @classmethod
     def _metrics_have_rows_to_score(cls, evaluation: EvaluationSpec, info: ValidationInfo) -> EvaluationSpec:
         data, objective = info.data.get("data"), info.data.get("objective")
+        if isinstance(evaluation.forgetting, Path) and isinstance(data, DataSpec) and data.validation is None:
+            raise broken_rule(
+                "names a file for forgetting, but data.validation is null: nothing is scored",
+                "hold rows out, or leave evaluation.forgetting out",
+            )
         if not evaluation.metrics:
             return evaluation
         if isinstance(data, DataSpec) and data.validation is None:

@@ -22,6 +22,7 @@ from kivnun.model.load import Base
 from kivnun.train.engine import StepResult, TorchEngine, Trainee
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings
+from kivnun.train.passes import PassTooLarge, is_short_of_memory
 from kivnun.train.processes import Processes, lost_processes, tokens_apart
 from kivnun.train.weights import Weights
 
@@ -75,8 +76,26 @@ class DataParallelTrainee:
         return self._whole.forward(batch)
 
     def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
-        """Add the pack's share of the step's gradient; return all processes' share of the step's loss."""
-        return self._processes.total(self._whole.forward_backward(batch, weight_of_pass(batch, total_weight)))
+        """Add the pack's share of the step's gradient; return all processes' share of the step's loss.
+
+        Raises PassTooLarge in every process where memory ran out in one."""
+        share = self._processes.total(self._own_share(batch, weight_of_pass(batch, total_weight)))
+        if math.isinf(share):
+            raise PassTooLarge("in one of the processes")
+        return share
+
+    def _own_share(self, batch: PackedBatch, total_weight: float) -> float:
+        """Return this process's share of the loss; infinity, which no loss is, tells the others that memory ran out."""
+        try:
+            return self._whole.forward_backward(batch, total_weight)
+        except (MemoryError, RuntimeError) as error:
+            if not is_short_of_memory(error):
+                raise
+            return math.inf
+
+    def discard_step(self) -> None:
+        """Drop what was gathered since the last update, in this process."""
+        self._whole.discard_step()
 
     def optim_step(self, learning_rate: float) -> StepResult:
         """Sum the gradients of all processes, then clip, update and clear, the same in each."""

@@ -8,6 +8,7 @@ Next: `model/linear.py` (the mathematics of adapters), `loop.py` (who calls the 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from kivnun.model.adapters import Adapter
 from kivnun.model.attention import Rows
 from kivnun.model.generate import OnToken, SamplingParams, generate
 from kivnun.model.load import Base
-from kivnun.model.loss import Head, token_log_probs, weighted_nll
+from kivnun.model.loss import Head, are_likeliest, token_log_probs, weighted_nll
 from kivnun.model.sites import Site
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings, Optimizer, build_optimizer
@@ -52,10 +53,21 @@ class FixedModel:
         with self._base.using(self._sites):
             return _forward(self._base, batch)
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
-        """Return the new token ids of each prompt."""
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `forward` does, and for each target whether no token is likelier there (bool [S])."""
         with self._base.using(self._sites):
-            return generate(self._base, prompts, params, on_token)
+            return _forward_and_choice(self._base, batch)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Return the new token ids of each prompt; see `generate`."""
+        with self._base.using(self._sites):
+            return generate(self._base, prompts, params, on_token, streams)
 
 
 class Trainee:
@@ -120,6 +132,11 @@ class Trainee:
                 self.weights.stop_dropout()
         self.weights.collect_gradients()
         return share
+
+    def discard_step(self) -> None:
+        """Drop the gradients gathered since the last update, and what a pass that was broken off left of its own."""
+        self.weights.drop_gradients()
+        self._clear()
 
     def optim_step(self, learning_rate: float) -> StepResult:
         """Clip the gathered gradient, update, clear. Raises NonFiniteLossError before the update if the gradient is not finite."""
@@ -239,6 +256,16 @@ def hidden(base: Base, batch: PackedBatch) -> Tensor:
 @torch.no_grad()
 def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
     return token_log_probs(base.language_head(()), hidden(base, batch), _on(base, batch.targets_S)).cpu().numpy()
+
+
+@torch.no_grad()
+def _forward_and_choice(base: Base, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+    head, h_SD, targets_S = base.language_head(()), hidden(base, batch), _on(base, batch.targets_S)
+    log_probs_S = token_log_probs(head, h_SD, targets_S)
+    likeliest_S = log_probs_S > math.log(0.5)  # nothing else can be as likely
+    open_S = torch.nonzero(~likeliest_S)[:, 0]
+    likeliest_S[open_S] = are_likeliest(head, h_SD[open_S], targets_S[open_S])
+    return log_probs_S.cpu().numpy(), likeliest_S.cpu().numpy()
 
 
 def _on(base: Base, array: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
 It knows nothing of adapters, precision, files or processes. A step's rows and their total weight are known before its first
 micro-step, so every share of loss and gradient is divided by the same number. A step's packs are made while the step before it
-computes. Next: `engine.py`.
+computes. Next: `passes.py` (what a step does when memory runs out), `engine.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Protocol
 import numpy as np
 
 from kivnun.data.order import RowOrder
-from kivnun.data.packing import PackedBatch, micro_batches, pack
+from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import Trainable
 from kivnun.errors import InterruptedRun
 from kivnun.events import Event, RunInterrupted, StepDone
-from kivnun.train.engine import Trainee
+from kivnun.train.engine import StepResult, Trainee
+from kivnun.train.passes import PassBudget, Passes, StepPacks, is_short_of_memory, told_shortage
 from kivnun.train.schedule import Schedule
 
 LOOKED_AT = 8  # steps from which `shareable` judges
@@ -39,7 +40,7 @@ def fit(
     rows: Sequence[Trainable],
     order: RowOrder,
     schedule: Schedule,
-    micro_batch_tokens: int,
+    budget: PassBudget,
     *,
     share_prefixes: bool = False,
     emit: Callable[[Event], object],
@@ -52,19 +53,20 @@ def fit(
 
     After each step: an event, then an evaluation and a checkpoint where they are due; the last step leaves both to the caller's
     final ones, but is always saved. Raises InterruptedRun after saving, when a stop was requested; NonFiniteLossError before the
-    update it would have spoilt.
+    update it would have spoilt; WontFitError where memory holds no pass of a step, or not its update.
     """
     began = time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
+    passes = Passes(trainee, budget, max(row.length for row in rows), share_prefixes=share_prefixes, emit=emit)
 
     def prepare(step: int) -> StepWork:
-        return prepared(step, trainee, rows, order, micro_batch_tokens, share_prefixes)
+        return prepared(step, trainee, rows, order, passes)
 
     for step, work in one_ahead(steps, prepare):
         items = work.items
-        loss = sum(trainee.forward_backward(batch, work.total_weight) for batch in work.packs)
+        loss, computed = passes.computed(step, items, work.packed, work.total_weight)
         learning_rate = schedule.learning_rate(step)
-        update = trainee.optim_step(learning_rate)
+        update = _updated(trainee, learning_rate)
         emit(
             StepDone(
                 step=step,
@@ -76,7 +78,7 @@ def fit(
                 rows=len(items),
                 tokens=sum(item.length for item in items),
                 trained_tokens=sum(map(trained_tokens, items)),
-                computed_tokens=work.computed_tokens,
+                computed_tokens=computed.computed_tokens,
                 seconds=time.monotonic() - began,
             )
         )
@@ -95,32 +97,31 @@ def fit(
         began = time.monotonic()
 
 
+def _updated(trainee: Trainee, learning_rate: float) -> StepResult:
+    try:
+        return trainee.optim_step(learning_rate)
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+        raise told_shortage(f"the update of step {trainee.steps + 1}", error) from error
+
+
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step computes with: its items, this process's packs of them, the tokens of all packs, the weight of all items, and
-    where it stands in the order."""
+    """What a step computes with: its items, their packs, the weight of all items, and where it stands in the order."""
 
     items: list[Trainable]
-    packs: list[PackedBatch]
-    computed_tokens: int
+    packed: StepPacks
     total_weight: float
     epoch: int
     ends_epoch: bool
 
 
-def prepared(
-    step: int,
-    trainee: Trainee,
-    rows: Sequence[Trainable],
-    order: RowOrder,
-    micro_batch_tokens: int,
-    share_prefixes: bool = False,
-) -> StepWork:
+def prepared(step: int, trainee: Trainee, rows: Sequence[Trainable], order: RowOrder, passes: Passes) -> StepWork:
     """Return the work of a step. Nobody else asks the order anything meanwhile: it remembers the epoch it was last asked for."""
     items = [rows[row] for row in order.rows_of(step)]
-    packs, computed_tokens = trainee.packs_of(items, micro_batch_tokens, share_prefixes)
     total_weight = sum(trainee.objective.weight_of(item) for item in items)
-    return StepWork(items, packs, computed_tokens, total_weight, order.epoch_of(step), order.ends_epoch(step))
+    return StepWork(items, passes.of(step, items), total_weight, order.epoch_of(step), order.ends_epoch(step))
 
 
 def shareable(rows: Sequence[Trainable], order: RowOrder, micro_batch_tokens: int) -> float:

@@ -26,6 +26,7 @@ from kivnun.spec.adapters import (
     Targeted,
     VeraSpec,
 )
+from kivnun.train.continued import check_start, open_start
 from kivnun.train.weights import AdapterWeights, FullWeights, Weights
 
 EVA_TOKENS = 16_384  # of training rows that EVA looks at
@@ -33,8 +34,10 @@ EVA_PASS = 512  # of them in one pass: directions are found anew after each
 
 
 def check_targets(spec: AdapterSpec, base: Base) -> None:
-    """Raise BaseModelError where the spec names layers that the base does not have."""
-    if isinstance(spec, Targeted):
+    """Raise where the spec names layers that the base does not have, or an adapter to start from that does not fit it."""
+    if isinstance(spec, LowRank) and spec.start_from is not None:
+        check_start(spec, base)
+    elif isinstance(spec, Targeted):
         resolve_targets(base, spec.target_modules)
 
 
@@ -47,6 +50,8 @@ def new_weights(spec: AdapterSpec, base: Base, rows: Sequence[Trainable], steps:
 
 
 def _new_adapter(spec: AdapterSpec, base: Base, rows: Sequence[Trainable], steps: int, seed: int) -> Adapter:
+    if isinstance(spec, LowRank) and spec.start_from is not None:
+        return open_start(spec, base, seed)
     if isinstance(spec, LowRank):
         sites = resolve_targets(base, spec.target_modules)
         shape = AdapterShape(spec.kind, spec.rank, cast(float, spec.alpha), spec.dropout, spec.rslora, sites)

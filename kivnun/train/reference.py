@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +21,11 @@ from kivnun.spec import ComputeSpec
 from kivnun.train.engine import FixedModel
 from kivnun.train.objectives import row_sums
 
+PAIRS_AT_ONCE = 8_192  # held in memory: all that begin alike among so many are computed together
+
 
 def reference_sums(
-    model: FixedModel, pairs: list[PreferencePair], key: str, cache: Path, compute: ComputeSpec, writes: bool
+    model: FixedModel, pairs: Sequence[PreferencePair], key: str, cache: Path, compute: ComputeSpec, writes: bool
 ) -> dict[int, tuple[float, float]]:
     """Return the summed log-probabilities (chosen, rejected) of each pair, by the chosen row's number.
 
@@ -32,10 +35,12 @@ def reference_sums(
     if kept is not None:
         return kept
     sums: dict[int, tuple[float, float]] = {}
-    for part in micro_batches(pairs, cast(int, compute.micro_batch_tokens), compute.share_prefixes):
-        batch = pack(part, compute.share_prefixes)
-        both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
-        sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        some = pairs[start : start + PAIRS_AT_ONCE]
+        for part in micro_batches(some, cast(int, compute.micro_batch_tokens), compute.share_prefixes):
+            batch = pack(part, compute.share_prefixes)
+            both = row_sums(torch.from_numpy(model.forward(batch)), batch).view(-1, 2).tolist()
+            sums.update(zip(batch.rows[::2], map(tuple, both), strict=True))
     if not writes:
         return sums
     stream = io.BytesIO()

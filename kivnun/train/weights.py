@@ -41,6 +41,10 @@ class Weights(Protocol):
         """Add the gradients of the pass just run to those of `parameters()`."""
         ...
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a pass that was broken off, where they are not those of `parameters()`."""
+        ...
+
     def publish(self) -> None:
         """Make the base compute with the updated `parameters()`."""
         ...
@@ -96,6 +100,9 @@ class AdapterWeights:
 
     def collect_gradients(self) -> None:
         """The sites' tensors are the optimizer's: their gradients are in place already."""
+
+    def drop_gradients(self) -> None:
+        """The sites' tensors are the optimizer's: no other gradients are kept."""
 
     def publish(self) -> None:
         """The sites' tensors are the optimizer's: nothing to copy."""
@@ -157,6 +164,10 @@ class FullWeights:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             live.grad = None
 
+    def drop_gradients(self) -> None:
+        for live in self._live.values():
+            live.grad = None
+
     @torch.no_grad()
     def publish(self) -> None:
         for name, live in self._live.items():
@@ -209,6 +220,9 @@ class LiveWeights:
         """Full tuning has no adapter dropout."""
 
     def collect_gradients(self) -> None:
+        """Gradients are the engine's."""
+
+    def drop_gradients(self) -> None:
         """Gradients are the engine's."""
 
     def publish(self) -> None:

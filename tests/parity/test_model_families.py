@@ -53,6 +53,10 @@ def test_rope_factors_without_longrope_are_refused(tiny_base: Callable[[str], Pa
         load_base(tiny_base("llama"), "fp32", rope_factors="long")
 
 
+PHI_MOE_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, "factor": 4.0,
+    "short_factor": [1.0, 1.3, 1.7, 1.9], "long_factor": [2.0, 5.5, 9.0, 10.0], "short_mscale": 1.2, "long_mscale": 1.2,
+}  # fmt: skip
 # What a config adds to the common sizes, and the words of the refusal.
 REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
     "attention sinks": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 4}, "s_aux"),
@@ -64,6 +68,7 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
     "no attention interface": ("FalconConfig", {}, "attention interface"),
     "arguments not handed on": ("StableLmConfig", {}, "not told where rows end"),
     "chunked attention": ("Llama4TextConfig", {"head_dim": 10, "attention_chunk_size": 16}, "within chunks"),
+    "a LongRoPE of its own": ("PhimoeConfig", {"num_local_experts": 4, "rope_parameters": PHI_MOE_ROPE}, "turns a row of"),
     "window in the mask alone": ("PhimoeConfig", {"num_local_experts": 4, "sliding_window": 12}, "not told of"),
 }
 

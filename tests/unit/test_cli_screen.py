@@ -16,6 +16,7 @@ from kivnun.events import (
     DataLoaded,
     Evaluated,
     Event,
+    Planned,
     Resumed,
     RunFinished,
     RunInterrupted,
@@ -34,6 +35,7 @@ def step(number: int, seconds: float = 1.0) -> StepDone:
 def events() -> Iterator[Event]:
     yield RunStarted("demo", "0" * 64)
     yield DataLoaded("messages", 800, 200, 64_000, 20_000, 3, 0)
+    yield Planned(480 * 2**20, {"process": 400 * 2**20, "weights": 80 * 2**20}, 58.0, STEPS)
     yield BaseLoaded("kivnun/tiny-phi", 3_800_000, "fp32", "0" * 64, 0.5)
     yield AdapterOpened("lora", 120_000, {"qkv_proj": 4, "o_proj": 4}, 8)
     yield Evaluated("base", 0, 4.25, 200, {"exact_match": 0.01, "chrf": 12.34}, {}, [])
@@ -58,13 +60,14 @@ def test_plain_lines_tell_the_whole_story() -> None:
             shown(event)
     lines = text.getvalue().splitlines()
     assert lines[0] == "data: messages, 800 rows to train on (64,000 tokens, 20,000 trained), 200 held out, 3 skipped"
-    assert lines[1] == "base: kivnun/tiny-phi, 3,800,000 parameters, fp32"
-    assert lines[2] == "adapter: lora, 120,000 trained parameters at 8 modules (qkv_proj x4, o_proj x4)"
-    assert lines[3] == "held out, base: nll 4.2500, exact_match 1.0 %, chrf 12.3 (200 rows)"
-    assert lines[4] == "step 1/40  loss 2.500  800 tokens/s  0:39 left"
+    assert lines[1] == "plan: 40 steps, 0:58, 480 MiB at most"
+    assert lines[2] == "base: kivnun/tiny-phi, 3,800,000 parameters, fp32"
+    assert lines[3] == "adapter: lora, 120,000 trained parameters at 8 modules (qkv_proj x4, o_proj x4)"
+    assert lines[4] == "held out, base: nll 4.2500, exact_match 1.0 %, chrf 12.3 (200 rows)"
+    assert lines[5] == "step 1/40  loss 2.500  800 tokens/s  0:39 left"
     assert "note: the disk is [nearly] full" in lines
     assert lines[-2] == "held out, after step 40: nll 0.2500, exact_match 98.5 % (200 rows)"
-    assert lines[-1] == "finished: 40 steps, 16,000 trained tokens, 1:04, 512 MiB at most"
+    assert lines[-1] == "finished: 40 steps, 16,000 trained tokens, 1:04, 512 MiB at most (foretold: 0:58, 480 MiB at most)"
 
 
 def test_plain_steps_are_thinned_out_by_time_but_first_and_last_are_shown() -> None:
@@ -86,6 +89,7 @@ def test_time_left_counts_from_the_step_at_which_this_process_began() -> None:
     [
         (Resumed(20, "checkpoints/step-000020"), "resumed after step 20"),
         (Resumed(0, ""), "no checkpoint yet: the run starts over"),
+        (Planned(2**30, {"process": 2**30}, float("nan"), 12), "plan: 12 steps, 1,024 MiB at most"),
         (RunInterrupted(21), "stopped after step 21; its state is saved"),
         (CheckpointSaved(20, "x", 0.1), None),
     ],

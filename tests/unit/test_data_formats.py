@@ -153,7 +153,7 @@ def test_an_empty_reply_is_a_reply(tmp_path: Path) -> None:
         ({"input": {}, "preferred_output": [REPLY], "non_preferred_output": "c"}, "the key 'input.messages' is missing"),
         ({"prompt": "a", "preferred_output": [REPLY], "non_preferred_output": "c"}, "the key 'input' is missing"),
         ({"mesages": [USER, REPLY]}, "unknown key 'mesages'; did you mean 'messages'?"),
-        ({"instruction": "a", "output": "b"}, "the row's keys ('instruction', 'output') fit no format"),
+        ({"question": "a", "reply": "b"}, "the row's keys ('question', 'reply') fit no format"),
         ({}, "the row's keys (none) fit no format"),
     ],
 )  # fmt: skip

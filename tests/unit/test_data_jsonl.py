@@ -57,7 +57,7 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
         (b'{"text": "%s", "x": ' + b"9" * 100_000 + b"}", "64 bits"),
         (b'{"text": "%s\\ud800"}', "surrogate"),
         (b'{"text": "%s", "\\udc00": 1}', "surrogate"),
-        (b'{"text": "%s\\u0000"}', "escaped NUL"),
+        (b'{"text": "%s\\u0000"}', "a string holds a NUL character"),
         (b'{"text": "%s\x00"}', "NUL character at byte"),
         (b'{"text": "%s\xe9"}', "is not UTF-8"),
         (b'{"text": "%s\xed\xa0\x80"}', "is not UTF-8"),
@@ -145,7 +145,7 @@ def test_wide_encodings_are_refused_with_advice(tmp_path: Path, encoding: str) -
         read_records(write(tmp_path, '{"text": "a"}\n'.encode(encoding)))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json", "rows.csv", "rows.CSV", "rows.parquet", "rows.zip"])
+@pytest.mark.parametrize("name", ["rows.tgz", "rows.jsonl.bz2", "rows.XLSX", "rows.parquet", "rows.arrow", "rows.zip"])
 def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="data files are JSONL"):
         read_records(write(tmp_path, ROW, name))

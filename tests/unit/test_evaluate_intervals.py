@@ -105,3 +105,15 @@ def test_draws_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert not np.array_equal(whole, resample(measure, draws=300, seed=5))
     monkeypatch.setattr(intervals, "CHUNK_CELLS", 97 * 7)
     np.testing.assert_array_equal(whole, resample(measure, draws=300, seed=4))
+
+
+@pytest.mark.parametrize(("changed", "verdict"), [(5, "no detectable difference"), (6, "better")])
+def test_fewer_than_six_rows_that_differ_are_no_difference(changed: int, verdict: str) -> None:
+    """Six that all go one way are the fewest that a sign test calls a difference: 2 / 2**6 is under 5 %, 2 / 2**5 is not."""
+    base, tuned = shares(np.zeros(40)), shares(np.arange(40) < changed)
+    difference = difference_interval(base, tuned, draws=1000, seed=0)
+    assert difference is not None
+    assert verdict_of(difference, higher_is_better=True) == verdict
+    plain = np.quantile(resample(tuned, 1000, 0) - resample(base, 1000, 0), [0.025, 0.975])
+    assert plain[0] > 0
+    assert difference.high == pytest.approx(plain[1])

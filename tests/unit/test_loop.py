@@ -7,10 +7,11 @@ import threading
 import pytest
 
 from kivnun.train.loop import StepWork, one_ahead
+from kivnun.train.passes import StepPacks
 
 
 def work(step: int) -> StepWork:
-    return StepWork([], [], 0, float(step), 0, False)
+    return StepWork([], StepPacks([], 0, 1), float(step), 0, False)
 
 
 def test_the_next_step_is_prepared_while_one_computes_and_none_beyond_it() -> None:

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from kivnun.cli.main import run as run_command
 from kivnun.data.scenarios import SCENARIOS
 from kivnun.errors import BaseModelError, DataError, SpecError
+from kivnun.model.phi import PHI
 from kivnun.plan.advise import Question, advise, spec_tree, words_of_bytes, words_of_seconds
-from kivnun.plan.bases import PHI, KnownBase, known_base
+from kivnun.plan.bases import KnownBase, known_base
 from kivnun.plan.devices import CONTEXT_BYTES, GIB, Device, find_device
 from kivnun.plan.measured import SHIPPED, MeasuredTable, Score, Task, read_table, slim
 from kivnun.plan.rows import LETTERS_A_TOKEN, TrainingRows, training_rows
@@ -38,7 +39,7 @@ def question(methods: dict[str, Score], device: Device, base: str = PHI_4_MINI, 
     table = MeasuredTable(
         "2026-01-01", "kivnun matrix", "kivnun/tiny-phi", "full", 3, "a machine", {"entities": task}, {"lora": 1.0}
     )
-    known = KnownBase(base, Sizes.of(PHI[base], base), None)
+    known = KnownBase(base, Sizes.of(PHI[base].config, base), None)
     return replace(Question(task, table, known, device, ROWS, 2, 16), **changes)
 
 
@@ -173,11 +174,11 @@ def test_this_machines_gpu_is_asked_of_its_driver(monkeypatch: pytest.MonkeyPatc
 
 def test_bases_by_name_folder_and_configuration_alone(tmp_path: Path) -> None:
     assert known_base("Microsoft/PHI-4").name == "microsoft/phi-4"
-    (tmp_path / "config.json").write_text(json.dumps(PHI[PHI_4_MINI]))
+    (tmp_path / "config.json").write_text(json.dumps(PHI[PHI_4_MINI].config))
     found = known_base(str(tmp_path))
     assert (found.sizes.numbers, found.folder) == (3_836_021_760, None)
     assert known_base("kivnun/tiny-phi").folder is not None
-    (tmp_path / "config.json").write_text(json.dumps({**PHI[PHI_4_MINI], "model_type": "phi3small"}))
+    (tmp_path / "config.json").write_text(json.dumps({**PHI[PHI_4_MINI].config, "model_type": "phi3small"}))
     with pytest.raises(BaseModelError, match="block-sparse"):
         known_base(str(tmp_path))
     with pytest.raises(BaseModelError, match="block-sparse"):

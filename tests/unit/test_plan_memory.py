@@ -11,7 +11,7 @@ import pytest
 
 from kivnun.matrix.memory import Measured, Point, Surface
 from kivnun.matrix.shapes import SHAPES
-from kivnun.plan.bases import PHI
+from kivnun.model.phi import PHI
 from kivnun.plan.memory import Shape, step_memory
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.techniques import TECHNIQUES, adapter_of
@@ -92,11 +92,11 @@ def test_time_is_within_a_quarter_of_what_was_measured(points: dict[Point, Measu
 )
 def test_phi_models_have_their_published_number_of_parameters(name: str, numbers: int) -> None:
     """As the hub's pages count their safetensors files."""
-    assert Sizes.of(PHI[name], name).numbers == numbers
+    assert Sizes.of(PHI[name].config, name).numbers == numbers
 
 
 def test_what_stays_is_counted_exactly() -> None:
-    sizes = Sizes.of(PHI["microsoft/Phi-3-mini-4k-instruct"], "phi")
+    sizes = Sizes.of(PHI["microsoft/Phi-3-mini-4k-instruct"].config, "phi")
     lora, full = step_memory(sizes, LoraSpec(), Shape("bf16", 512)), step_memory(sizes, FullSpec(), Shape("bf16", 512))
     assert (lora.weights, lora.adapter, lora.moments) == (2 * 3_821_079_552, 4 * 25_165_824, 8 * 25_165_824)
     assert (full.weights, full.adapter, full.moments) == tuple(n * 3_821_079_552 for n in (2, 4, 8))

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from kivnun.errors import BaseModelError
 from kivnun.matrix.shapes import outline_of
@@ -26,6 +38,15 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: Qwen3Config(**WIDTHS, head_dim=20),
     "qwen3_biases": lambda: Qwen3Config(**WIDTHS, attention_bias=True),
 }
+# Families that transformers computes.
+FOREIGN: dict[str, Any] = {
+    "gemma": lambda: GemmaConfig(**WIDTHS, head_dim=16),
+    "gemma_as_it_comes": lambda: GemmaConfig(**WIDTHS),
+    "gemma2": lambda: Gemma2Config(**WIDTHS, head_dim=16),
+    "gemma2_biases_untied": lambda: Gemma2Config(**WIDTHS, head_dim=16, attention_bias=True, tie_word_embeddings=False),
+    "phi": lambda: PhiConfig(**{**WIDTHS, "num_key_value_heads": None}),
+    "phi_head_norms": lambda: PhiConfig(**WIDTHS, qk_layernorm=True),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -40,8 +61,27 @@ def test_they_are_those_of_the_decoder(name: str) -> None:
     assert sizes.norms == {n.rpartition(".")[0]: p.numel() for n, p in parameters.items() if "norm" in n}
 
 
+@pytest.mark.parametrize("name", FOREIGN)
+def test_they_are_those_of_transformers_model(name: str) -> None:
+    config = FOREIGN[name]()
+    sizes = Sizes.of(config.to_dict(), name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = dict(model.named_parameters())
+    linears = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    assert sizes.linears == linears
+    assert sizes.numbers == sum(p.numel() for p in parameters.values())
+    assert set(sizes.modules) == {n.rpartition(".")[0] for n in parameters}
+
+
+@pytest.mark.parametrize("lacking", ["head_dim", "tie_word_embeddings"])
+def test_what_a_gemma_leaves_out_is_what_transformers_takes(lacking: str) -> None:
+    told = GemmaConfig(**WIDTHS).to_dict()
+    assert Sizes.of({name: value for name, value in told.items() if name != lacking}, "it") == Sizes.of(told, "it")
+
+
 def test_every_family_that_is_known_was_compared() -> None:
-    assert {Sizes.of(make().to_dict(), "it").family for make in CONFIGS.values()} == set(FAMILIES)
+    assert {Sizes.of(make().to_dict(), "it").family for make in (CONFIGS | FOREIGN).values()} == set(FAMILIES)
 
 
 def test_another_family_is_refused_with_those_that_are_known() -> None:

@@ -24,9 +24,11 @@ from kivnun.events import (
     Evaluated,
     Event,
     EventLog,
+    Planned,
     Resumed,
     RunFailed,
     RunFinished,
+    RunInterrupted,
     RunStarted,
     StepDone,
     Warned,
@@ -145,9 +147,10 @@ def test_page_tells_verdict_figures_and_samples(tmp_path: Path) -> None:
         "Better than the base",
         "On 300 held-out rows every measure improved",
         "88.7 %",
-        "difference +88.4 points [83.0 to 93.0]",
+        "up by 88.4 points; the 95 % interval of the difference, 83.0 to 93.0, is above zero, the good side.",
         "[84.0 % to 93.0 %]",
-        "difference −2.269 [−2.350 to −2.190]",
+        "down by 2.269; the 95 % interval of the difference, −2.350 to −2.190, is below zero, the good side.",
+        "Gradient norm",
         "3 באוגוסט 2024",
         "(nothing)",
         "27,002 (30.23 %)",
@@ -171,7 +174,7 @@ def test_report_json_holds_what_the_page_shows(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo", whole_run())
     write_report(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert (report["version"], report["run"], report["status"]) == (1, "demo", "succeeded")
+    assert (report["version"], report["run"], report["status"]) == (2, "demo", "succeeded")
     assert [figure["name"] for figure in report["figures"]] == ["nll", "exact_match", "chrf"]
     assert {figure["verdict"] for figure in report["figures"]} == {"better"}
     assert report["held_out"] == [[0, 2.461], [180, 0.31], [360, 0.192]]
@@ -206,6 +209,142 @@ def test_failed_run_without_evaluation_or_manifest_still_has_a_page(tmp_path: Pa
     page = checked_page(folder)
     assert "No verdict" in page.text
     assert "the loss of step 3 is nan" in page.text
+
+
+UNRELATED: dict[str, object] = {
+    "source": "builtin", "rows": 48, "truncated": 0, "content_hash": "cd" * 32, "nll": 5.0, "interval": [4.6, 5.4],
+    "by_kind": {"Hebrew": 4.5, "Python": 3.25},
+}  # fmt: skip
+
+
+def with_forgetting(difference: tuple[float, float] | None, verdict: str, change: float = 0.25) -> list[Event]:
+    """Return the whole run, base and tuned scored on unrelated text."""
+    events: list[Event] = []
+    for event in whole_run():
+        if isinstance(event, Evaluated) and event.which == "base":
+            event = replace(event, forgetting=UNRELATED)
+        elif isinstance(event, Evaluated) and event.metrics:
+            told = {**UNRELATED, "nll": 5.0 + change, "by_kind": {"Hebrew": 4.75, "Python": 3.0}, "verdict": verdict}
+            event = replace(event, forgetting=told if difference is None else {**told, "difference": list(difference)})
+        events.append(event)
+    return events
+
+
+@pytest.mark.parametrize(
+    ("difference", "change", "verdict", "said", "in_detail"),
+    [
+        (
+            (0.2, 0.3),
+            0.25,
+            "forgot",
+            "5.000 to 5.250 nats per token, +0.250 [0.200 to 0.300], perplexity up 28.4 %",
+            True,
+        ),
+        ((-0.3, -0.2), -0.25, "better there too", "became likelier too: 5.000 to 4.750 nats per token, −0.250", False),
+        ((-0.1, 0.6), 0.25, "no detectable forgetting", "is as likely as before, as far as these rows tell", False),
+        (None, 0.25, "too few rows", "Fewer than ten rows cannot say whether anything was forgotten", False),
+    ],
+)
+def test_forgetting_is_told_apart_from_the_measures(
+    tmp_path: Path, difference: tuple[float, float] | None, change: float, verdict: str, said: str, in_detail: bool
+) -> None:
+    folder = write_run(tmp_path / "run", with_forgetting(difference, verdict, change))
+    report = read_report(folder)
+    assert report.headline == "Better than the base"
+    assert report.detail.startswith("On 300 held-out rows every measure improved")
+    assert ("But it forgot" in report.detail) is in_detail
+    assert report.forgetting is not None
+    assert report.forgetting.verdict == verdict
+    assert report.forgetting.by_kind == [("Hebrew", 4.5, 4.75), ("Python", 3.25, 3.0)]
+    page = checked_page(folder)
+    assert said in page.text
+    assert verdict in page.text
+
+
+def test_run_without_a_probe_has_no_part_on_forgetting(tmp_path: Path) -> None:
+    assert "Forgetting" not in checked_page(write_run(tmp_path / "run", whole_run())).text
+
+
+def test_base_that_was_not_scored_on_the_text_leaves_no_verdict(tmp_path: Path) -> None:
+    events = [replace(event, forgetting={}) if isinstance(event, Evaluated) and event.which == "base" else event
+              for event in with_forgetting((0.2, 0.3), "forgot")]  # fmt: skip
+    folder = write_run(tmp_path / "run", events)
+    report = read_report(folder)
+    assert report.forgetting is not None
+    assert report.forgetting.verdict is None
+    assert "forgot" not in report.detail
+    assert "The base was not scored on it" in checked_page(folder).text
+
+
+FOUND: dict[str, object] = {
+    "duplicates": 3,
+    "near_duplicates": 0,
+    "overlap": 1,
+    "near_overlap": 12,
+    "lengths": [[16, 400, 40], [32, 2400, 250], [64, 80, 10]],
+}
+PARTS = {"process": 200 * 2**20, "weights": 15 * 2**20, "adapter": 2**20, "activations": 184 * 2**20}
+
+
+def with_plan(seconds: float = 40.0) -> list[Event]:
+    events = [replace(event, findings=FOUND) if isinstance(event, DataLoaded) else event for event in whole_run()]
+    events.insert(2, Planned(400 * 2**20, PARTS, seconds, 360))
+    return events
+
+
+def test_page_tells_what_the_data_hold(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", with_plan())
+    report = read_report(folder)
+    assert report.findings is not None
+    assert report.findings.counts["held-out rows nearly equal to a training row"] == 12
+    assert report.findings.lengths == [(16, 400, 40), (32, 2400, 250), (64, 80, 10)]
+    page = checked_page(folder)
+    for text in ("training rows equal to an earlier one", "Lengths of rows", "up to 32 tokens: 2,400 training rows, 250 held out"):
+        assert text in page.text
+    assert page.tags.count("rect") == 6
+    older = checked_page(write_run(tmp_path / "older", whole_run()))
+    assert "Lengths of rows" not in older.text
+    assert "equal to an earlier one" not in older.text
+
+
+def test_page_holds_the_plan_against_what_was_taken(tmp_path: Path) -> None:
+    page = checked_page(write_run(tmp_path / "run", with_plan()))
+    for text in ("1.28 × the plan", "1.31 × the plan", "400 MiB", "512 MiB", "184 MiB", "40.0 s", "52.4 s", "360 of 360"):
+        assert text in page.text
+    assert "The plan" not in checked_page(write_run(tmp_path / "older", whole_run())).text
+
+
+def test_parts_of_the_plan_take_their_share_of_the_bar(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", with_plan())
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert 'style="width:39.06%" title="process: 200 MiB"' in text  # of 512 MiB, which were taken
+    assert 'style="width:35.94%" title="activations: 184 MiB"' in text
+
+
+def test_time_that_could_not_be_planned_is_not_known(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", with_plan(math.nan))
+    assert "not known" in checked_page(folder).text
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["plan"]["seconds"] is None
+
+
+def test_spec_is_shown_as_given_and_as_resolved(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", whole_run())
+    (folder / "spec.yaml").write_text("base: kivnun/tiny-phi  # mine & no other\n", encoding="utf-8")
+    page = checked_page(folder)
+    assert "# mine & no other" in page.text
+    assert "# <the built-in base>" in page.text
+
+
+def test_run_that_was_interrupted_says_so_and_gives_no_verdict(tmp_path: Path) -> None:
+    """Scores on the way through training are not held against the base's: they are no `too few rows`."""
+    events = [event for event in whole_run(20) if not isinstance(event, RunFinished)][:-1]
+    folder = write_run(tmp_path / "run", [*events, RunInterrupted(20)])
+    report = read_report(folder)
+    assert report.headline == "No verdict"
+    assert report.detail == "Base and tuned model were not compared: the run was interrupted."
+    assert "Interrupted by the user after step 20." in report.stopped
+    assert [figure.verdict for figure in report.figures] == [None, None, None]
+    assert "--resume" in checked_page(folder).text
 
 
 def test_resumed_run_draws_each_step_once(tmp_path: Path) -> None:

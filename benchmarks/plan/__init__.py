@@ -1,0 +1,1 @@
+"""The planner's laws beside what runs take: `python -m benchmarks.plan`. Start with `cases.py`."""
