@@ -256,6 +256,8 @@ class _Run:
 
     def _hold_to(self, plan: Plan, *, begun: bool) -> None:
         """Tell what the run will take; refuse one that cannot fit, unless it was begun already: that one knows better."""
+        for message in plan.urgent:
+            self.emit(Warned(message=message))
         figures = plan.figures()
         if figures is None:
             self.emit(Warned(message=f"memory and time are not foretold: {plan.unknown}"))

@@ -12,8 +12,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -60,9 +62,15 @@ def main(args: Sequence[str]) -> int:
 
 
 def look() -> FoundOnce:
-    """Return what a planner looks for once on a machine. Codes are computed with in bfloat16."""
-    wide, narrow = (machine_speed(precision, "cpu") for precision in ("fp32", "bf16"))
-    return FoundOnce({"fp32": wide, "bf16": narrow, "nf4": narrow, "int8": narrow}, idle_bytes())
+    """Return what a planner looks for once on a machine: the speed of a core while the others rest, and while as many work as cases
+    have processes (cores may be halves of one). Codes are computed with in bfloat16."""
+    speed = {}
+    for count in (1, 2):
+        for precision, like in (("fp32", ("fp32",)), ("bf16", ("bf16", "nf4", "int8"))):
+            with ThreadPoolExecutor(count) as side_by_side:
+                found = median(side_by_side.map(lambda it: machine_speed(it, "cpu", 1), [precision] * count))
+            speed |= {alike if count == 1 else f"{alike} x {count}": found for alike in like}
+    return FoundOnce(speed, idle_bytes())
 
 
 def progress() -> Progress:

@@ -103,7 +103,7 @@ CALIBRATION = (
     *(Case("28m", kind, "fp32", 256, 8, 1024, recompute=True, packed=kind != "full") for kind in ("full", "lora")),
     *(
         Case(model, kind, p, 128, 8, 512)
-        for kind in ("dora", "ia3", "vera", "adalora", "prompt", "prefix", "loha", "lokr", "ln_tuning")
+        for kind in ("dora", "ia3", "vera", "adalora", "prompt", "prefix", "loha", "lokr")
         for model, p in (("57m", "bf16"), ("28m", "fp32"))
     ),
     *(Case("57m", "full", "fp32", 128, 8, 512, processes=2, zero_stage=stage) for stage in (0, 1, 2, 3)),

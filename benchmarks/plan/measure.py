@@ -25,7 +25,8 @@ TIMEOUT_S = 300  # of one case
 
 @dataclass(frozen=True, slots=True)
 class FoundOnce:
-    """What a planner finds out once on a machine: how fast a core is by precision, and the bytes of a process at rest."""
+    """What a planner finds out once on a machine: how fast a core is by precision (each of two: "fp32 x 2"), and the bytes of a
+    process at rest."""
 
     speed: dict[str, float]
     idle: float

@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.engine.report import Section, machine
 from benchmarks.plan.cases import MODELS, NEW_TOKENS, PROMPTS, SCORED_ROWS, SCORED_SHARE, Case
 from benchmarks.plan.measure import FoundOnce, Record
-from kivnun.plan.memory import Shape, process_memory, step_memory
+from kivnun.plan.memory import COMPUTE_BYTES, Shape, peak_bytes
 from kivnun.plan.techniques import adapter_of
-from kivnun.plan.time import generation_seconds, scoring_seconds, start_seconds, training_seconds, work_of
+from kivnun.plan.time import REFERENCE_FLOPS, generation_seconds, scoring_seconds, start_seconds, training_seconds, work_of
 
 MB = 1e6
 LARGE = 70e6  # parameters
@@ -62,7 +62,8 @@ class Compared:
 
 def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> Compared:
     """Return what was predicted of a case beside what its processes measured."""
-    sizes, spec, speed, count = case.sizes, adapter_of(case.kind), of.speed[case.precision], len(processes)
+    sizes, spec, count = case.sizes, adapter_of(case.kind), len(processes)
+    speed = of.speed[case.precision if count == 1 else f"{case.precision} x {count}"]
     own = [lengths[::count] for lengths in case.step_lengths()]  # rows of one process
     work = work_of(own, case.pass_tokens, SCORED_SHARE)
     shape = Shape(
@@ -73,8 +74,7 @@ def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> 
         zero_stage=case.zero_stage,
         packed=case.packed,
     )
-    process = process_memory(sizes, spec, shape, idle=of.idle)
-    above = process.libraries + step_memory(sizes, spec, shape).peak
+    whole = peak_bytes(sizes, spec, shape, idle=of.idle)
     idle, peak = (max(its[what] for its in processes) for what in ("idle", "peak"))
     reference = count * training_seconds(sizes, spec, shape, work)
     steps, start = reference / speed, count * start_seconds(sizes, spec, shape, speed=speed)
@@ -82,8 +82,8 @@ def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> 
         sum(map(of_one, processes)) for of_one in (lambda its: its["opened_cpu_s"], lambda its: sum(its["step_cpu_s"]))
     )
     pairs = {
-        "peak": Pair(process.idle + above, peak),
-        "above": Pair(above, peak - idle),
+        "peak": Pair(whole, peak),
+        "above": Pair(whole - of.idle, peak - idle),
         "steps": Pair(steps, stepped),
         "start": Pair(start, began),
         "whole": Pair(start + steps, began + stepped),
@@ -95,7 +95,7 @@ def compared(case: Case, processes: Sequence[dict[str, Any]], of: FoundOnce) -> 
         asked = [length // 2 for length in flat[:PROMPTS]]
         told = generation_seconds(sizes, spec, shape, prompts=asked, new_tokens=NEW_TOKENS, speed=speed)
         pairs["replies"] = Pair(told, processes[0]["generate_cpu_s"])
-    moment = median(speed for its in processes for speed in its["speeds"])
+    moment = median(flops for its in processes for flops in its["flops"]) / REFERENCE_FLOPS[COMPUTE_BYTES[case.precision]]
     return Compared(case, pairs, Pair(reference / moment, stepped))
 
 
@@ -167,7 +167,7 @@ def write(stem: Path, found: Sequence[Compared], record: Record, command: str) -
     record.save()
     _plot(stem.with_suffix(".svg"), found)
     of = record.found_once
-    speeds = ", ".join(f"{speed:.2f} in {precision}" for precision, speed in of.speed.items() if precision in ("fp32", "bf16"))
+    speeds = ", ".join(f"{speed:.2f} in {precision}" for precision, speed in of.speed.items() if precision[:4] in ("fp32", "bf16"))
     head = f"""\
 # What the planner predicts, beside what runs take
 

@@ -120,12 +120,12 @@ def _trained(trainee, rows, case: Case) -> dict[str, object]:
     from kivnun.train.schedule import Schedule
 
     seconds: list[float] = []
-    speeds = [core_speed(case.precision)]
+    flops = [core_flops(case.precision)]
     began = [time.process_time()]
 
     def stepped(_event: object) -> None:
         seconds.append(time.process_time() - began[0])
-        speeds.append(core_speed(case.precision))
+        flops.append(core_flops(case.precision))
         began[0] = time.process_time()
 
     fit(
@@ -140,7 +140,7 @@ def _trained(trainee, rows, case: Case) -> dict[str, object]:
         saver=NoSaver(),
         stop_requested=lambda: False,
     )
-    return {"step_cpu_s": seconds, "speeds": speeds}
+    return {"step_cpu_s": seconds, "flops": flops}
 
 
 def _scored(trainee, rows, case: Case) -> dict[str, object]:
@@ -153,17 +153,15 @@ def _scored(trainee, rows, case: Case) -> dict[str, object]:
     scored = time.process_time() - began
     began = time.process_time()
     trainee.sample([row.ids[: row.prompt_len].tolist() for row in rows[:PROMPTS]], SamplingParams(NEW_TOKENS, ()))
-    return {"score_cpu_s": scored, "generate_cpu_s": time.process_time() - began, "speed_after": core_speed(case.precision)}
+    return {"score_cpu_s": scored, "generate_cpu_s": time.process_time() - began, "flops_after": core_flops(case.precision)}
 
 
-def core_speed(precision: str) -> float:
-    """Return this core's operations in a CPU second beside the reference's, as `plan.time.machine_speed` has it."""
+def core_flops(precision: str) -> float:
+    """Return this core's operations in a CPU second at the product that `plan.time.machine_speed` takes."""
     import torch
 
     from kivnun.model.load import DTYPES
     from kivnun.model.speed import INPUTS, OUTPUTS, TOKENS
-    from kivnun.plan.memory import COMPUTE_BYTES
-    from kivnun.plan.time import REFERENCE_FLOPS
 
     x_TI, w_OI = (torch.ones(size, INPUTS, dtype=DTYPES[precision]) for size in (TOKENS, OUTPUTS))
     spent = []
@@ -171,7 +169,7 @@ def core_speed(precision: str) -> float:
         began = time.process_time()
         torch.mm(x_TI, w_OI.T)
         spent.append(time.process_time() - began)
-    return 2.0 * TOKENS * INPUTS * OUTPUTS / sorted(spent)[PRODUCTS // 2] / REFERENCE_FLOPS[COMPUTE_BYTES[precision]]
+    return 2.0 * TOKENS * INPUTS * OUTPUTS / sorted(spent)[PRODUCTS // 2]
 
 
 def resident_bytes() -> int:

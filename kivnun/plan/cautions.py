@@ -27,7 +27,7 @@ def cautions(spec: TuneSpec, rows: RunRows, steps: Steps, base_parameters: int, 
     factors."""
     return (
         *_of_rows(spec, rows),
-        *_of_lengths(spec, rows, turns_from),
+        *of_lengths(spec, rows, turns_from),
         *_of_steps(spec, rows, steps),
         *_of_rate(spec, base_parameters),
         *_of_scale(spec),
@@ -61,15 +61,16 @@ def _of_rows(spec: TuneSpec, rows: RunRows) -> Iterator[str]:
         yield f"{rows.truncated:,} rows are cut to data.max_seq_len: the model learns replies that stop in the middle"
 
 
-def _of_lengths(spec: TuneSpec, rows: RunRows, turns_from: int | None) -> Iterator[str]:
+def of_lengths(spec: TuneSpec, rows: RunRows, turns_from: int | None) -> Iterator[str]:
+    """Yield what rows on both sides of LongRoPE's border mean for serving."""
     if turns_from is None or spec.base.rope_factors != "per_row":
         return
     over = int((rows.sides > turns_from).sum())
     if 0 < over < len(rows.sides):
         yield (
-            f"{over:,} of {len(rows.sides):,} rows have more than {turns_from:,} tokens and take LongRoPE's long factors, the others "
-            "its short ones: a prompt near that length may be served with other factors than rows like it were trained with; set "
-            f"base.rope_factors, or keep rows on one side (data.max_seq_len: {turns_from})"
+            f"{over:,} of {len(rows.sides):,} rows have more than {turns_from:,} tokens and take LongRoPE's long factors, the "
+            "others its short ones: a prompt near that length may be served with other factors than rows like it were trained "
+            f"with; set base.rope_factors, or keep rows on one side (data.max_seq_len: {turns_from})"
         )
 
 

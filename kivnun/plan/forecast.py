@@ -188,7 +188,7 @@ def num_replies(spec: TuneSpec, rows: RunRows) -> int:
 
 
 def _reply_tokens(spec: TuneSpec, rows: RunRows) -> Sequence[int]:
-    """Return the tokens of a reply of the base, which may not know where to end, and of the tuned model, which ends as its rows do."""
+    """Return the tokens of a reply of the base, which may not know where to end, and of the tuned model, which ends as rows do."""
     most = spec.evaluation.max_new_tokens
     mean = (rows.held_out.sum() - rows.prompts.sum()) / len(rows.held_out)
     return most, max(1, min(most, round(float(mean))))

@@ -8,14 +8,16 @@ knows. Next: `verdict.py` (what is decided), `forecast.py` (what is foretold), `
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from kivnun.data.loader import load_dataset
 from kivnun.data.template import load_tokenizer
-from kivnun.errors import BaseModelError
-from kivnun.model.families import NO_LIMIT, count_parameters, stored_precision
+from kivnun.errors import BaseModelError, IntegrityError
+from kivnun.lineage import start_of
+from kivnun.model.families import NO_LIMIT, count_parameters, read_header, stored_precision
 from kivnun.plan.bases import BaseFiles, base_files
 from kivnun.plan.changes import changes_that_fit
 from kivnun.plan.devices import Device, machine_memory
@@ -24,6 +26,8 @@ from kivnun.plan.sizes import Sizes
 from kivnun.plan.verdict import Plan, Question, chosen
 from kivnun.run_folder import read_json_file
 from kivnun.spec import MultiProcessSpec, ResolveFacts, TuneSpec
+from kivnun.spec.adapters import AdapterSpec
+from kivnun.spec.starting import StoredAdapter
 from kivnun.spec.tune import OBJECTIVE_OF_FORMAT
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -60,6 +64,7 @@ def question_of(spec: TuneSpec, device: Device) -> Question:
         memory_bytes=round(machine_memory()),
         packs=_packs() if device.kind == "cpu" else frozenset(),
         rows_turn_from=files.turns_from if files.turns_from and rows.sides.max() > files.turns_from else None,
+        start=_start(spec.adapter),
         local_processes=spec.compute.processes if isinstance(spec.compute, MultiProcessSpec) else 1,
         deepspeed=read_json_file(spec.compute.deepspeed)
         if isinstance(spec.compute, MultiProcessSpec) and spec.compute.deepspeed
@@ -74,6 +79,26 @@ def sizes_or_reason(config: Any, name: str) -> tuple[Sizes | None, str]:
         return Sizes.of(config, name), ""
     except BaseModelError as error:
         return None, error.message
+
+
+def _start(adapter: AdapterSpec) -> StoredAdapter | None:
+    """Return what the adapter that a spec starts from is, as its configuration and its tensors' names say; None: it starts anew."""
+    start = start_of(adapter)
+    if start is None:
+        return None
+    try:
+        config = json.loads((start.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        names = [
+            name.partition(".lora_A")[0] for name in read_header(start.folder / "adapter_model.safetensors") if ".lora_A" in name
+        ]
+        kind, targets = "dora" if config.get("use_dora") else "lora", sorted({name.rpartition(".")[2] for name in names})
+        return StoredAdapter(
+            kind, int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora")), tuple(filter(None, targets))
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"the adapter in {start.folder} cannot be read: {error}", hint="give a LoRA or DoRA in a folder as PEFT saves it"
+        ) from error
 
 
 def _rows(spec: TuneSpec, files: BaseFiles, max_seq_len: int) -> RunRows:

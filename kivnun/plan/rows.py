@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kivnun.data.checks import num_characters
-from kivnun.data.formats import UNKNOWN, read_records, stream_records
+from kivnun.data.formats import UNKNOWN, stream_records
 from kivnun.data.loader import Dataset
 from kivnun.data.problems import Problems
 from kivnun.data.repeats import fingerprint
@@ -23,6 +23,7 @@ from kivnun.spec import DataSpec
 
 # Letters of a token of Phi-3's vocabulary of 32,064 in English; other scripts have fewer, so that their rows are longer.
 LETTERS_A_TOKEN = 3.5
+PROMPTS_LOOKED_AT = 1000  # held-out rows that may be replied to
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def _estimated_file(file: Path) -> TrainingRows:
 @dataclass(frozen=True)
 class RunRows:
     """The rows of a run. `lengths` and `held_out` are tokens of rows (of a pair: both sides), `sides` of each side of a training
-    row, `prompts` of the prompts of held-out rows that have one; `sizes` and `shares` split training rows into files. `trained_tokens` is None and `counted` false for an estimate."""
+    row, `prompts` of prompts of the first held-out rows that have one; `sizes` and `shares` split training rows into files.
+    `trained_tokens` is None and `counted` false for an estimate."""
 
     format: str
     lengths: np.ndarray
@@ -111,13 +113,14 @@ class RunRows:
 
 def rows_of(dataset: Dataset) -> RunRows:
     """Return the rows of a data set that was read."""
-    train, report = dataset.train, dataset.report
+    train, held_out, report = dataset.train, dataset.validation, dataset.report
+    prompts = [row.sides[0].prompt_len for row in held_out[:PROMPTS_LOOKED_AT]]
     return RunRows(
         dataset.format,
         train.lengths,
         train.rows.side_lengths,
-        dataset.validation.lengths,
-        np.asarray([side.prompt_len for row in dataset.validation for side in row.sides[:1] if side.prompt_len], dtype=np.int64),
+        held_out.lengths,
+        np.asarray([length for length in prompts if length], dtype=np.int64),
         train.sizes,
         train.shares,
         report.trained_tokens,
@@ -129,47 +132,63 @@ def rows_of(dataset: Dataset) -> RunRows:
 
 def estimated_rows(spec: DataSpec) -> RunRows:
     """Return about how long a spec's rows are where no tokenizer is at hand. Raises DataError with all that is wrong with them."""
-    files: list[list[Record]] = []
-    found: set[str] = set()
-    problems: list[RowProblem] = []
-    skipped = 0
-    held = [spec.validation] if isinstance(spec.validation, Path) else []
-    for path in [*(source.path for source in spec.train), *held]:
-        name, records, wrong = read_records(path, spec.format, spec.columns, spec.instruction)
-        found |= {name} - {UNKNOWN}
-        skipped += len(wrong)
-        problems += wrong if spec.bad_rows == "refuse" else []
-        files.append(records)
-    if problems or len(found) != 1 or not all(files):
-        what = "hold rows of different formats" if len(found) > 1 else "hold rows that cannot be used"
-        raise DataError(f"the files {what}", tuple(problems), hint="kivnun data check FILE says more")
-    train, held_out = (files[:-1], files[-1]) if held else (files, [])
-    prints = {fingerprint(record) for records in train for record in records}
-    sides = [[_estimated(record) for record in records] for records in train]
-    lengths = np.asarray([sum(pair) for records in sides for pair in records], dtype=np.int64)
-    held_lengths = np.asarray([sum(_estimated(record)) for record in held_out], dtype=np.int64)
-    sizes = tuple(map(len, train))
+    read, problems = [_read_file(source.path, spec) for source in spec.train], Problems()
+    held = _read_file(spec.validation, spec) if isinstance(spec.validation, Path) else None
+    every = [*read, *([held] if held else [])]
+    for problem in (problem for file in every for problem in file.problems.kept):
+        problems.add(problem)
+    formats = {file.format for file in every} - {UNKNOWN}
+    if (problems and spec.bad_rows == "refuse") or len(formats) != 1 or not all(len(file.sides) for file in every):
+        what = "hold rows of different formats" if len(formats) > 1 else "hold rows that cannot be used"
+        raise DataError(f"the files {what}", tuple(problems.kept), hint="kivnun data check FILE says more")
+    lengths, sizes = np.concatenate([file.sides.sum(axis=1) for file in read]), tuple(len(file.sides) for file in read)
+    held_out = held.sides.sum(axis=1) if held else lengths[:0]
     if isinstance(spec.validation, float):
         count = min(max(round(len(lengths) * spec.validation), 1), len(lengths) - 1)
-        # Which rows are held out hangs on the seed; of lengths alone it makes no difference.
-        held_lengths, lengths = lengths[:count], lengths[count:]
-        sizes = (len(lengths),) if len(sizes) == 1 else _less(sizes, count)
+        # Which rows are held out hangs on the seed; of about how long they are, their mean says enough.
+        held_out, lengths = lengths[:count], lengths[count:]
+        sizes = _less(sizes, count)
+    prints = {its for file in read for its in file.prints}
     shares = tuple(source.share for source in spec.train if source.share is not None)
-    name = found.pop()
+    name = formats.pop()
     rows = RunRows(
         name,
         lengths,
-        np.asarray([side for records in sides for pair in records for side in pair], dtype=np.int64),
-        held_lengths,
-        held_lengths[:0] if name == "text" else held_lengths // 2,
+        np.concatenate([file.sides.ravel() for file in read]),
+        held_out,
+        held_out[:0] if name == "text" else held_out // 2,
         sizes,
         shares if len(shares) == len(sizes) else None,
         None,
-        skipped,
-        overlap=sum(fingerprint(record) in prints for record in held_out),
+        problems.rows,
+        overlap=sum(its in prints for its in held.prints) if held else 0,
         counted=False,
     )
     return rows if spec.max_seq_len is None else rows.cut_to(spec.max_seq_len)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file's rows: about how many tokens each side has [rows, sides], and what tells equal rows."""
+
+    format: str
+    sides: np.ndarray
+    prints: list[bytes]
+    problems: Problems
+
+
+def _read_file(path: Path, spec: DataSpec) -> _File:
+    stream = stream_records(path, spec.format, spec.columns, spec.instruction)
+    sides: list[tuple[int, ...]] = []
+    prints: list[bytes] = []
+    problems = Problems()
+    for item in stream:
+        if isinstance(item, RowProblem):
+            problems.add(item)
+        else:
+            sides.append(_estimated(item))
+            prints.append(fingerprint(item))
+    return _File(stream.format, np.asarray(sides, dtype=np.int64), prints, problems)
 
 
 def _estimated(record: Record) -> tuple[int, ...]:

@@ -1,24 +1,26 @@
 """How long a run takes, predicted: what it computes, counted by kind, each kind at a rate of its own.
 
-Counted are the operations of products, of attention and of what PEFT computes in float32; numbers that layers keep, that are decoded
-from codes, laid out for products, or updated; passes through layers, which cost something however short they are. A backward pass
+Counted are the operations of products, of attention and of what PEFT computes in float32; numbers that layers keep, that are
+decoded, laid out for products, or updated; passes through layers, which cost something however short they are. A backward pass
 takes twice what a forward one does, or once for products with frozen weights. The rates are those of one core of the reference
 machine, scaled by a short product on this one. On a GPU: a share of its peak.
 
-The rates were fitted to the points of benchmarks/results/plan_calibration_2026-11-27.json (`tests/unit/test_plan_laws.py` holds them
-to it). How they do on models, lengths and combinations that they were not fitted to is what `python -m benchmarks.plan` measures.
+The rates were fitted to the points of benchmarks/results/plan_calibration_2026-11-27.json by `python -m benchmarks.plan.fit`, and
+`tests/unit/test_plan_laws.py` holds them to these. How they do on models, lengths and combinations that they were not fitted to is
+what `python -m benchmarks.plan` shows.
 T tokens of a pass, L layers, V vocabulary. Next: `advise.py`.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kivnun.plan.memory import CHUNK, COMPUTE_BYTES, PeftSpec, Shape, held_layer, step_memory
+from kivnun.plan.memory import CHUNK, CODE_BYTES, COMPUTE_BYTES, PeftSpec, Shape, held_layer, step_memory
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.trained import chosen_linears, trained_of
 from kivnun.spec.adapters import (
@@ -35,35 +37,45 @@ from kivnun.spec.adapters import (
     VeraSpec,
 )
 
-# Seconds of one of each kind on one core of the reference machine, by the bytes of a number that is computed with.
+# Seconds of each on one core of the reference machine, by the bytes of a number that is computed with.
 SECONDS: dict[str, dict[int, float]] = {
-    "products": {2: 4.8e-12, 4: 9.9e-12},
-    "attention": {2: 5e-12, 4: 1.1e-11},
-    "kept": {2: 1.1e-9, 4: 5e-10},
-    "low rank": {2: 5e-12, 4: 2e-11},
-    "laid out": {2: 1e-10, 4: 2.8e-10},
-    "nf4": {2: 6.3e-10, 4: 0.0},
-    "int8": {2: 8.8e-10, 4: 0.0},
-    "deltas": {2: 2e-9, 4: 3e-9},
-    "head sums": {2: 5e-9, 4: 1.2e-8},
-    "words": {2: 0.0, 4: 0.0},
-    "wide": {2: 1.2e-11, 4: 1.2e-11},
-    "sites": {2: 2e-4, 4: 2e-4},
-    "loha": {2: 1e-8, 4: 1e-8},
-    "lokr": {2: 5e-9, 4: 5e-9},
-    "layers": {2: 4e-4, 4: 4e-4},
-    "passes": {2: 3e-3, 4: 3e-3},
-    "steps": {2: 8e-3, 4: 8e-3},
-    "updates": {2: 4e-9, 4: 2.5e-9},
-    "read": {2: 3e-10, 4: 4e-10},
-    "cache": {2: 1e-9, 4: 1e-9},
-    "told": {2: 2e-4, 4: 2e-4},
+    "products": {2: 4.89e-12, 4: 9.62e-12},
+    "low rank": {2: 1.05e-11, 4: 2.03e-11},
+    "wide": {2: 1.14e-11, 4: 1.14e-11},
+    "attention": {2: 5.35e-12, 4: 1.05e-11},
+    "kept": {2: 5.07e-10, 4: 7.68e-10},
+    "laid out": {2: 4.05e-10, 4: 5.4e-10},
+    "nf4": {2: 6.23e-11, 4: 0},
+    "int8": {2: 1.41e-10, 4: 0},
+    "deltas": {2: 1.02e-09, 4: 1.02e-09},
+    "loha": {2: 2.42e-09, 4: 2.42e-09},
+    "lokr": {2: 4.79e-10, 4: 4.79e-10},
+    "head sums": {2: 5.22e-09, 4: 1.31e-08},
+    "words": {2: 4.24e-10, 4: 0},
+    "layers": {2: 0.000716, 4: 0.000716},
+    "sites": {2: 0.000132, 4: 0.000132},
+    "steps": {2: 0.00842, 4: 0.00842},
+    "updates": {2: 1.93e-09, 4: 1.93e-09},
+    "summed": {2: 1.18e-08, 4: 1.18e-08},
+    "flattened": {2: 1.56e-09, 4: 1.56e-09},
+    "gathered": {2: 1.39e-08, 4: 1.39e-08},
+    "read": {2: 1.93e-10, 4: 1.46e-10},
+    "cached": {2: 1.28e-09, 4: 1.53e-09},
+    "said": {2: 0.000188, 4: 0.000188},
 }
-REFERENCE_FLOPS = {2: 165e9, 4: 66e9}  # what `model/speed.py` finds on one core of the reference machine
+# The same in both precisions.
+SHARED = (
+    "layers", "sites", "steps", "updates", "wide", "loha", "lokr", "deltas", "said", "summed", "flattened", "gathered",
+)  # fmt: skip
+REFERENCE_FLOPS = {2: 197e9, 4: 85e9}  # what `model/speed.py` finds on one core of the reference machine
 AGAIN = 1.33  # of a step whose layers are computed twice
 ROWS_AT_ONCE = 64  # rows that are answered together (`model/generate.py`)
-FIRST_S = 3.5e-10  # seconds for each byte that a run grows by, in its first step
-IMPORT_S, PEFT_IMPORT_S, READ_S, ROW_S, TOKEN_S = 1.8, 1.5, 1e-9, 1.2e-4, 2.8e-6
+FIRST_S = 4.2e-10  # seconds for each byte that a run grows by, in its first step
+COMPILER_S = 1.05  # of importing torch's compiler, in the first step that computes layers again
+# Before the first step: imports and what each run sets up, bytes of files read and hashed, bytes held, numbers that are encoded,
+# rows and tokens of data.
+IMPORT_S, PEFT_S, DEEPSPEED_S = 2.45, 2.5, 2.5
+READ_S, HELD_S, ENCODE_S, ROW_S, TOKEN_S = 1.12e-9, 2.8e-10, 3.5e-9, 1.2e-4, 2.8e-6
 # The share of a GPU's dense bfloat16 peak that a step's operations come to: an H100 on eight layers of Phi-4-mini's width, 8,192
 # tokens a pass (benchmarks/results/gpu_2026-11-27.json).
 GPU_SHARE = {
@@ -120,8 +132,14 @@ def training_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) 
     for name, amount in _layers_backward(sizes, spec, forward).items():
         found[name] = found.get(name, 0.0) + amount
     found["products"] += head.pop("products")
-    passes, trained = work.num_passes, trained_of(sizes, spec).numbers
-    found |= {"passes": passes, "updates": float(trained * work.steps), "steps": work.steps, **head}
+    trained = trained_of(sizes, spec).numbers
+    found |= {"updates": float(trained * work.steps), "steps": work.steps, **head}
+    if shape.processes > 1:
+        found["summed"] = float(trained * work.steps)
+    if shape.zero_stage:
+        found["flattened"] = float(trained * work.steps)
+    if shape.zero_stage == 3:
+        found["gathered"] = float(sizes.numbers * work.num_passes)
     return found
 
 
@@ -129,7 +147,7 @@ def scoring_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -
     """Return how much of each kind a forward pass over held-out rows takes."""
     found = _layers_forward(sizes, spec, shape, work)
     found["products"] += _head(sizes, spec, work, 1.0)["products"]
-    return found | {"passes": work.num_passes / 2}
+    return found
 
 
 def _layers_forward(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -> dict[str, float]:
@@ -143,7 +161,7 @@ def _layers_forward(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work) -
     found = {
         "products": 2.0 * whole,
         "attention": 2.0 * sizes.layers * sizes.queries * row * tokens,
-        "kept": sizes.layers * held_layer(sizes, spec, work.pass_tokens) * tokens,
+        "kept": sizes.layers * held_layer(sizes, spec, work.pass_tokens, COMPUTE_BYTES[shape.precision]) * tokens,
         "layers": float(sizes.layers * passes),
     }
     if shape.precision in ("nf4", "int8"):
@@ -207,10 +225,9 @@ def _head(sizes: Sizes, spec: AdapterSpec, work: Work, times: float) -> dict[str
 def training_seconds(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work, *, speed: float = 1.0) -> float:
     """Return the CPU seconds of all steps of one process that has this work: `Work` of its own rows where several divide them."""
     amounts = training_amounts(sizes, spec, shape, work)
-    grown = FIRST_S * max(
-        0.0, step_memory(sizes, spec, shape).peak - step_memory(sizes, spec, replace(shape, pass_tokens=1)).weights
-    )
-    return (seconds_of(amounts, shape.precision) + grown) / speed
+    memory = step_memory(sizes, spec, shape)
+    grown = FIRST_S * (memory.peak - memory.weights * (0.5 if shape.packed else 1.0))
+    return (seconds_of(amounts, shape.precision) + grown + COMPILER_S * shape.recompute) / speed
 
 
 def scoring_seconds(sizes: Sizes, spec: AdapterSpec, shape: Shape, work: Work, *, speed: float = 1.0) -> float:
@@ -222,20 +239,28 @@ def generation_seconds(
     sizes: Sizes, spec: AdapterSpec, shape: Shape, *, prompts: Sequence[int], new_tokens: int, speed: float = 1.0
 ) -> float:
     """Return the CPU seconds of replies of `new_tokens` tokens each to prompts of these lengths."""
-    total = 0.0
+    return seconds_of(generation_amounts(sizes, spec, shape, prompts, new_tokens), shape.precision) / speed
+
+
+def generation_amounts(sizes: Sizes, spec: AdapterSpec, shape: Shape, prompts: Sequence[int], new_tokens: int) -> dict[str, float]:
+    """Return how much of each kind replies take: a pass over the prompts, then one for each token of as many rows as are answered
+    together, which reads all weights for a few tokens and all keys and values that there are so far."""
+    found: dict[str, float] = {}
     for at in range(0, len(prompts), ROWS_AT_ONCE):
         some = prompts[at : at + ROWS_AT_ONCE]
-        read = replace(work_of([some], sum(some)), scored=len(some))
-        amounts = scoring_amounts(sizes, spec, shape, read)
-        told = Work(len(some) * (new_tokens - 1), 1, len(some), passes=new_tokens - 1)
-        for name, amount in scoring_amounts(sizes, spec, shape, told).items():
-            amounts[name] = amounts.get(name, 0.0) + amount
-        context = sum(some) / len(some) + new_tokens / 2
-        amounts["cache"] = 2.0 * sizes.layers * sizes.keys * context * len(some) * new_tokens
-        amounts["read"] = float((sizes.linear_numbers + sizes.vocab * sizes.hidden) * new_tokens) if shape.packed else 0.0
-        amounts["told"] = float(len(some) * new_tokens)
-        total += seconds_of(amounts, shape.precision)
-    return total / speed
+        count, passes = len(some), new_tokens - 1
+        read = replace(work_of([some], sum(some)), scored=count)
+        told = Work(count * passes, 1, count, passes=passes)
+        context = sum(some) + count * new_tokens / 2
+        more = {
+            "read": float((sizes.linear_numbers + sizes.vocab * sizes.hidden) * passes * shape.packed),
+            "cached": 2.0 * sizes.layers * sizes.keys * context * passes,
+            "said": float(count * new_tokens),
+        }
+        for amounts in (scoring_amounts(sizes, spec, shape, read), scoring_amounts(sizes, spec, shape, told), more):
+            for name, amount in amounts.items():
+                found[name] = found.get(name, 0.0) + amount
+    return found
 
 
 def start_seconds(
@@ -248,13 +273,13 @@ def start_seconds(
     tokens: int = 0,
     speed: float = 1.0,
 ) -> float:
-    """Return the CPU seconds before the first pass: imports, reading and hashing a base of `stored_bytes` (None: its numbers in
-    16 bits), encoding it, reading rows."""
+    """Return the CPU seconds of one process before its first pass: imports, reading and hashing a base of `stored_bytes` (None: its
+    numbers in 16 bits), encoding it, reading `rows` of so many `tokens` in all."""
     stored = 2.0 * sizes.numbers if stored_bytes is None else stored_bytes
-    seconds = IMPORT_S + READ_S * stored + READ_S * sizes.numbers
-    seconds += PEFT_IMPORT_S if isinstance(spec, PeftSpec) else 0.0
-    seconds += ROW_S * rows + TOKEN_S * tokens
-    return seconds / speed
+    seconds = IMPORT_S + READ_S * stored + HELD_S * step_memory(sizes, spec, shape).weights
+    seconds += ENCODE_S * sizes.linear_numbers if shape.precision in CODE_BYTES else 0.0
+    seconds += PEFT_S if isinstance(spec, PeftSpec) else DEEPSPEED_S if shape.zero_stage else 0.0
+    return (seconds + ROW_S * rows + TOKEN_S * tokens) / speed
 
 
 def seconds_of(amounts: Mapping[str, float], precision: str) -> float:
@@ -277,17 +302,18 @@ def gpu_seconds(sizes: Sizes, spec: AdapterSpec, work: Work, flops: float) -> fl
 def cpu_seconds(
     sizes: Sizes, spec: AdapterSpec, precision: str, work: Work, *, slower: float | None = None, speed: float = 1.0
 ) -> float:
-    """Return the seconds of all steps, activations kept. `slower`, where it is given: a step of the method beside LoRA's, which then
-    is what is predicted; `speed`: this machine beside one core of the reference."""
+    """Return the seconds of all steps, activations kept. `slower`, where it is given: a step of the method beside LoRA's, whose law
+    is taken then; `speed`: this machine beside one core of the reference."""
     shape = Shape(precision, work.pass_tokens)
     if slower is None or isinstance(spec, FullSpec):
         return training_seconds(sizes, spec, shape, work, speed=speed)
     return slower * training_seconds(sizes, LoraSpec(), shape, work, speed=speed)
 
 
-def machine_speed(precision: str, clock: Literal["wall", "cpu"] = "wall") -> float:
-    """Return how fast this machine, with all its cores, is beside one core of the reference machine, by products in a precision:
-    as fast as they come to an end, or (cpu) by the seconds that its cores spent on them, however busy they are otherwise."""
+def machine_speed(precision: str, clock: Literal["wall", "cpu"] = "wall", threads: int | None = None) -> float:
+    """Return how fast this machine, with all its cores or so many threads, is beside one core of the reference machine, by products
+    in a precision: as fast as they come to an end, or (cpu) by the seconds that cores spent, however busy they are otherwise."""
     command = [sys.executable, "-m", "kivnun.model.speed", precision, clock]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
     return float(found.stdout) / REFERENCE_FLOPS[COMPUTE_BYTES[precision]]

@@ -9,12 +9,12 @@ refusal names changes of the spec that would make it fit, each foretold by the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from kivnun.errors import WontFitError
 from kivnun.plan.advise import words_of_bytes
-from kivnun.plan.cautions import FITS_BARELY, cautions
+from kivnun.plan.cautions import FITS_BARELY, cautions, of_lengths
 from kivnun.plan.devices import Device
 from kivnun.plan.forecast import Forecast, Here, Steps, forecast, steps_of
 from kivnun.plan.rows import RunRows
@@ -38,7 +38,7 @@ class Question:
     sizes: Sizes | None
     unknown: str = ""
     turns_from: int | None = None
-    here: Here = Here()
+    here: Here = field(default_factory=Here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Change:
 class Plan:
     """A spec with every choice made and the reasons, what it will take, and whether that fits.
 
-    `forecast` is None where nothing can be foretold: `unknown` says why. `limit` is what one process may have of the device's
-    memory, in bytes."""
+    `urgent` are the cautions that a run tells, too. `forecast` is None where nothing can be foretold: `unknown` says why. `limit`
+    is what one process may have of the device's memory, in bytes."""
 
     spec: TuneSpec
     reasons: Mapping[str, str]
@@ -65,6 +65,7 @@ class Plan:
     unknown: str
     limit: float
     cautions: tuple[str, ...]
+    urgent: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
 
     @property
@@ -142,13 +143,15 @@ def _planned(question: Question, facts: ResolveFacts) -> Plan:
     rows = question.rows
     steps, limit = steps_of(spec, rows), memory_of_a_process(spec, question.device)
     told = cautions(spec, rows, steps, facts.base_parameters, question.turns_from)
+    urgent = tuple(of_lengths(spec, rows, question.turns_from))
     if question.sizes is None:
-        return Plan(spec, reasons, steps, None, question.unknown, limit, told)
+        return Plan(spec, reasons, steps, None, question.unknown, limit, told, urgent)
     found = forecast(spec, question.sizes, rows, steps, question.device, question.here)
     if limit >= found.peak > FITS_BARELY * limit:
         barely = f"{words_of_bytes(found.peak)} of {words_of_bytes(limit)} of memory are foretold, which may be off by a tenth"
-        told = (*told, f"{barely}: close other programs, or lower compute.micro_batch_tokens")
-    return Plan(spec, reasons, steps, found, "", limit, told)
+        urgent = (*urgent, f"{barely}: close other programs, or lower compute.micro_batch_tokens")
+        told = (*told, urgent[-1])
+    return Plan(spec, reasons, steps, found, "", limit, told, urgent)
 
 
 def memory_of_a_process(spec: TuneSpec, device: Device) -> float:

@@ -40,7 +40,7 @@ from kivnun.train.deepspeed_settings import ShardSettings, deepspeed_config
 from kivnun.train.engine import StepResult, broken_rows, check_fit, hidden, loss_of, non_finite, token_places
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings
-from kivnun.train.passes import is_short_of_memory, told_shortage
+from kivnun.train.passes import telling_shortage
 from kivnun.train.processes import Processes, lost_processes
 from kivnun.train.tensor_file import TensorFile
 from kivnun.train.weights import Weights
@@ -88,10 +88,10 @@ class DeepSpeedTrainee:
         """Add the packs' shares of the step's gradient; return their share of the step's loss, summed over processes.
 
         Raises NonFiniteLossError in every process, naming the rows of all, before anything is updated; WontFitError in a process
-        whose memory runs out.
+        whose memory runs out: the others are inside exchanges of the same pass, and cannot be told to begin the step again.
         """
         self._rows_of_step.extend(batch.where)
-        with self._base.using(self.weights.sites()), _never_going_back(f"step {self.steps + 1}"), lost_processes():
+        with self._base.using(self.weights.sites()), telling_shortage(f"step {self.steps + 1}"), lost_processes():
             self.weights.draw_dropout(self.steps + 1, *token_places(self._base, batch))
             try:
                 surrogate, loss, nll_S = self._engine(batch, weight_of_pass(batch, total_weight))
@@ -106,7 +106,7 @@ class DeepSpeedTrainee:
         """Clip the gathered gradient, update, clear. Raises NonFiniteLossError before the update if the gradient is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with _never_going_back(f"the update of step {self.steps + 1}"), lost_processes():
+        with telling_shortage(f"the update of step {self.steps + 1}"), lost_processes():
             self._engine.step()
         if self._engine.optimizer.overflow:
             rows = [where for its in self._processes.all_of(self._rows_of_step) for where in its]
@@ -232,18 +232,6 @@ class DeepSpeedTrainee:
         finally:
             for parameter, part in lent:
                 parameter.data = part
-
-
-@contextlib.contextmanager
-def _never_going_back(what: str) -> Iterator[None]:
-    """Say that memory ran out, which ends the run: the others are inside exchanges of the same pass, and cannot be told to begin
-    the step again."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_short_of_memory(error):
-            raise
-        raise told_shortage(what, error) from error
 
 
 class DeepSpeedEngine:

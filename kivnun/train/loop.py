@@ -20,8 +20,8 @@ from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import Trainable
 from kivnun.errors import InterruptedRun
 from kivnun.events import Event, RunInterrupted, StepDone
-from kivnun.train.engine import StepResult, Trainee
-from kivnun.train.passes import PassBudget, Passes, StepPacks, is_short_of_memory, told_shortage
+from kivnun.train.engine import Trainee
+from kivnun.train.passes import PassBudget, Passes, StepPacks, telling_shortage
 from kivnun.train.schedule import Schedule
 
 LOOKED_AT = 8  # steps from which `shareable` judges
@@ -57,7 +57,7 @@ def fit(
     """
     began = time.monotonic()
     steps = range(trainee.steps + 1, schedule.steps + 1)
-    passes = Passes(trainee, budget, max(row.length for row in rows), share_prefixes=share_prefixes, emit=emit)
+    passes = Passes(trainee, budget, int(order.lengths.max()), share_prefixes=share_prefixes, emit=emit)
 
     def prepare(step: int) -> StepWork:
         return prepared(step, trainee, rows, order, passes)
@@ -66,7 +66,8 @@ def fit(
         items = work.items
         loss, computed = passes.computed(step, items, work.packed, work.total_weight)
         learning_rate = schedule.learning_rate(step)
-        update = _updated(trainee, learning_rate)
+        with telling_shortage(f"the update of step {step}"):
+            update = trainee.optim_step(learning_rate)
         emit(
             StepDone(
                 step=step,
@@ -95,15 +96,6 @@ def fit(
         else:
             saver.after_step(step, epoch_ended)
         began = time.monotonic()
-
-
-def _updated(trainee: Trainee, learning_rate: float) -> StepResult:
-    try:
-        return trainee.optim_step(learning_rate)
-    except (MemoryError, RuntimeError) as error:
-        if not is_short_of_memory(error):
-            raise
-        raise told_shortage(f"the update of step {trainee.steps + 1}", error) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ Next: `loop.py` (who asks), `engine.py` (whose passes they are).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +46,17 @@ def told_shortage(what: str, error: BaseException) -> WontFitError:
     """Return the error of a run that cannot go on, for `what` found no memory."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return WontFitError(f"memory ran out in {what}: {said}", hint=f"the last checkpoint stands; {SMALLER}")
+
+
+@contextmanager
+def telling_shortage(what: str) -> Iterator[None]:
+    """Turn memory that runs out in `what` into the error that says so, and what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+        raise told_shortage(what, error) from error
 
 
 @dataclass

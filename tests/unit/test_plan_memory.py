@@ -15,7 +15,7 @@ from kivnun.model.phi import PHI
 from kivnun.plan.memory import Shape, step_memory
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.techniques import TECHNIQUES, adapter_of
-from kivnun.plan.time import Work, cpu_seconds
+from kivnun.plan.time import Work, seconds_of, training_amounts
 from kivnun.spec.adapters import FullSpec, LoraSpec
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -24,7 +24,7 @@ SURFACE, GPU = RESULTS / "matrix_memory_2026-11-27", RESULTS / "gpu_2026-11-27.j
 
 @pytest.fixture(scope="module")
 def points() -> dict[Point, Measured]:
-    found = {p: m for p, m in Surface.load(SURFACE).points.items() if p.kernels == "auto" and not p.packed}
+    found = {p: m for p, m in Surface.load(SURFACE).points.items() if p.kernels == "auto"}
     assert len(found) > 100
     return found
 
@@ -35,17 +35,15 @@ def _precision(point: Point) -> str:
 
 def _predicted(point: Point) -> float:
     sizes, shape = Sizes.of(SHAPES[point.model].config, point.model), Shape(_precision(point), point.pass_tokens)
-    shape = replace(shape, recompute=point.recompute)
+    shape = replace(shape, recompute=point.recompute, packed=point.packed)
     return step_memory(sizes, adapter_of(point.technique), shape).peak
 
 
-def test_memory_is_within_a_tenth_of_what_was_measured(points: dict[Point, Measured]) -> None:
-    """Where a pass has 256 tokens or more; LoHa and LoKr hold whole updates, and are farther off in short passes."""
-    off = {p.name: _predicted(p) / m.peak - 1 for p, m in points.items() if p.pass_tokens >= 256 and not p.recompute}
-    usual = {name: it for name, it in off.items() if "-loha-" not in name and "-lokr-" not in name}
-    assert median(map(abs, off.values())) < 0.04
-    assert {name: it for name, it in usual.items() if abs(it) > 0.14} == {}
-    assert {name: it for name, it in off.items() if abs(it) > 0.2} == {}
+def test_memory_is_within_a_seventh_of_what_was_measured(points: dict[Point, Measured]) -> None:
+    """All techniques, passes of 64 to 8,192 tokens, weights packed or not, layers computed again or not."""
+    off = {p.name: _predicted(p) / m.peak - 1 for p, m in points.items()}
+    assert median(map(abs, off.values())) < 0.045
+    assert {name: it for name, it in off.items() if abs(it) > 0.15} == {}
 
 
 def test_memory_on_a_gpu_is_within_a_tenth_of_what_was_measured() -> None:
@@ -62,23 +60,21 @@ def test_memory_on_a_gpu_is_within_a_tenth_of_what_was_measured() -> None:
     assert {name: it for name, it in off.items() if abs(it) > 0.1} == {}
 
 
-def test_memory_of_layers_computed_again(points: dict[Point, Measured]) -> None:
-    off = {p.name: _predicted(p) / m.peak - 1 for p, m in points.items() if p.recompute}
-    assert len(off) >= 9
-    assert {name: it for name, it in off.items() if abs(it) > 0.27} == {}
-
-
 def test_time_is_within_a_quarter_of_what_was_measured(points: dict[Point, Measured]) -> None:
-    """For LoRA, QLoRA and full tuning, whose law has no factor of their own, in passes of 1,024 tokens or more."""
+    """Passes of 256 tokens and more: the last of three steps, at a speed of the core that was not taken down, so that one speed is
+    taken for all."""
     off: dict[str, float] = {}
     for point, measured in points.items():
-        if point.technique in ("lora", "qlora", "full") and point.pass_tokens >= 1024 and not point.recompute:
-            sizes, work = Sizes.of(SHAPES[point.model].config, point.model), Work(point.pass_tokens, 1, point.pass_tokens)
-            seconds = cpu_seconds(sizes, adapter_of(point.technique), _precision(point), work, slower=1.0, speed=1.0)
-            off[point.name] = seconds / measured.cpu_s - 1
-    assert len(off) >= 20
-    assert median(map(abs, off.values())) < 0.08
-    assert {name: it for name, it in off.items() if abs(it) > 0.25} == {}
+        if point.pass_tokens < 256:
+            continue
+        sizes, spec = Sizes.of(SHAPES[point.model].config, point.model), adapter_of(point.technique)
+        shape = Shape(_precision(point), point.pass_tokens, recompute=point.recompute, packed=point.packed)
+        work = Work(point.pass_tokens, 1, point.pass_tokens, scored=point.pass_tokens // 2, row_tokens=point.tokens)
+        off[point.name] = seconds_of(training_amounts(sizes, spec, shape, work), shape.precision) / measured.cpu_s
+    usual = median(off.values())
+    assert 0.8 < usual < 1.25
+    assert median(abs(it / usual - 1) for it in off.values()) < 0.08
+    assert {name: it / usual for name, it in off.items() if abs(it / usual - 1) > 0.25} == {}
 
 
 @pytest.mark.parametrize(
@@ -104,10 +100,12 @@ def test_what_stays_is_counted_exactly() -> None:
     assert coded == pytest.approx(2.26e9, rel=0.02)  # docs/LOG.md: loaded
 
 
-@pytest.mark.parametrize(("stage", "divided"), [(1, {"moments"}), (2, {"moments", "gradients"})])
+@pytest.mark.parametrize(("stage", "divided"), [(1, {"adapter", "moments"}), (2, {"adapter", "moments", "gradients"})])
 def test_each_stage_divides_what_it_says(stage: int, divided: set[str]) -> None:
     sizes = Sizes.of(SHAPES["71m"].config, "71m")
-    alone = step_memory(sizes, FullSpec(), Shape("fp32", 64))
+    # DeepSpeed trains float32 weights of its own, as a base in 16 bits needs them anyway: `adapter`.
+    alone = step_memory(sizes, FullSpec(), Shape("fp32", 64, processes=1, zero_stage=stage))
+    assert alone.adapter == alone.weights
     shared = step_memory(sizes, FullSpec(), Shape("fp32", 64, processes=4, zero_stage=stage))
     for part in ("weights", "adapter", "gradients", "moments"):
         expected = getattr(alone, part) / (4 if part in divided else 1)

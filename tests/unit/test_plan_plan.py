@@ -13,8 +13,10 @@ import pytest
 
 from kivnun.data.order import order_of
 from kivnun.data.packing import micro_batches
-from kivnun.errors import DataError, SpecError, WontFitError
-from kivnun.plan.bases import PHI, base_files
+from safetensors.numpy import save_file
+
+from kivnun.errors import DataError, IntegrityError, SpecError, WontFitError
+from kivnun.plan.bases import base_files
 from kivnun.plan.changes import changed
 from kivnun.plan.cost import Prices, cost_of, read_prices
 from kivnun.plan.devices import Device, _limits, find_device, machine_memory, this_machine
@@ -22,7 +24,7 @@ from kivnun.plan.forecast import steps_of
 from kivnun.plan.plan import make_plan, question_of
 from kivnun.plan.rows import RunRows
 from kivnun.plan.verdict import Plan, Question
-from kivnun.spec import PassChoice, TuneSpec, parse_spec
+from kivnun.spec import LoraSpec, PassChoice, TuneSpec, parse_spec
 from runs import chats, pairs, write_rows
 
 MINI = "microsoft/Phi-4-mini-instruct"
@@ -280,7 +282,7 @@ def test_longrope_is_read_from_any_spelling(tmp_path: Path) -> None:
         {"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 4096},
         {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}},
     ):
-        (tmp_path / "config.json").write_text(json.dumps({**PHI["microsoft/phi-4"], **rope}), encoding="utf-8")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", **rope}), encoding="utf-8")
         assert base_files(str(tmp_path)).turns_from == 4096
     assert base_files("kivnun/tiny-phi").turns_from is None
 
@@ -290,6 +292,22 @@ def test_a_machine_has_no_more_than_its_control_group_allows(tmp_path: Path) -> 
     (tmp_path / "b").write_text("1048576\n", encoding="ascii")
     assert list(_limits([tmp_path / "a", tmp_path / "b", tmp_path / "none"])) == [1048576.0]
     assert this_machine().memory_bytes == machine_memory() > find_device("cpu").memory_bytes
+
+
+def test_an_adapter_that_a_run_goes_on_with_is_planned_as_it_is_stored(spec_of: Callable[..., TuneSpec], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    name = "base_model.model.model.layers.{}.self_attn.qkv_proj.lora_{}.weight"
+    tensors = {name.format(layer, side): np.zeros((5, 5), np.float32) for layer in range(4) for side in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 5, "lora_alpha": 7, "use_dora": False, "use_rslora": False, "lora_dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    adapter = plan_of(spec_of(f"adapter.start_from={folder}"), cpu(8192)).spec.adapter
+    assert isinstance(adapter, LoraSpec)
+    assert (adapter.rank, adapter.alpha, adapter.target_modules) == (5, 7.0, ("qkv_proj",))
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(IntegrityError, match="cannot be read: 'r'"):
+        plan_of(spec_of(f"adapter.start_from={folder}"), cpu(8192))
 
 
 PRICES = "currency: EUR\nhours: {l4: 0.8, cpu: 0.05}\nmillion_trained_tokens: 1.5\n"
