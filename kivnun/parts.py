@@ -101,8 +101,18 @@ def resolve_facts(
     )
 
 
+def refuse_missing_deepspeed(compute: ComputeSpec | None) -> None:
+    """Raise SpecError where state is to be divided and DeepSpeed, an extra, is not installed."""
+    if isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0 and find_spec("deepspeed") is None:
+        raise SpecError(
+            f"compute.zero_stage is {compute.zero_stage}, which needs DeepSpeed, and it is not installed",
+            hint="pip install 'kivnun[deepspeed]', or set compute.zero_stage to 0, which divides the rows alone",
+        )
+
+
 def plan_run(spec: TuneSpec, dataset: Dataset, base_folder: Path, facts: ResolveFacts, processes: Processes) -> Plan:
     """Return the plan of a run that is about to begin, the same in each of its processes. Nothing of the base is loaded."""
+    usual, _ = resolve(spec, facts)  # first: it refuses a device that is not here
     sizes, unknown = sizes_or_reason(read_config(base_folder), spec.base.model)
     kind = facts.device if spec.compute.device == "auto" else spec.compute.device
     machines = max(1, processes.count // facts.local_processes)
@@ -113,7 +123,6 @@ def plan_run(spec: TuneSpec, dataset: Dataset, base_folder: Path, facts: Resolve
     else:
         here = this_machine(machines)
         device = replace(here, memory_bytes=min(processes.all_of(here.memory_bytes)))
-    usual, _ = resolve(spec, facts)
     speed = 1.0
     if kind == "cpu" and sizes is not None:
         speed = processes.from_first(lambda: _speed(usual.base.precision, cast(int, usual.compute.threads)))
@@ -135,15 +144,6 @@ def _speed(precision: str, threads: int) -> float:
     torch.set_num_threads(threads)
     number = COMPUTE_BYTES[precision]
     return products_per_second({2: "bf16", 4: "fp32"}[number], seconds=SPEED_SECONDS) / REFERENCE_FLOPS[number]
-
-
-def refuse_missing_deepspeed(compute: ComputeSpec | None) -> None:
-    """Raise SpecError where state is to be divided and DeepSpeed, an extra, is not installed."""
-    if isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0 and find_spec("deepspeed") is None:
-        raise SpecError(
-            f"compute.zero_stage is {compute.zero_stage}, which needs DeepSpeed, and it is not installed",
-            hint="pip install 'kivnun[deepspeed]', or set compute.zero_stage to 0, which divides the rows alone",
-        )
 
 
 def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from kivnun.cli.completion import run_folders
+
 if TYPE_CHECKING:
     from kivnun.evaluate.compare import ComparedRun, Comparison
 
@@ -17,7 +19,7 @@ MOST_RUNS = 12
 
 
 @click.command(short_help="Hold several runs against one another, on the same held-out rows.")
-@click.argument("runs", type=RUN, nargs=-1, required=True, metavar="RUN RUN ...")
+@click.argument("runs", type=RUN, nargs=-1, required=True, metavar="RUN RUN ...", shell_complete=run_folders)
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page to this file: one .html file."
 )

@@ -18,7 +18,7 @@ SHORT = 12  # of a hash: enough to tell results apart
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path, file_okay=False), metavar="[DIR]...")
 @click.option("--json", "as_json", is_flag=True, help="Print {models: [...]} as one JSON object.")
 def models(folders: tuple[Path, ...], as_json: bool) -> None:
-    """List the runs in folders of runs, oldest first; without a folder those in ./runs.
+    """List the runs in each DIR, a folder of runs, oldest first; without one those in ./runs.
 
     A version is the content hash of a run's adapter or model. A folder that is damaged, or is no run, is listed as such. Reads
     files only: nothing is loaded.

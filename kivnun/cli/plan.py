@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kivnun.cli.completion import device_names, option_paths, spec_files
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,12 +23,13 @@ VERDICTS = {"fits": "It fits", "does_not_fit": "It does not fit", "unknown": "No
 
 
 @click.command()
-@click.argument("spec", type=FILE)
+@click.argument("spec", type=FILE, shell_complete=spec_files)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one value of the spec, e.g. --set adapter.rank=32."
-)
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", shell_complete=option_paths,
+    help="Override one value of the spec, e.g. --set adapter.rank=32.",
+)  # fmt: skip
 @click.option(
-    "--device", metavar="DEVICE",
+    "--device", metavar="DEVICE", shell_complete=device_names,
     help="cpu or cuda (this machine's), or a GPU by name: h100, a100-40gb, l4, rtx-4090, ...  [default: what a run takes here]",
 )  # fmt: skip
 @click.option(

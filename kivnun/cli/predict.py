@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
+from kivnun.cli.completion import run_folders
 from kivnun.errors import InterruptedRun
 
 PIPE = Path("-")
 
 
 @click.command(short_help="Answer a file of questions.")
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders)
 @click.option(
     "--input", "source", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), required=True, metavar="FILE",
     help="JSONL: messages that end with a user's, a prompt, or rows made for training; - is stdin.",

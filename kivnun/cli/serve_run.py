@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kivnun.cli.completion import run_folders
+
 if TYPE_CHECKING:
     from kivnun.opened import OpenedRun
 
 
 @click.command("serve-run", short_help="Serve the model of a run to OpenAI's client.")
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False), shell_complete=run_folders)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 takes a free one.")
 @click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key clients must send.")

@@ -110,7 +110,10 @@ def check_types(schema: Any, columns: Sequence[str], features: Mapping[str, Any]
         kind = schema.field(column).type
         media = _media_in(features.get(column))
         if media is not None:
-            raise DataError(f"data file {name}: the column {key_name(column)} holds {media.lower()} data, which is not read")
+            raise DataError(
+                f"data file {name}: the column {key_name(column)} holds {media.lower()} data, which is not read",
+                hint="leave the column out",
+            )
         if not _is_read(kind, 0):
             raise DataError(
                 f"data file {name}: the column {key_name(column)} is of the type {str(kind)[:60]}; "

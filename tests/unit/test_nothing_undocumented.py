@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
@@ -28,10 +29,10 @@ def in_command(command: click.Command, path: str = "kivnun") -> Iterator[str]:
     for parameter in command.params:
         if isinstance(parameter, click.Option) and not (parameter.help or "").strip():
             yield f"{path} {parameter.opts[0]}: no help"
-        if isinstance(parameter, click.Argument) and (parameter.metavar or parameter.human_readable_name) not in (
-            command.help or ""
-        ):
-            yield f"{path} {parameter.human_readable_name}: its help does not say what it is"
+        if isinstance(parameter, click.Argument):
+            word = re.findall(r"[A-Z]+", parameter.metavar or parameter.human_readable_name.upper())[0]
+            if word not in (command.help or ""):
+                yield f"{path} {word}: its help does not say what it is"
     if isinstance(command, click.Group):
         for name, below in command.commands.items():
             yield from in_command(below, f"{path} {name}")
