@@ -12,6 +12,7 @@ import os
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +21,7 @@ import torch
 from kivnun.data.loader import Dataset
 from kivnun.data.order import RowOrder, order_of
 from kivnun.data.rows import PreferencePair
+from kivnun.errors import SpecError
 from kivnun.lineage import start_of
 from kivnun.model.families import count_parameters, longest_row, read_config, stored_precision, weight_files
 from kivnun.model.kernels import native_or_reason, triton_or_reason
@@ -74,7 +76,8 @@ def resolve_facts(
     adapter: AdapterSpec | None = None,
 ) -> ResolveFacts:
     """Return what is known of data, base and machine, of the folder's run where it was begun already, and of the adapter that a
-    spec's `adapter` starts from."""
+    spec's `adapter` starts from. Raises SpecError where `compute` needs an extra that is not installed."""
+    refuse_missing_deepspeed(compute)
     native = native_or_reason()
     return ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[dataset.format],  # type: ignore[arg-type]
@@ -132,6 +135,15 @@ def _speed(precision: str, threads: int) -> float:
     torch.set_num_threads(threads)
     number = COMPUTE_BYTES[precision]
     return products_per_second({2: "bf16", 4: "fp32"}[number], seconds=SPEED_SECONDS) / REFERENCE_FLOPS[number]
+
+
+def refuse_missing_deepspeed(compute: ComputeSpec | None) -> None:
+    """Raise SpecError where state is to be divided and DeepSpeed, an extra, is not installed."""
+    if isinstance(compute, MultiProcessSpec) and compute.zero_stage > 0 and find_spec("deepspeed") is None:
+        raise SpecError(
+            f"compute.zero_stage is {compute.zero_stage}, which needs DeepSpeed, and it is not installed",
+            hint="pip install 'kivnun[deepspeed]', or set compute.zero_stage to 0, which divides the rows alone",
+        )
 
 
 def open_engine(spec: TuneSpec, base: Base, processes: Processes) -> Engine:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kivnun.cli.completion import option_paths, spec_files
-from kivnun.errors import DataError
+from kivnun.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kivnun.data.checks import Check
     from kivnun.data.rows import TokenRow, Trainable
     from kivnun.data.template import ChatTokenizer
     from kivnun.spec import TuneSpec
@@ -23,6 +24,7 @@ FORMATS = (
     "auto", "messages", "sharegpt", "preference", "prompt_completion", "prompt_response", "instruction", "multiple_choice",
     "entities", "classification", "text",
 )  # fmt: skip
+PAGE = "data_report.html"
 
 
 @click.group()
@@ -31,31 +33,101 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--held-out", type=click.Path(path_type=Path), metavar="FILE", help="A file of held-out rows, for the overlap.")
+@click.option("--base", metavar="BASE", help="Count lengths in this base's tokens, and try its chat template on every row.")
 @click.option(
     "--format", "format_name", type=click.Choice(FORMATS), default="auto", show_default=True, help="The shape of the rows."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def check(file: Path, format_name: str, as_json: bool) -> None:
-    """Check every row of FILE (JSONL, JSON, CSV, TSV, Parquet, a data set) and say what is in it.
+@click.option("--columns", multiple=True, metavar="KEY=COLUMN", help="Which column is a key of the format, as data.columns.")
+@click.option("--instruction", metavar="TEXT", help="What is asked of each row's text, as data.instruction.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), metavar="PATH", help=f"The page to write; else {PAGE}.")
+@click.option("--no-report", is_flag=True, help="Write no page.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; a page is then written with --report only.")
+def check(
+    files: tuple[Path, ...],
+    held_out: Path | None,
+    base: str | None,
+    format_name: str,
+    columns: tuple[str, ...],
+    instruction: str | None,
+    report: Path | None,
+    no_report: bool,
+    as_json: bool,
+) -> None:
+    """Check every row of the FILEs and say what is in them: problems, duplicates, overlap, lengths.
 
-    All problems are found, with their line numbers; the first 20 are shown, with --json all. Needs no model: lengths in tokens
-    are shown by `kivnun data show`.
+    A FILE is JSONL, JSON, CSV, TSV, Parquet or a data set. All problems are found, with their line numbers; the first 20 are shown,
+    on the page and with --json all. Prints a table and writes data_report.html in the current folder. Needs no model.
     """
-    from kivnun.cli.screen import print_json, stdout, table
-    from kivnun.data.checks import check_file, describe
+    from kivnun.cli.screen import print_json, stderr, stdout, table
+    from kivnun.data.checks import check_files, describe_check
 
-    report = check_file(file, format_name)
-    if report.problems:
-        raise DataError(
-            f"{file}: {report.bad_rows:,} of {report.rows + report.bad_rows:,} rows cannot be used",
-            report.problems,
-            hint="mend the lines, or set data.bad_rows to skip to leave them out",
-        )
+    if report is not None and no_report:
+        raise click.UsageError("--report and --no-report exclude each other")
+    tokenizer, longest = _tokenizer_of(base) if base is not None else (None, None)
+    found = check_files(
+        files, held_out, format_name, columns=_columns(columns), instruction=instruction, tokenizer=tokenizer, longest_row=longest
+    )
+    page = report if report is not None else None if as_json or no_report else Path(PAGE)
+    if not as_json:
+        table(("", ""), describe_check(found), stdout())
+    written = _write_page(found, page) if page is not None else None
+    if page is not None and written is None:
+        stderr().print(f"report: {page}")
+    if found.problems:
+        if written is not None:
+            stderr().print(written.message)
+        raise _unusable(found)
+    if written is not None:
+        raise written
     if as_json:
-        print_json(asdict(report))
-    else:
-        table(("", ""), describe(report), stdout())
+        print_json(_as_json(found))
+
+
+def _write_page(found: Check, page: Path) -> StorageError | None:
+    """Write the page. Return what went wrong: bad rows, if there are any, are the first thing to tell."""
+    from kivnun.artifacts import atomic_write, make_folder
+    from kivnun.evaluate.data_page import render
+
+    try:
+        make_folder(page.parent)
+        atomic_write(page, render(found))
+    except StorageError as error:
+        return StorageError(error.message, hint="name another place with --report, or give --no-report")
+    return None
+
+
+def _unusable(found: Check) -> DataError:
+    paths = [found.train.path, *([found.held_out.path] if found.held_out else [])]
+    return DataError(
+        f"{', '.join(paths)}: {found.bad_rows:,} of {found.all_rows:,} rows cannot be used",
+        found.problems,
+        hint="mend the lines, or set data.bad_rows to skip to leave them out",
+    )
+
+
+def _as_json(found: Check) -> dict[str, Any]:
+    """Return a check as one object: the training files' report, and beside it the rest. Rows themselves are left out."""
+    rest = asdict(found)
+    for name in ("train", "samples"):
+        del rest[name]
+    return {**asdict(found.train), **rest}
+
+
+def _columns(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in given]
+    if wrong := [item for item, (key, _, column) in zip(given, pairs, strict=True) if not (key and column)]:
+        raise click.BadParameter(f"must be KEY=COLUMN, got {wrong[0]!r}", param_hint="--columns")
+    return {key: column for key, _, column in pairs}
+
+
+def _tokenizer_of(base: str) -> tuple[ChatTokenizer, int]:
+    from kivnun.data.template import load_tokenizer
+    from kivnun.model.families import find_base, longest_row
+
+    folder = find_base(base, None)
+    return load_tokenizer(folder), longest_row(folder)
 
 
 @data.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Say what this machine offers, and what is in the way.")
 @click.option("--network", is_flag=True, help="Also ask whether the model hub is reached; without it nothing leaves this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print {ok, findings, defaults} as one JSON object.")
 def doctor(network: bool, as_json: bool) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from kivnun.data.chat_shape import (
     Complain,
     Message,
+    Sentences,
     check_asked_messages,
     check_keys,
     check_prompt_messages,

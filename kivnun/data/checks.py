@@ -27,8 +27,8 @@ SAMPLES = 3
 """Rows that a check shows as they are."""
 MAX_LABELS, MAX_LABEL = 60, 80
 """Replies are counted as labels while there are at most so many different ones, each of at most so many characters."""
-SHORTEST = 16
-"""Tokens, or characters, up to which rows stand in the first step of a histogram; each further step is twice as long."""
+SHORTEST = 4
+"""Tokens, or characters, up to which rows stand in the first step of a histogram: 4, 6, 8, 12, 16, 24 and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,15 @@ def histogram(train: np.ndarray, held_out: np.ndarray) -> tuple[tuple[int, int, 
     both = np.concatenate([train, held_out])
     if not len(both):
         return ()
-    ends = [SHORTEST]
-    while ends[-1] < int(both.max()):
-        ends.append(2 * ends[-1])
-    counts = [np.bincount(np.searchsorted(ends, side), minlength=len(ends)) for side in (train, held_out)]
-    steps = [(end, int(counts[0][at]), int(counts[1][at])) for at, end in enumerate(ends)]
-    return tuple(steps[int(np.searchsorted(ends, int(both.min()))) :])
+    ends = [SHORTEST, SHORTEST * 3 // 2]
+    while ends[-1] < both.max():
+        ends.append(2 * ends[-2])
+    edges = np.array(ends)
+    first, last = np.searchsorted(edges, [both.min(), both.max()]).tolist()
+    of_train, of_held_out = np.searchsorted(edges, train), np.searchsorted(edges, held_out)
+    return tuple(
+        (ends[at], int(np.count_nonzero(of_train == at)), int(np.count_nonzero(of_held_out == at))) for at in range(first, last + 1)
+    )
 
 
 def check_file(path: Path, format: str = "auto") -> FileReport:

@@ -41,7 +41,7 @@ def rows_of(file: DataFile) -> Iterator[tuple[int, dict[str, str] | LineProblem]
     names = [name.strip() for name in next(records, (1, list[str]()))[1]]
     for line, fields in records:
         if len(fields) != len(names):
-            yield line, LineProblem(f"has {len(fields):,} fields where the first line has {len(names):,}; {_QUOTES}")
+            yield line, LineProblem(f"has {len(fields):,} of the {len(names):,} fields that the first line names; {_QUOTES}")
         elif fields[0].startswith("\ufeff"):
             yield line, LineProblem("starts with a byte order mark, which is allowed at the start of the file only")
         elif trouble := next(filter(None, map(_trouble, fields)), None):

@@ -28,6 +28,7 @@ MAX_PROBLEMS_PER_ROW = 5
 MAX_SHOWN = 20
 # Columns that hold what a row shows or plays: leaving them out would train on rows that speak of what is not there.
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
 
 
 @dataclass
@@ -118,6 +119,20 @@ class RecordStream:
 
     def _table(self, source: Source, columns: Sequence[str]) -> Iterator[Record | RowProblem]:
         """Yield the rows of a table. Its columns decide the format, once for all rows."""
+        shape, variant, taken = self._taken(columns)
+        self._decided = shape.name
+        for line, values in source.read(tuple(taken.values())):
+            where = Where(self.name, line)
+            complaints = _Complaints()
+            row = values if isinstance(values, LineProblem) else _table_row(values, taken, shape, variant, source.spells)
+            if isinstance(row, LineProblem):
+                yield RowProblem(where.path, line, str(row), row.page)
+            else:
+                record = _parsed(shape, row, where, complaints, self._instruction)
+                yield from complaints.outcome(record, where)
+
+    def _taken(self, columns: Sequence[str]) -> tuple[Shape, Variant, dict[str, str]]:
+        """Return a table's shape and key -> column of the keys that it takes; keep the columns that none takes for a note."""
         column_of = _column_of(columns, self._columns, self.name)
         shape, variant = _table_shape(tuple(column_of), self._asked, columns, self.name, self._columns)
         taken = {key: column_of[key] for key in variant.keys if key in column_of}
@@ -134,17 +149,7 @@ class RecordStream:
                 f"data file {self.name}: the column {key_name(media[0])} holds images, sound or video, which are not read",
                 hint="write a file without the column, if the rows make sense without it",
             )
-        self._decided = shape.name
-        for line, values in source.read(tuple(taken.values())):
-            where = Where(self.name, line)
-            complaints = _Complaints()
-            row = values if isinstance(values, LineProblem) else _table_row(values, taken, shape, variant, source.spells)
-            if isinstance(row, LineProblem):
-                complaints(str(row), row.page)
-                record = None
-            else:
-                record = _parsed(shape, row, where, complaints, self._instruction)
-            yield from complaints.outcome(record, where)
+        return shape, variant, taken
 
     def _renamed(self, row: dict[str, Any], complain: Complain) -> dict[str, Any]:
         """Return a row with the keys that `columns` gives other names."""
@@ -293,6 +298,10 @@ def _table_shape(
         for column in columns[:100]
         if column not in ALL_KEYS and (key := nearest(column, ALL_KEYS))
     ]
+    if len(columns) == 1 and (other := next((name for mark, name in _OTHER_MARKS.items() if mark in columns[0]), None)):
+        near = [
+            f"the first line has {other} and no separator of this kind of file: export with commas as .csv, or with tabs as .tsv"
+        ]
     wanted = f"the format {asked}" if asked is not None else "any format"
     needed = " or ".join(", ".join(variant.needs) for variant in shapes[0].variants) if asked is not None else ""
     raise DataError(

@@ -23,6 +23,7 @@ MAX_INTEGER = 2**64
 
 # A string (closed or not: linear time whatever the input) or one bracket.
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LineProblem(ValueError):
@@ -196,7 +197,7 @@ def check_strings(value: Any) -> None:
     if isinstance(value, str):
         if "\x00" in value:
             raise LineProblem("a string holds a NUL character (\\u0000)")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and _SURROGATE.search(value) is not None:
             raise LineProblem("a string holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no character")
         return
     for item in as_list(value) or ():

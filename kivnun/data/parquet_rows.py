@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -86,7 +87,7 @@ def damage_told(name: str, row: int) -> Generator[None, None, None]:
 
 
 def unique(names: Sequence[str], name: str) -> tuple[str, ...]:
-    twice = sorted({one for one in names if names.count(one) > 1})
+    twice = [one for one, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(
             f"data file {name} has the columns {', '.join(map(key_name, twice[:6]))} twice", hint="give each column its own name"

@@ -220,7 +220,10 @@ class _Sample:
 
     def bins(self, slots: np.ndarray) -> np.ndarray:
         """Return the bins of the sketches at these places [N, BINS]."""
-        return np.array([self._bins.read(slot * BINS, (slot + 1) * BINS) for slot in slots.tolist()]).reshape(-1, BINS)
+        found = np.empty((len(slots), BINS), dtype=np.uint16)
+        for number, slot in enumerate(slots.tolist()):
+            found[number] = self._bins.read(slot * BINS, (slot + 1) * BINS)
+        return found
 
     def lowest(self, slots: np.ndarray) -> Callable[[int], np.ndarray]:
         """Return a function that gives the lowest hashes of a text by its place in `slots`."""

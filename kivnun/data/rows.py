@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The place a record came from. `line` counts from 1."""
+    """The place a record came from. `line` counts from 1; it is the row's number in files whose rows are no lines."""
 
     path: str
     line: int

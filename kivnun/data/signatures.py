@@ -6,7 +6,7 @@ there are compared by their sketches: exactly where texts have fewer than SKETCH
 estimate beyond. Likeness is what `near.py` says it is. All is a pure function of the texts. Next: `repeats.py`, which asks.
 
 Sources: Broder 1997, "On the resemblance and containment of documents"; Shrivastava and Li 2014, "Densifying one permutation
-hashing via rotation for fast near neighbor search"; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3 (bands).
+hashing via rotation for fast near neighbor search"; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def sketch_of(text: str) -> Sketch:
         letters = np.pad(letters, (0, RUN - len(letters)))  # a shorter text is one run
     lowest, bins = np.empty(0, dtype=np.uint32), np.full(BINS, _EMPTY)
     for start in range(0, len(letters) - RUN + 1, _AT_ONCE):
-        runs = np.unique(_hashes_of_runs(letters[start : start + _AT_ONCE + RUN - 1]))
+        runs = _distinct(_hashes_of_runs(letters[start : start + _AT_ONCE + RUN - 1]))
         np.minimum(bins, _lowest_of_bins(runs), out=bins)
-        lowest = runs[:SKETCH] if not start else np.union1d(lowest, runs[:SKETCH])[:SKETCH]
+        lowest = runs[:SKETCH] if not start else _distinct(np.concatenate([lowest, runs[:SKETCH]]))[:SKETCH]
     return Sketch(lowest, _filled(bins).astype(np.uint16))
 
 
@@ -114,6 +114,15 @@ def _likely(bins: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         for at in range(0, len(a), _AT_ONCE)
     ]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.bool_)
+
+
+def _distinct(hashes: np.ndarray) -> np.ndarray:
+    """Return the hashes in order, each once. numpy's own `unique` goes through a hash table, which takes four times as long."""
+    hashes.sort()
+    first = np.empty(len(hashes), dtype=np.bool_)
+    first[0] = True
+    np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
+    return hashes[first]
 
 
 def _lowest_of_bins(runs: np.ndarray) -> np.ndarray:

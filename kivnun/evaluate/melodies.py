@@ -9,7 +9,6 @@ Source of the measure: n-gram novelty as in McCoy et al. 2023, "How much do lang
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from kivnun.data.abc_notation import Tune, parse
+from kivnun.data.formats import stream_records
+from kivnun.data.rows import ChatRecord
 from kivnun.errors import DataError, RunFolderError
 from kivnun.evaluate.intervals import Interval, interval_of
 from kivnun.evaluate.metrics import Measure
@@ -82,8 +83,10 @@ def novelty_of_run(run: Path) -> dict[str, Novelty]:
 def training_replies(run: Path) -> list[str]:
     """Return the last reply of each training row of a run, from the files that its spec names."""
     spec = load_spec(RunFolder(run).resolved)
-    rows = [json.loads(line) for source in spec.data.train for line in Path(source.path).read_text(encoding="utf-8").splitlines()]
-    return [row["messages"][-1]["content"] for row in rows]
+    streams = [
+        stream_records(source.path, spec.data.format, spec.data.columns, spec.data.instruction) for source in spec.data.train
+    ]
+    return [record.messages[-1]["content"] for stream in streams for record in stream if isinstance(record, ChatRecord)]
 
 
 def run_samples(run: Path) -> dict[str, list[dict[str, Any]]]:

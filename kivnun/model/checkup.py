@@ -38,9 +38,14 @@ def libraries() -> dict[str, Any]:
 def kernels() -> dict[str, Any]:
     """Build the kernels in C, ask each one question, and return why they do not serve, or their name and what they pack."""
     from kivnun.model.kernels import native_or_reason
+    from kivnun.model.kernels.native import CannotBuild, compiler_version
 
     found = native_or_reason()
-    return {"reason": found} if isinstance(found, str) else {"reason": None, "name": found.name, "packs": sorted(found.packs())}
+    said = {"reason": found} if isinstance(found, str) else {"reason": None, "packs": sorted(found.packs())}
+    try:
+        return {**said, "compiler": compiler_version()}
+    except CannotBuild:
+        return {**said, "compiler": None}  # the reason says why
 
 
 def triton() -> dict[str, Any]:

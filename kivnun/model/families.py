@@ -249,6 +249,17 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
+def chat_template_of(folder: Path) -> str | None:
+    """Return where a base's own chat template is, or None where it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return "its own, chat_template.jinja"
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return "its own, in tokenizer_config.json" if isinstance(config, dict) and config.get("chat_template") else None
+
+
 def copy_tokenizer(base_folder: Path, place: Path, template: Path | None) -> None:
     """Put a base's tokenizer and chat template (or the one that took its place) beside a result: ids travel with weights."""
     for name in TOKENIZER_FILES:

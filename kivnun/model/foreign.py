@@ -27,7 +27,7 @@ class ForeignTrunk:
         self._trunk: nn.Module = model.base_model  # type: ignore[assignment]
         self.packed = _install_rotary(model, rope_factors)
         _install_activations(model)
-        layers = list(_layers(model))
+        layers = list(layers_of(model))
         for layer in layers if recompute else ():
             layer.forward = _Recomputed(layer.forward)
         kinds = Counter(type(layer).__name__ for layer in layers)
@@ -70,7 +70,7 @@ class _Recomputed:
         return recomputed(self._forward, hidden_states, **rest)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the members of the trunk's list of layers, whatever the family calls it."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):

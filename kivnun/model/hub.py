@@ -53,9 +53,11 @@ def download(model: str, revision: str | None = None, on_bytes: OnBytes = lambda
         return _cached(model, revision, "HF_HUB_OFFLINE is set")
     if revision is not None and COMMIT.fullmatch(revision):
         try:
-            return _cached(model, revision, "it is a commit")
+            folder = _cached(model, revision, "it is a commit")
         except BaseModelError:
-            pass  # not here yet, or not whole
+            folder = None  # not here yet, or not whole
+        if folder is not None and (folder / "tokenizer.json").is_file():  # another program may have fetched the weights alone
+            return folder
     try:
         with _told(model, revision):
             return _fetched(model, revision, on_bytes)

@@ -228,7 +228,7 @@ def load_base(
     precision for good; IntegrityError when its hash is not the `content_hash` that was asked for, before anything is read into
     memory, or when a file of the hub's cache is damaged.
     """
-    _refuse_unsupported(folder)
+    refuse_unsupported(folder, read_config(folder))
     found = base_hash(folder)
     refuse_other_base(folder, found, content_hash)
     chosen = choose(kernels, device)
@@ -284,14 +284,14 @@ def load_decoded(folder: Path, precision: str, rope_factors: str = "per_row") ->
 
 def read_decoded(folder: Path, precision: str) -> nn.Module:
     """Return transformers' own model with the weights that a base quantised in `precision` computes with."""
-    _refuse_unsupported(folder)
+    refuse_unsupported(folder, read_config(folder))
     refuse_other_precision(folder, precision)
     dtype = DTYPES[precision]
     return decoded(read_model(folder, dtype, precision if precision in FORMS else None, DecodeBuffer(dtype, choose("auto", "cpu"))))
 
 
 def _read(folder: Path, precision: str, rope_factors: str, kernels: Kernels) -> ReadModel:
-    _refuse_unsupported(folder)
+    refuse_unsupported(folder, read_config(folder))
     refuse_other_precision(folder, precision)
     dtype, form = DTYPES[precision], precision if precision in FORMS else None
     buffer, config = DecodeBuffer(dtype, kernels), open_config(folder)
@@ -344,32 +344,32 @@ def _prepared(
     return base
 
 
-def _refuse_unsupported(folder: Path) -> None:
-    config = read_config(folder)
+def refuse_unsupported(name: Path | str, config: Mapping[str, object]) -> None:
+    """Raise BaseModelError for a base whose config.json tells that it cannot be run, whatever its weights are."""
     kind = str(config.get("model_type"))
-    refuse_family(str(folder), config)
+    refuse_family(str(name), config)
     if "auto_map" in config and kind not in _known_types():
         raise BaseModelError(
-            f"{folder} needs code of its own (model_type {kind!r}), which Kivnun does not run",
+            f"{name} needs code of its own (model_type {kind!r}), which Kivnun does not run",
             hint="use a model that transformers holds",
         )
-    _refuse_unseen_rules(folder, config)
-    for name in ("logit_scale", "logits_scaling"):
-        if config.get(name) not in (None, 1, 1.0):
-            raise BaseModelError(f"{folder} scales its logits by {name}, which is not supported", hint="use another base")
+    _refuse_unseen_rules(name, config)
+    for key in ("logit_scale", "logits_scaling"):
+        if config.get(key) not in (None, 1, 1.0):
+            raise BaseModelError(f"{name} scales its logits by {key}, which is not supported", hint="use another base")
 
 
-def _refuse_unseen_rules(folder: Path, config: Mapping[str, object]) -> None:
+def _refuse_unseen_rules(name: Path | str, config: Mapping[str, object]) -> None:
     """Refuse what a short probe cannot show: rules that only longer rows would meet."""
     window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
     longest = config.get("max_position_embeddings")
     if config.get("model_type") in WINDOW_IN_MASK and isinstance(window, int) and isinstance(longest, int) and window < longest:
         raise BaseModelError(
-            f"{folder} has a sliding window of {window} that its attention is not told of, so it would not be kept",
+            f"{name} has a sliding window of {window} that its attention is not told of, so it would not be kept",
             hint="use another base, or one of this family whose window covers max_position_embeddings",
         )
     if config.get("attention_chunk_size") is not None:
-        raise BaseModelError(f"{folder} attends within chunks, which is not supported", hint="use another base")
+        raise BaseModelError(f"{name} attends within chunks, which is not supported", hint="use another base")
 
 
 def _known_types() -> set[str]:

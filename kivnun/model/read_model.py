@@ -146,7 +146,7 @@ def open_config(folder: Path) -> Any:
     """Return transformers' configuration of a folder. Raises BaseModelError when it knows no such model."""
     from transformers import AutoConfig
 
-    with _told_simply(folder):
+    with told_simply(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vars(config).pop("quantization_config", None)  # codes are read by `stored.py`; transformers would call bitsandbytes
     return config
@@ -158,7 +158,7 @@ def generation_config(folder: Path) -> Any:
 
     if not (folder / "generation_config.json").is_file():
         return None
-    with _told_simply(folder):
+    with told_simply(folder):
         return GenerationConfig.from_pretrained(folder)
 
 
@@ -168,7 +168,7 @@ def _outline(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     attention.register()
     config = open_config(folder)
-    with _told_simply(folder), torch.device("meta"):
+    with told_simply(folder), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
 
 
@@ -180,7 +180,7 @@ def _filled(folder: Path, outline: nn.Module, dtype: torch.dtype, tensors: Mappi
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is refused below, in fewer words
     try:
-        with _told_simply(folder):
+        with told_simply(folder):
             model, info = type(outline).from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=outline.config,
@@ -211,7 +211,7 @@ def _unfit(folder: Path, what: str, names: Iterable[Any]) -> BaseModelError:
 
 
 @contextmanager
-def _told_simply(folder: Path) -> Iterator[None]:
+def told_simply(name: Path | str) -> Iterator[None]:
     """Turn what transformers raises into one sentence."""
     try:
         yield
@@ -220,6 +220,6 @@ def _told_simply(folder: Path) -> Iterator[None]:
         if isinstance(error, KeyError):  # an attention class looked up by our name: it has an attention of its own
             reason = "it does not compute through transformers' attention interface"
         raise BaseModelError(
-            f"{folder} cannot be loaded as a causal language model: {reason}",
+            f"{name} cannot be loaded as a causal language model: {reason}",
             hint="it must open with AutoModelForCausalLM.from_pretrained and use transformers' attention interface",
         ) from error

@@ -286,6 +286,8 @@ def _of_kernels(tried: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:
     native = tried.get("kernels")
     if native is None:
         return
+    if native.get("compiler"):
+        yield Finding("C compiler", "ok", native["compiler"])
     reason = native.get("error") or native["reason"]
     if reason is not None:
         do = "install a C compiler (gcc or clang) for more speed on a CPU; without it torch computes"

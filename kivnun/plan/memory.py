@@ -150,7 +150,7 @@ class _Staying:
 def _staying(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> _Staying:
     """Return the bytes of what is there from step to step, and of all gradients, nothing divided."""
     number, trained = COMPUTE_BYTES[shape.precision], trained_of(sizes, spec)
-    weights = CODE_BYTES.get(shape.precision, number) * sizes.linear_numbers + number * sizes.outer_numbers
+    weights = weight_bytes(sizes.linear_numbers, sizes.outer_numbers, shape.precision)
     if shape.packed:  # for products with both sides, in the place of the weights; a tied head beside the embedding
         head = sizes.vocab * sizes.hidden
         weights += number * (sizes.linear_numbers + (2 if sizes.tied else 1) * head)
@@ -190,6 +190,12 @@ def _on_gpu(sizes: Sizes, spec: AdapterSpec, shape: Shape) -> StepMemory:
     if early >= late:
         return StepMemory(stays.weights, stays.adapter, head / 2, stays.moments, kept, workspace)
     return StepMemory(stays.weights, stays.adapter, stays.gradients, stays.moments, 0.0, workspace + (late - gradients))
+
+
+def weight_bytes(linear_numbers: int, outer_numbers: int, precision: str) -> float:
+    """Return what a base's weights take in a precision: linear layers, and what is never held as codes."""
+    number = COMPUTE_BYTES[precision]
+    return CODE_BYTES.get(precision, number) * linear_numbers + number * outer_numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,31 +19,82 @@ from kivnun.spec.tune import TuneSpec
 from kivnun.spec.yaml_text import Location, write_scalar
 
 ELSEWHERE = {
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "base_model": "base",
     "batch_size": "batch_rows",
+    "bf16": "precision",
+    "chat_template": "template",
+    "chat_template_jinja": "template",
+    "chat_template_path": "template",
+    "cosine_min_lr_ratio": "schedule.final_share",
+    "cutoff_len": "max_seq_len",
+    "dataset": "train",
+    "dataset_dir": "train",
+    "dataset_name": "train",
+    "datasets": "train",
+    "dpo_beta": "beta",
+    "eval_dataset": "validation",
+    "eval_steps": "evaluation.every_steps",
+    "evals_per_epoch": "evaluation.every_steps",
+    "excess_length_strategy": "over_long",
+    "finetuning_type": "adapter.kind",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "batch_rows",
+    "gradient_checkpointing": "activation_checkpointing",
     "gradient_clipping": "max_grad_norm",
+    "init_lora_weights": "init",
+    "interleave_probs": "share",
+    "load_in_4bit": "precision",
+    "load_in_8bit": "precision",
     "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
+    "lora_dropout": "adapter.dropout",
     "lora_r": "rank",
     "lora_rank": "rank",
+    "lora_target": "target_modules",
+    "lora_target_linear": "target_modules",
+    "lora_target_modules": "target_modules",
     "lr": "learning_rate",
+    "lr_scheduler": "decay",
     "lr_scheduler_type": "decay",
     "max_length": "max_seq_len",
     "max_seq_length": "max_seq_len",
     "max_steps": "steps",
     "method": "adapter",
+    "micro_batch_size": "batch_rows",
     "model_name": "base",
     "model_name_or_path": "base",
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "peft_use_dora": "adapter.kind",
+    "peft_use_rslora": "rslora",
     "per_device_train_batch_size": "batch_rows",
+    "pissa_init": "init",
+    "pref_beta": "beta",
+    "quantization_bit": "precision",
     "r": "rank",
+    "revision_of_model": "revision",
+    "rl": "objective",
+    "rl_beta": "beta",
+    "save_steps": "checkpoints.every_steps",
+    "save_total_limit": "keep",
+    "saves_per_epoch": "checkpoints.every_steps",
     "scheduler": "decay",
+    "sequence_len": "max_seq_len",
+    "stage": "objective",
+    "test_datasets": "validation",
+    "tf32": "precision",
     "train_file": "train",
-    "use_dora": "kind",
+    "use_dora": "adapter.kind",
     "use_rslora": "rslora",
+    "val_set_size": "validation",
+    "val_size": "validation",
     "warmup_ratio": "warmup_share",
+    "warmup_steps": "warmup_share",
 }
-"""Names that other tools give to our options."""
+"""Names that other tools give to our options (docs/guides/moving.md): a path's last part, or all of it where several end so."""
 
 MISSPELT, WRONG_TYPE = "01-misspelt-key", "02-wrong-type"  # pages of docs/mistakes
 BOOLEAN_WORDS = ("on", "off", "yes", "no", "y", "n", "true", "false")
@@ -185,7 +236,7 @@ def nearest_path(path: Location) -> str | None:
     known = list(dict.fromkeys(_all_paths()))
     siblings = [candidate for candidate in known if candidate.rpartition(".")[0] == dotted(path[:-1])]
     for group in (siblings, known):
-        exact = [candidate for candidate in group if candidate.rpartition(".")[2] == name]
+        exact = [candidate for candidate in group if name in (candidate, candidate.rpartition(".")[2])]
         if exact:
             return exact[0]
         names = difflib.get_close_matches(name, [candidate.rpartition(".")[2] for candidate in group], 1, cutoff=0.7)

@@ -34,6 +34,12 @@ ONE_THREAD = ("--set", "compute.threads=1")
 HELD_OUT_ROWS = 20
 # What `kivnun showcase --quick` does on a page: each of its stages, with hardly any rows.
 QUICK = Size("quick", 9, 10, 10, 10, 1, 1, 1, 16)
+# What `kivnun doctor` hears of torch and the kernels, which takes seconds to find out: test_doctor.py does.
+TRIED = {
+    "torch": {"version": "2", "built_for_cuda": None, "gpus": [], "bf16": None},
+    "kernels": {"reason": None, "packs": [], "compiler": "cc"},
+    "triton": {"reason": "there is no CUDA device"},
+}
 
 
 def anchors(page: Path) -> set[str]:
@@ -95,6 +101,7 @@ def test_the_commands_of_a_page_run_in_their_order(
     monkeypatch.setattr("kivnun.showcase.run.QUICK", QUICK)
     # A table takes ten minutes and more: the pages' commands are read, test_matrix_whole.py measures.
     monkeypatch.setattr("kivnun.matrix.matrix.make_matrix", lambda output, **given: {"cells": []})
+    monkeypatch.setattr("kivnun.plan.checkup.try_out", lambda: TRIED)
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):

@@ -338,6 +338,21 @@ def test_a_copy_of_phi_3_small_is_refused_before_its_weights_are_fetched(hub: Hu
     assert not {name for name in hub.fetched() if name.endswith(".safetensors")}
 
 
+def test_a_model_is_told_of_by_its_configuration_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bases", NAME, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model_class"], facts["fast"], facts["content_hash"]) == ("Phi3ForCausalLM", True, None)
+    assert hub.fetched() == {"config.json"}
+    assert run(["bases", "acme/nothing"]) == 4
+    assert "there is no model 'acme/nothing'" in capsys.readouterr().err
+
+
+def test_a_commit_whose_weights_alone_are_here_is_fetched_whole(hub: Hub) -> None:
+    folder = find_base(NAME, COMMIT)
+    (folder / "tokenizer.json").unlink()
+    assert (find_base(NAME, COMMIT) / "tokenizer.json").is_file()
+
+
 TERMINAL = """
     import os, pty, sys
     program = "from kivnun.cli.fetch import fetch_base; fetch_base(sys.argv[1], None)"

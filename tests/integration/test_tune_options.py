@@ -138,6 +138,7 @@ NOT_HERE = {
         for name in ("processes", "zero_stage", "offload", "deepspeed", *SIZES)
     },
     "compute.threads": "two threads need a process of their own: test_resume_process.py",
+    "base.content_hash": "refuses another base, and changes nothing of the right one: test_hub.py",
     "base.revision": "names a version on the hub; nothing is downloaded here",
 }
 

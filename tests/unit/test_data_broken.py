@@ -165,8 +165,8 @@ IN_ROWS: dict[str, tuple[str, bytes, list[tuple[int, str]], int]] = {
     "no rows but values": ("a.json", b'[null, 1, "a", [], true, {"text": "a"}]', FIVE, 1),
     "wrong brackets": ("a.json", b'[{"text": "a"], {"text": "b"}]', [(1, "not valid JSON")], 1),
     "wrong types": ("a.json", b'[{"text": []}, {"text": {}}, {"text": null}]', THREE, 0),
-    "too few fields": ("a.csv", b"text,label\na\nb,c\n", [(2, "has 1 fields")], 1),
-    "too many fields": ("a.tsv", b"text\tlabel\na\tb\tc\nb\tc\n", [(2, "has 3 fields")], 1),
+    "too few fields": ("a.csv", b"text,label\na\nb,c\n", [(2, "has 1 of the 2 fields")], 1),
+    "too many fields": ("a.tsv", b"text\tlabel\na\tb\tc\nb\tc\n", [(2, "has 3 of the 2 fields")], 1),
     "not json in a cell": ("a.csv", b"tokens,tags\n[a],[]\n", [(2, "tokens must be a list or an object, written as JSON")], 0),
 }  # fmt: skip
 
@@ -294,6 +294,9 @@ def test_mutated_files_give_records_and_problems_or_are_refused(
     assert good == sorted(set(good))
     assert not set(good) & set(bad)
     numbers = sorted([*good, *bad])
+    if name == "rows.jsonl":
+        lines = (tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        assert numbers == [number for number, line in enumerate(lines, 1) if line.strip(b" \t\r\n")]
     if name.split(".")[1] in ("json", "parquet"):  # numbered by place: each row is one or the other
         assert numbers == list(range(1, len(numbers) + 1))
 

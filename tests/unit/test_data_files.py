@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from kivnun.data import json_list
 from kivnun.data.formats import RecordStream, read_records, stream_records
-from kivnun.data.json_list import CHUNK
 from kivnun.data.rows import ChatRecord, PreferenceRecord, TextRecord
 from kivnun.errors import DataError, KivnunError, RowProblem, SpecError, StorageError
 from kivnun.spec import parse_spec
@@ -138,7 +140,7 @@ def test_a_stream_gives_records_and_problems_in_the_order_of_the_file(tmp_path: 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
 def test_a_stream_holds_a_row_and_not_the_file(tmp_path: Path, name: str) -> None:
-    rows = [{"text": f"{number} " + "word " * 2000} for number in range(2500)]
+    rows = [{"text": f"{number} " + "word " * 2000} for number in range(1500)]
     path = KINDS[name](tmp_path / name, rows)
     next(iter(stream_records(path)))  # what is imported once is not counted
     tracemalloc.start()
@@ -157,8 +159,8 @@ def test_a_csv_row_is_named_by_the_line_it_begins_on(tmp_path: Path) -> None:
     assert [record.where.line for record in records] == [2, 7]
     assert [problem.line for problem in problems] == [8, 10, 11]
     assert "label is empty" in problems[0].message
-    assert "has 1 fields where the first line has 2" in problems[1].message
-    assert "has 3 fields" in problems[2].message
+    assert "has 1 of the 2 fields that the first line names" in problems[1].message
+    assert "has 3 of the 2 fields" in problems[2].message
 
 
 def test_rows_of_a_list_are_numbered_by_their_place(tmp_path: Path) -> None:
@@ -169,13 +171,31 @@ def test_rows_of_a_list_are_numbered_by_their_place(tmp_path: Path) -> None:
     assert [problem.line for problem in problems] == [2, 3, 4]
 
 
-def test_a_list_is_read_wherever_the_pieces_of_the_file_end(tmp_path: Path) -> None:
-    for shift in range(12):
-        texts = ["x" * (CHUNK - 20 + shift), '\\"[{' * 3, "\\\\", "é" * 9]
-        path = listed(tmp_path / "rows.json", [{"text": text} for text in texts])
+TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1), min_size=1, max_size=5)
+TRICKY = st.sampled_from(['\\"[{', "\\", "\\\\", '"', "]}", "é" * 9, ",:"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=TEXTS,
+    tricky=TRICKY,
+    piece=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+    below=st.booleans(),
+)
+def test_a_list_is_read_as_json_reads_it_wherever_the_pieces_of_the_file_end(
+    tmp_path: Path, texts: list[str], tricky: str, piece: int, indent: int | None, ascii: bool, below: bool
+) -> None:
+    rows = [{"text": text + tricky} for text in texts]
+    path = tmp_path / "rows.json"
+    whole = json.dumps({"data": rows} if below else rows, indent=indent, ensure_ascii=ascii)
+    path.write_text(whole, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_list, "CHUNK", piece)
         _, records, problems = read_records(path)
-        assert problems == []
-        assert [record.text for record in records if isinstance(record, TextRecord)] == texts
+    assert problems == []
+    assert [record.text for record in records if isinstance(record, TextRecord)] == [row["text"] for row in rows]
 
 
 def test_a_list_with_a_row_over_the_limit_goes_on_after_it(tmp_path: Path) -> None:
@@ -245,8 +265,11 @@ def test_a_heading_that_cannot_be_used_is_refused_before_the_rows(tmp_path: Path
         read_records(path, "classification" if "label" in head or "lable" in head else "auto")
 
 
-def test_near_names_of_columns_are_told(tmp_path: Path) -> None:
+def test_near_names_of_columns_and_other_separators_are_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
+    path.write_text("text;label\na;b\n", encoding="utf-8")
+    with pytest.raises(DataError, match="the first line has semicolons"):
+        read_records(path)
     path.write_text("instruction,outputs\na,b\n", encoding="utf-8")
     with pytest.raises(DataError, match="'outputs' is near 'output'"):
         read_records(path)

@@ -125,10 +125,8 @@ def test_an_answer_is_a_number_a_letter_or_a_text(tmp_path: Path, answer: Any, r
 
 def test_digits_in_a_csv_count_the_choices_and_are_refused_where_they_are_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text(
-        'question,choices,answer\nq,"[""a"", ""b""]",1\nq,"[""a"", ""b""]",b\nq,"[""1"", ""2""]",1\nq,"[""0"", ""9""]",9\nq,"[a]",1\n',
-        encoding="utf-8",
-    )
+    lines = ['"[""a"", ""b""]",1', '"[""a"", ""b""]",b', '"[""1"", ""2""]",1', '"[""0"", ""9""]",9', '"[a]",1']
+    path.write_text("question,choices,answer\n" + "".join(f"q,{line}\n" for line in lines), encoding="utf-8")
     _, records, problems = read_records(path)
     assert [turns(record)[-1][1] for record in records] == ["b", "b", "9"]
     assert [problem.line for problem in problems] == [4, 6]

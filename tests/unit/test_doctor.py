@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ GPU = {"name": "NVIDIA L4", "memory_bytes": 24 * GIB, "capability": [8, 9]}
 WELL: dict[str, dict[str, Any]] = {
     "torch": TORCH,
     "libraries": {},
-    "kernels": {"reason": None, "name": "native 1", "packs": ["bf16", "fp32"]},
+    "kernels": {"reason": None, "packs": ["bf16", "fp32"], "compiler": "cc: 12"},
     "triton": {"reason": "there is no CUDA device"},
     "speed": {"fp32": 66e9, "bf16": 165e9},
 }
@@ -67,6 +68,7 @@ def test_this_machine_is_judged_and_what_a_run_would_take_is_told(capsys: pytest
     assert status == 0, told
     assert told["ok"] is True
     assert {"Python", "processor", "cores", "memory", "torch works", "GPU", "transformers", "kernels in C", "hub"} <= set(states)
+    assert ("C compiler" in states) == (shutil.which("cc") is not None or "CC" in os.environ)
     assert "speed in bf16" in states
     assert all(finding["do"] for finding in told["findings"] if finding["state"] == "problem")
     small, large = told["defaults"]
@@ -93,7 +95,7 @@ def test_without_a_compiler_the_kernels_are_a_note_and_the_reason_is_told(tmp_pa
     monkeypatch.delenv("CC", raising=False)
     in_environment(monkeypatch, PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(tmp_path))
     found = try_out(("kernels",))
-    assert found == {"kernels": {"reason": "there is no C compiler (cc, gcc or clang)"}}
+    assert found == {"kernels": {"reason": "there is no C compiler (cc, gcc or clang)", "compiler": None}}
     (line,) = checkup._of_kernels(found)
     assert (line.state, line.do.startswith("install a C compiler")) == ("note", True)
 

@@ -14,7 +14,7 @@ from kivnun.cli import failure
 from kivnun.cli.main import cli, run
 from kivnun.data.formats import read_records
 from kivnun.errors import DataError, KivnunError, RowProblem, SpecError, path_of
-from kivnun.spec import load_spec
+from kivnun.spec import MultiProcessSpec, load_spec
 
 PACKAGE = Path(__file__).parents[2] / "kivnun"
 NAMES = {kind.__name__ for kind in (KivnunError, *failure.error_classes())}
@@ -137,3 +137,15 @@ def test_the_commands_that_hints_name_exist() -> None:
     named = {name for text in texts for name in re.findall(r"(?<![\w/])kivnun ([a-z]+)\b", text)}
     prose = {"runs", "is", "does", "with", "has"}
     assert named - set(cli.commands) - prose == set()
+
+
+def test_a_run_that_divides_state_without_deepspeed_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kivnun.parts import refuse_missing_deepspeed
+
+    compute = MultiProcessSpec(processes=2, zero_stage=3)
+    refuse_missing_deepspeed(MultiProcessSpec(processes=2, zero_stage=0))
+    monkeypatch.setattr("kivnun.parts.find_spec", lambda name: None)
+    refuse_missing_deepspeed(MultiProcessSpec(processes=2, zero_stage=0))
+    with pytest.raises(SpecError, match="zero_stage is 3, which needs DeepSpeed") as caught:
+        refuse_missing_deepspeed(compute)
+    assert "kivnun[deepspeed]" in str(caught.value.hint)

@@ -420,6 +420,13 @@ def _compile(compiler: list[str], flags: Sequence[str], sources: Sequence[Path],
         os.replace(made, library)
 
 
+def compiler_version() -> str:
+    """Return what the C compiler calls itself: its first line. Raises CannotBuild."""
+    command = _compiler()
+    said = _run([*command, "--version"]).splitlines()
+    return f"{shlex.join(command)}: {said[0] if said else 'of no name'}"
+
+
 def _compiler() -> list[str]:
     named = os.environ.get("CC")
     if named:
