@@ -86,7 +86,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
-from kivnun.train.passes import PassBudget
+from kivnun.train.passes import PassBudget, telling_shortage
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -205,6 +205,7 @@ class _Run:
     on_progress: StageProgress | None
     known_base: Path | None
 
+    @telling_shortage("a stage outside of training's passes")
     def execute(self) -> dict[str, Any]:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
