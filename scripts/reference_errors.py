@@ -20,8 +20,8 @@ Every error raised on purpose is a `KivnunError` with a `message`, a `hint` and 
 library's error that it refines, so that code that knows nothing of Kivnun catches it too. `kivnun` prints the code and the message
 to stderr and returns the exit status; with `--json` the last line of stdout is
 `{"status": "failed", "exit_status": ..., "error": {"code", "message", "hint"}}`, and for data also `problems`, each with `path`,
-`line` and `message`. The commonest have pages that tell more ([mistakes](../mistakes/README.md)): the last line of the message names
-them (`more:`), and so do `pages` of the class and `error.pages` of the JSON.
+`line` and `message`. The commonest have pages that tell more ([mistakes](../mistakes/README.md)): the last line of the message
+names them (`more:`), and so do `pages` of the class and `error.pages` of the JSON.
 """
 
 

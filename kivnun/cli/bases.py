@@ -74,14 +74,14 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tell(name: str, as_json: bool) -> None:
-    from kivnun.plan.bases import known_config
+    from kivnun.plan.bases import base_files
 
-    found, config, folder = known_config(name)
-    with working(f"asking {found}"):
+    files = base_files(name)
+    with working(f"asking {files.name}"):
         from kivnun.model.coverage import cover
 
-        coverage = cover(found, config)
-        facts = _facts(coverage, folder)
+        coverage = cover(files.name, files.config)
+        facts = _facts(coverage, files.folder)
     if as_json:
         print_json(facts)
         return

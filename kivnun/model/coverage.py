@@ -174,7 +174,7 @@ def _uncovered(outline: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str
 def _window(opened: Any, config: Mapping[str, Any]) -> str:
     """Return how far back attention sees, in words."""
     window = window_of(opened.to_dict() | {key: config[key] for key in ("use_sliding_window",) if key in config})
-    kinds = Counter(getattr(opened, "layer_types", None) or ())
+    kinds: Counter[str] = Counter(getattr(opened, "layer_types", None) or ())
     if window is None or (kinds and not kinds["sliding_attention"]):
         return "none within its context"
     where = f" in {kinds['sliding_attention']} of {kinds.total()} layers" if kinds["full_attention"] else ""
