@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from kivnun.artifacts import MANIFEST, hash_folder, listed_hash, read_manifest
+from kivnun.artifacts import hash_folder, listed_hash, read_manifest
 from kivnun.errors import IntegrityError, RunFolderError
 from kivnun.run_folder import RunFolder
 from kivnun.spec.adapters import AdapterSpec, LowRank
@@ -42,8 +42,10 @@ def find_start(place: Path) -> Start:
 
     Raises RunFolderError where there is none, IntegrityError where a run's adapter is not what its manifest says.
     """
+    if _is_adapter_of_run(place):
+        place = place.resolve().parent
     if (place / "adapter_config.json").is_file():
-        return _of_run(place.parent) if _is_adapter_of_run(place) else Start(place, None, hash_folder(place), _base_on_card(place))
+        return Start(place, None, hash_folder(place), _base_on_card(place))
     folder = RunFolder(place)
     if folder.resolved.is_file() and folder.model.is_dir():
         raise RunFolderError(
@@ -78,8 +80,7 @@ def lineage_of(adapter: AdapterSpec, base_folder: Path, base_hash: str) -> dict[
 
 
 def _is_adapter_of_run(place: Path) -> bool:
-    parent = place.resolve().parent
-    return place.resolve().name == "adapter" and all((parent / name).is_file() for name in ("resolved.yaml", MANIFEST))
+    return place.resolve().name == "adapter" and RunFolder(place.resolve().parent).resolved.is_file()
 
 
 def _of_run(place: Path) -> Start:

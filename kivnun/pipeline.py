@@ -86,7 +86,7 @@ from kivnun.train.checkpoint import Cadence, Checkpoint, CheckpointStore
 from kivnun.train.engine import TorchEngine, Trainee
 from kivnun.train.loop import fit
 from kivnun.train.new_weights import check_targets
-from kivnun.train.passes import PassBudget
+from kivnun.train.passes import PassBudget, telling_shortage
 from kivnun.train.processes import OneProcess, Processes, joined, stop_on_signals
 
 Emit = Callable[[Event], None]
@@ -205,6 +205,7 @@ class _Run:
     on_progress: StageProgress | None
     known_base: Path | None
 
+    @telling_shortage("a stage outside of training's passes")
     def execute(self) -> dict[str, Any]:
         base_folder = find_base(self.spec.base.model, self.spec.base.revision)
         tokenizer = load_tokenizer(base_folder, self.spec.data.template)
@@ -220,6 +221,7 @@ class _Run:
 
         base = self._load_base(spec, base_folder)
         check_targets(spec.adapter, base)  # a wrong name is told before the base is scored, which takes long
+        lineage = lineage_of(spec.adapter, base_folder, base.content_hash)  # while the parent is where the spec says
         same = _sameness(spec, dataset, base)
         self.processes.from_first(lambda: check_start(self.folder, self.spec, same))
         probe = _probe(spec, dataset, tokenizer)
@@ -232,7 +234,7 @@ class _Run:
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base, probe)
         peak_bytes = max(self.processes.all_of(peak_memory(spec.compute.device)))
         return self.processes.from_first(
-            lambda: self._finish(plan, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes)
+            lambda: self._finish(plan, dataset, base, scored_base, scored_tuned, trainee.steps, peak_bytes, lineage)
         )
 
     def _tell_data(self, dataset: Dataset, tokenizer: ChatTokenizer, changed: Sequence[str]) -> None:
@@ -410,6 +412,7 @@ class _Run:
         scored_tuned: Evaluation | None,
         steps: int,
         peak_bytes: int,
+        lineage: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """Write the result, the report and, last, the manifest that says the run is whole."""
         spec, events = plan.spec, read_events(self.folder.events)
@@ -433,10 +436,10 @@ class _Run:
             "base": base_record(spec.base.model, spec.base.revision, base.folder, base.content_hash),
             "code_hash": code_hash(),
             "environment": numeric_environment(cast(int, spec.compute.threads), spec.compute.device, names_of(base.kernels)),
-            **({} if (lineage := lineage_of(spec.adapter, base.folder, base.content_hash)) is None else {"lineage": lineage}),
+            **({} if lineage is None else {"lineage": lineage}),
         }
         made = self._result_folder(spec)
-        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter")
+        write_card(self.folder.path, self.folder.path / made, "model" if made == "model" else "adapter", lineage)
         kept = ["spec.yaml", "resolved.yaml", "start.json", "evaluation", made]
         write_manifest(self.folder.path, fields, kept)
         write_report(self.folder.path)

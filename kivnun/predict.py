@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from kivnun.artifacts import atomic_write, hash_file, hash_folder, numeric_environment, storage_errors
+from kivnun.artifacts import atomic_write, hash_file, hash_folder, make_folder, numeric_environment, storage_errors
 from kivnun.data.asked import Asked, BadRow, prompt_ids, read_asked
 from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import TokenRow, Where
@@ -58,14 +58,14 @@ class Question:
     room: int
 
 
-def read_questions(path: Path, run: OpenedRun, max_new_tokens: int, *, skip_bad: bool) -> list[Question | BadRow]:
+def read_questions(path: Path, run: OpenedRun, max_new_tokens: int, *, skip_bad: bool, name: str) -> list[Question | BadRow]:
     """Return the rows to answer, in order; with `skip_bad` those that cannot be among them.
 
-    Raises DataError with every problem of every row otherwise.
+    `name` is what messages call the file. Raises DataError with every problem of every row otherwise.
     """
     longest = longest_row(run.base_folder)
     rows = [_question(row, run.tokenizer, longest, max_new_tokens) for row in read_asked(path)]
-    problems = [RowProblem(str(path), row.line, text) for row in rows if isinstance(row, BadRow) for text in row.problems]
+    problems = [RowProblem(name, row.line, text) for row in rows if isinstance(row, BadRow) for text in row.problems]
     if problems and not skip_bad:
         count = sum(isinstance(row, BadRow) for row in rows)
         raise DataError(
@@ -90,10 +90,11 @@ def _question(row: Asked | BadRow, tokenizer: ChatTokenizer, longest: int, max_n
 
 
 def answers_of(
-    run: OpenedRun, source: Path, params: PredictParams, *, batch_rows: int = 32, skip_bad: bool = False
+    run: OpenedRun, source: Path, params: PredictParams, *, batch_rows: int = 32, skip_bad: bool = False, name: str | None = None
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the output rows of every row of `source`, in order, as they are ready. Raises as `read_questions`."""
-    return _answers(run, read_questions(source, run, params.max_new_tokens, skip_bad=skip_bad), params, batch_rows)
+    rows = read_questions(source, run, params.max_new_tokens, skip_bad=skip_bad, name=name or str(source))
+    return _answers(run, rows, params, batch_rows)
 
 
 def _answers(
@@ -194,16 +195,18 @@ def predict_file(
     batch_rows: int = 32,
     resume: bool = False,
     skip_bad: bool = False,
+    name: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Answer every row of `source` in `output` and return {output, rows, answered, errors, tokens, finish_reasons}.
 
-    With `resume` it goes on after the last whole answer. Raises DataError for bad rows, RunFolderError when the output is there
-    already or was begun otherwise, IntegrityError when it holds something else, StorageError.
+    `name` is what messages call the source (None: its path). With `resume` it goes on after the last whole answer. Raises
+    DataError for bad rows, RunFolderError when the output is there already or was begun otherwise, IntegrityError when it holds
+    something else, StorageError.
     """
     if not resume and (output.exists() or _record_of(output).exists()):
         raise RunFolderError(f"{output} exists already", hint="choose another --output, or go on with it with --resume")
-    rows = read_questions(source, run, params.max_new_tokens, skip_bad=skip_bad)
+    rows = read_questions(source, run, params.max_new_tokens, skip_bad=skip_bad, name=name or str(source))
     _check_record(output, _made_by(run, source, params, skip_bad))
     with _opened(output) as file:
         done = _recover(file, output, rows)
@@ -261,6 +264,7 @@ def _check_record(output: Path, now: Mapping[str, Any]) -> None:
     if not path.exists():
         if output.exists():
             raise RunFolderError(f"{output} was not begun by predict: {path.name} is missing", hint="choose another --output")
+        make_folder(path.parent)
         atomic_write(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
         return
     try:

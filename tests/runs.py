@@ -136,8 +136,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def result_hashes(run: Path) -> dict[str, str]:
-    """Return the hashes of what a run leaves for others to load."""
-    return hashes(run / "adapter") if (run / "adapter").is_dir() else hashes(run / "model")
+    """Return the hashes of what a run leaves for others to load; the card beside it tells what was measured, which may differ."""
+    found = hashes(run / "adapter") if (run / "adapter").is_dir() else hashes(run / "model")
+    return {name: found[name] for name in found if name != "README.md"}
 
 
 def newest_checkpoint(run: Path) -> Path:

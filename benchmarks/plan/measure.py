@@ -20,7 +20,7 @@ from benchmarks.plan.cases import Case
 from kivnun.artifacts import atomic_write
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-TIMEOUT_S = 300  # of one case
+TIMEOUT_S = 600  # of one case
 
 
 @dataclass(frozen=True, slots=True)

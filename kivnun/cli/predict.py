@@ -8,16 +8,12 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from kivnun.cli.completion import run_folders
 from kivnun.errors import InterruptedRun
-
-if TYPE_CHECKING:
-    from kivnun.opened import OpenedRun
-    from kivnun.predict import PredictParams
 
 PIPE = Path("-")
 
@@ -63,18 +59,20 @@ def predict(
     from kivnun.cli.screen import print_json, stderr, working
 
     keep_freed_memory()
+    name = "stdin" if source == PIPE else str(source)
     with _readable(source) as place, working("loading the run") as tell:
         from kivnun.opened import open_run
-        from kivnun.predict import PredictParams, predict_file
+        from kivnun.predict import PredictParams, answers_of, predict_file
 
         opened = open_run(run)
         params = PredictParams(base, max_new_tokens, temperature, top_p, seed, logprob)
         if output == PIPE:
-            _to_stdout(opened, place, params, skip_bad, batch_rows)
+            for rows in answers_of(opened, place, params, batch_rows=batch_rows, skip_bad=skip_bad, name=name):
+                _write(rows)
             return
         try:
             result = predict_file(
-                opened, place, output, params, batch_rows=batch_rows, resume=resume, skip_bad=skip_bad,
+                opened, place, output, params, batch_rows=batch_rows, resume=resume, skip_bad=skip_bad, name=name,
                 on_progress=lambda done, total: tell(f"{done:,} of {total:,} rows", done, total),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -96,13 +94,6 @@ def _readable(source: Path) -> Generator[Path]:
         path = Path(place) / "stdin"
         path.write_bytes(sys.stdin.buffer.read())
         yield path
-
-
-def _to_stdout(run: OpenedRun, source: Path, params: PredictParams, skip_bad: bool, batch_rows: int) -> None:
-    from kivnun.predict import answers_of
-
-    for rows in answers_of(run, source, params, batch_rows=batch_rows, skip_bad=skip_bad):
-        _write(rows)
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import socket
@@ -76,6 +77,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _app(run: Path, key: str | None) -> tuple[Any, list[str]]:
     """Return the application over the run's models, loaded, and their ids."""
     try:
+        importlib.import_module("uvicorn")  # where it is missing, that is told before anything is loaded
         from kivnun.serve.app import make_app
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{error.name} is not installed: pip install 'kivnun[serve]'") from None

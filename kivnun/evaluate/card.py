@@ -20,7 +20,7 @@ from kivnun import __version__
 from kivnun.artifacts import atomic_write
 from kivnun.errors import BaseModelError
 from kivnun.evaluate.report import Figure, read_report
-from kivnun.lineage import CARD, lineage_of
+from kivnun.lineage import CARD
 from kivnun.model.families import BUILT_IN, FAMILIES, find_base, read_config
 from kivnun.run_folder import RunFolder
 from kivnun.spec import FullSpec, TuneSpec, is_hub_id
@@ -59,18 +59,19 @@ class _Facts:
     licence: str | None
 
 
-def write_card(run_dir: Path, place: Path, form: Form) -> Path:
-    """Write the card of a run's result into `place` and return its path. The run must have been scored and exported.
+def write_card(run_dir: Path, place: Path, form: Form, lineage: Mapping[str, Any] | None = None) -> Path:
+    """Write the card of a run's result into `place` and return its path. The run must have been scored and exported; `lineage` is
+    what its manifest says of its parent.
 
     Raises RunFolderError where there is no run, IntegrityError where its record is damaged, StorageError.
     """
-    atomic_write(place / CARD, card_text(run_dir, form))
+    atomic_write(place / CARD, card_text(run_dir, form, lineage))
     return place / CARD
 
 
-def card_text(run_dir: Path, form: Form) -> str:
+def card_text(run_dir: Path, form: Form, lineage: Mapping[str, Any] | None = None) -> str:
     """Return the card of a run's result: its adapter, its own model, or the model that an export merged."""
-    facts = _facts(run_dir, form)
+    facts = _facts(run_dir, form, lineage)
     parts = [_title(facts), _results(facts), _use(facts), _made(facts), _limits(facts)]
     head = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
@@ -81,22 +82,21 @@ def markdown(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def _facts(run_dir: Path, form: Form) -> _Facts:
+def _facts(run_dir: Path, form: Form, lineage: Mapping[str, Any] | None) -> _Facts:
     folder, report = RunFolder(run_dir), read_report(run_dir)
     spec = folder.read_spec()
     began = cast("dict[str, Any]", json.loads(folder.start.read_text(encoding="utf-8")))
-    base_hash = str(began["base_hash"])
-    family, licence, base_folder = None, None, None
+    family, licence = None, None
     try:
-        base_folder = find_base(spec.base.model, spec.base.revision)
-        known = FAMILIES.get(str(read_config(base_folder).get("model_type")))
+        config = read_config(find_base(spec.base.model, spec.base.revision))
+        known = FAMILIES.get(str(config.get("model_type")))
         family = None if known is None else known.name
         licence = "Apache-2.0" if spec.base.model in BUILT_IN else known.licence if known and is_hub_id(spec.base.model) else None
     except BaseModelError:  # moved since: the card says less
         pass
     return _Facts(
         spec,
-        base_hash,
+        str(began["base_hash"]),
         str(began["data_hash"]),
         form,
         report.headline,
@@ -104,7 +104,7 @@ def _facts(run_dir: Path, form: Form) -> _Facts:
         report.figures,
         report.facts.get("Data", {}),
         report.facts.get("Model", {}),
-        None if base_folder is None else lineage_of(spec.adapter, base_folder, base_hash),
+        lineage,
         family,
         licence,
     )

@@ -24,6 +24,7 @@ FINDINGS = {
     "near_duplicates": "training rows nearly equal to an earlier one",
     "overlap": "held-out rows that are also training rows",
     "near_overlap": "held-out rows nearly equal to a training row",
+    "problems": "rows with a problem",
 }
 
 
@@ -54,6 +55,8 @@ def findings_of(events: Sequence[Event]) -> Findings | None:
     if data is None or not data.findings:
         return None
     counts = {FINDINGS.get(name, name.replace("_", " ")): value for name, value in data.findings.items() if type(value) is int}
+    reasons = cast(dict[str, int], data.findings.get("reasons", {}))
+    counts |= {f"of them: {reason}": rows for reason, rows in reasons.items()}
     lengths = cast(list[list[int]], data.findings.get("lengths", []))
     return Findings(counts, [(most, train, held_out) for most, train, held_out in lengths])
 

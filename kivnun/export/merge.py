@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kivnun.artifacts import atomic_folder, check_manifest, hash_folder
+from kivnun.artifacts import atomic_folder, check_manifest, hash_folder, read_manifest
 from kivnun.data.packing import PackedBatch, pack
 from kivnun.data.rows import PreferencePair, TokenRow, Trainable
 from kivnun.errors import IntegrityError, RunFolderError
@@ -122,7 +122,7 @@ def export_merged(run: OpenedRun, output: Path) -> dict[str, Any]:
 def _add_card(run: OpenedRun, place: Path, form: Form) -> None:
     """Write the model card; one that came with the copy stays as it was made."""
     if not (place / CARD).is_file():
-        write_card(run.folder.path, place, form)
+        write_card(run.folder.path, place, form, read_manifest(run.folder.path).get("lineage"))
 
 
 def _base_in_float32(run: OpenedRun) -> Base:

@@ -224,15 +224,20 @@ def new_adapter(base: Base, shape: AdapterShape, init: Init, seed: int, looked_a
 
     Raises BaseModelError for a rank above a weight's own (PiSSA, OLoRA), DataError where EVA finds too few directions.
     """
+    refuse_dropout_on_head(base, shape)
+    directions = eva(base, shape.sites, looked_at, shape.rank) if init == "eva" else {}
+    return LowRankAdapter(
+        shape, {name: _new_site(base, name, shape, init, seed, directions.get(name)) for name in shape.sites}, seed
+    )
+
+
+def refuse_dropout_on_head(base: Base, shape: AdapterShape) -> None:
+    """Raise BaseModelError for dropout at the head: it is drawn for every token, and the head sees a few."""
     if base.head_name in shape.sites and shape.dropout > 0.0:
         raise BaseModelError(
             f"adapter.dropout is {shape.dropout} and the adapter covers {base.head_name}, which sees chosen positions only",
             hint="set adapter.dropout to 0, or leave the language head out of target_modules",
         )
-    directions = eva(base, shape.sites, looked_at, shape.rank) if init == "eva" else {}
-    return LowRankAdapter(
-        shape, {name: _new_site(base, name, shape, init, seed, directions.get(name)) for name in shape.sites}, seed
-    )
 
 
 def _new_site(base: Base, name: str, shape: AdapterShape, init: Init, seed: int, directions_RI: Tensor | None) -> LowRankSite:

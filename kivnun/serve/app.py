@@ -123,7 +123,13 @@ class _Service:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    """Return the body. Raises Refusal before more than MAX_BODY_BYTES are held."""
+    """Return the body. Raises Refusal before more than MAX_BODY_BYTES are held.
+
+    A page in somebody's browser may send other types to this machine without asking; JSON it may not.
+    """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f"the body must be application/json, got {kind or 'no type'}", code="unsupported_media_type")
     parts: list[bytes] = []
     size = 0
     async for part in http.stream():

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from kivnun.errors import BaseModelError, IntegrityError, SpecError
 from kivnun.lineage import find_start, start_of
-from kivnun.model.adapters import MODULE_PREFIX, LowRankAdapter, load_low_rank, read_low_rank_shape, resolve_targets
+from kivnun.model.adapters import (
+    MODULE_PREFIX,
+    LowRankAdapter,
+    load_low_rank,
+    read_low_rank_shape,
+    refuse_dropout_on_head,
+    resolve_targets,
+)
 from kivnun.model.families import read_header, weight_files
 from kivnun.model.load import Base
 from kivnun.spec.adapters import AdapterSpec, LowRank
@@ -60,7 +67,9 @@ def check_start(spec: LowRank, base: Base) -> None:
 def open_start(spec: LowRank, base: Base, seed: int) -> LowRankAdapter:
     """Return the adapter that the spec starts from, ready to train with the spec's own dropout."""
     assert spec.start_from is not None
-    return load_low_rank(base, find_start(spec.start_from).folder, seed, spec.dropout)
+    adapter = load_low_rank(base, find_start(spec.start_from).folder, seed, spec.dropout)
+    refuse_dropout_on_head(base, adapter.shape)
+    return adapter
 
 
 def _sites_in(folder: Path) -> list[str]:

@@ -45,7 +45,7 @@ def is_short_of_memory(error: BaseException) -> bool:
 def told_shortage(what: str, error: BaseException) -> WontFitError:
     """Return the error of a run that cannot go on, for `what` found no memory."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return WontFitError(f"memory ran out in {what}: {said}", hint=f"the last checkpoint stands; {SMALLER}")
+    return WontFitError(f"memory ran out in {what}: {said}", hint=f"what was saved stands; {SMALLER}")
 
 
 @contextmanager

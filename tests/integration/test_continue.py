@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,30 @@ def test_a_continued_run_that_is_killed_goes_on_to_the_same_bits_and_another_sta
     name = "adapter_model.safetensors"
     assert result_hashes(tmp_path / "run")[name] == result_hashes(tmp_path / "whole")[name]
     assert state_hashes(tmp_path / "run")["state.safetensors"] == state_hashes(tmp_path / "whole")["state.safetensors"]
+
+
+def test_a_parent_that_is_gone_is_still_told_by_manifest_and_card(first: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
+    export_run(first("lora"), "peft", tmp_path / "start")
+    run_spec(second(tmp_path, base, tmp_path / "start"), tmp_path / "run")
+    rmtree(tmp_path / "start")
+    export_run(tmp_path / "run", "merged", tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"Training went on with the adapter, content hash `{hash_folder(first('lora') / 'adapter')}`" in card
+
+
+def test_an_unfinished_run_is_no_start_by_its_adapter_folder_either(
+    first: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
+    copytree(first("lora"), tmp_path / "half")
+    (tmp_path / "half" / "result.json").unlink()
+    for start in (tmp_path / "half", tmp_path / "half" / "adapter"):
+        with pytest.raises(RunFolderError, match="is not finished"):
+            run_spec(second(tmp_path, base, start), tmp_path / "run")
+    copytree(first("lora"), tmp_path / "changed")
+    weights = tmp_path / "changed" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match="was changed"):
+        run_spec(second(tmp_path, base, tmp_path / "changed"), tmp_path / "other")
 
 
 def test_preferences_are_held_to_the_adapter_that_the_run_starts_from(

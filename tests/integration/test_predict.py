@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -85,28 +87,34 @@ def test_the_log_probability_is_that_of_the_answer(opened: OpenedRun, questions:
     assert row["logprob"] == pytest.approx(float(found), abs=1e-4)
 
 
-def test_a_call_that_was_killed_goes_on_to_the_same_bytes(opened: OpenedRun, questions: Path, tmp_path: Path) -> None:
-    predict_file(opened, questions, tmp_path / "whole.jsonl", SAMPLED, batch_rows=2)
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    output = tmp_path / "killed.jsonl"
+@pytest.mark.parametrize("writes", [1, 2, 3, 5])
+def test_a_call_that_was_killed_goes_on_to_the_same_bytes(opened: OpenedRun, questions: Path, tmp_path: Path, writes: int) -> None:
+    """The command, in a process of its own, dies by SIGKILL when it makes its nth write durable: the record's file and folder
+    first, then the batches of answers, of which the last is on disk when it dies."""
+    words = ["--max-new-tokens", "6", "--temperature", "1", "--seed", "3", "--logprob", "--batch-rows", "1", "--resume"]
+    args = ["predict", str(opened.folder.path), "--input", str(questions), "--output", str(tmp_path / "killed.jsonl"), *words]
 
-    def until(count: int) -> None:
-        def stop(done: int, total: int) -> None:
-            if done >= count:
+    def dying() -> None:
+        left = [writes]
+
+        def fsync(_descriptor: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
                 kill_self()
 
-        predict_file(opened, questions, output, SAMPLED, batch_rows=1, resume=True, on_progress=stop)
+        os.fsync = fsync  # type: ignore[assignment]
+        command(args)
 
-    sizes: list[int] = []
-    for count in (2, 17, 24):  # within the first window of 16 rows, after it, at the very end
-        assert in_child(lambda count=count: until(count)) == -signal.SIGKILL
-        sizes.append(len(output.read_bytes().splitlines()))
+    assert in_child(dying) == -signal.SIGKILL
+    output = tmp_path / "killed.jsonl"
+    if output.exists():
         output.write_bytes(output.read_bytes() + b'{"line": 3, "ans')  # what a kill in the middle of a write leaves
-    assert 2 <= sizes[0] <= sizes[1] < sizes[2] == 24
-    predict_file(opened, questions, output, SAMPLED, batch_rows=5, resume=True)
+    result = predict_file(opened, questions, output, SAMPLED, batch_rows=5, resume=True)
+    predict_file(opened, questions, tmp_path / "whole.jsonl", SAMPLED)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
     assert output.read_bytes() == whole
-    result = predict_file(opened, questions, output, SAMPLED, resume=True)  # finished: nothing more is written
-    assert (result["rows"], result["errors"], output.read_bytes()) == (24, 0, whole)
+    again = predict_file(opened, questions, output, SAMPLED, resume=True)  # finished: nothing more is written
+    assert (again["rows"], again["errors"], again, output.read_bytes()) == (24, 0, result, whole)
 
 
 def test_a_file_cut_anywhere_is_gone_on_with(opened: OpenedRun, questions: Path, tmp_path: Path) -> None:
@@ -243,3 +251,15 @@ def test_the_command_answers_as_chat_does(opened: OpenedRun, tmp_path: Path, cap
         for path in tmp_path.glob("out.jsonl*"):
             path.unlink()
     assert command([*words, "--output", "-", "--resume"]) == 2
+
+
+def test_the_command_reads_stdin_and_names_it(
+    opened: OpenedRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["predict", str(opened.folder.path), "--input", "-", "--output", "-", "--max-new-tokens", "3"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO('{"prompt": "שלוש"}\n'.encode())))
+    assert command(words) == 0
+    assert json.loads(capsys.readouterr().out)["line"] == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n')))
+    assert command(words) == 3
+    assert "stdin:1: is running text" in capsys.readouterr().err

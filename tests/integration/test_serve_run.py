@@ -227,6 +227,9 @@ def test_other_errors_are_the_clients_own_classes(client: openai.OpenAI) -> None
     with pytest.raises(openai.APIStatusError) as large:
         ask(client, messages=[{"role": "user", "content": "a" * (MAX_BODY_BYTES + 1)}])
     assert (large.value.status_code, large.value.code) == (413, "request_too_large")
+    with pytest.raises(openai.APIStatusError) as form:
+        client.post("/chat/completions", cast_to=object, content=b"{}", options={"headers": {"content-type": "text/plain"}})
+    assert (form.value.status_code, form.value.code) == (415, "unsupported_media_type")
     with pytest.raises(openai.BadRequestError, match="context takes 256 tokens"):
         ask(client, messages=[{"role": "user", "content": "word " * 400}])
 
@@ -294,8 +297,13 @@ def test_a_closed_connection_stops_its_generation(stream: bool, opened: OpenedRu
     with listening(worker, served_by(opened)) as port:
         body = json.dumps({"model": "words", "messages": ASKED, "stream": stream, "max_tokens": 100}).encode()
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+            heads = (
+                "POST /v1/chat/completions HTTP/1.1",
+                "host: a",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+            )
+            connection.sendall("\r\n".join((*heads, "", "")).encode() + body)
             if stream:
                 assert b"200 OK" in connection.recv(4096)
         # The job waits for this; the next one shows that the worker is free again.

@@ -71,6 +71,18 @@ def test_a_run_that_cannot_fit_is_refused_before_its_base_is_loaded_and_may_be_g
     assert run_spec(spec, run)["status"] == "succeeded"
 
 
+def test_memory_that_runs_out_before_training_is_told(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*given: object, **named: object) -> None:
+        raise MemoryError("cannot map 8 bytes")
+
+    monkeypatch.setattr("kivnun.pipeline.load_base", no_memory)
+    with pytest.raises(WontFitError, match="memory ran out in a stage outside of training's passes: cannot map 8 bytes"):
+        run_spec(write_spec(tmp_path, base, chats()), tmp_path / "run")
+    last = read_events(tmp_path / "run" / "events.jsonl")[-1]
+    assert isinstance(last, RunFailed)
+    assert last.code == "does_not_fit"
+
+
 def test_short_memory_shortens_passes_and_a_resumed_run_keeps_them(
     base: Path, tmp_path: Path, memory: Callable[[float], None]
 ) -> None:

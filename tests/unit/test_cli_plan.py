@@ -29,7 +29,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def plan(*arguments: str) -> Told:
         status = run(["plan", str(spec), *arguments])
-        return (status, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return status, out, err
 
     return plan
 

@@ -217,6 +217,7 @@ def test_a_record_goes_on_where_it_was(tmp_path: Path, found: list[Compared]) ->
     held.file = tmp_path / "record.json"
     held.save()
     again = Record.read(held.file)
+    assert again is not None
     assert again == held
     assert again.has(CALIBRATION[0])
     assert not again.has(replace(CALIBRATION[0], steps=99))

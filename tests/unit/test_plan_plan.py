@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kivnun.data.order import order_of
 from kivnun.data.packing import micro_batches
-from safetensors.numpy import save_file
-
 from kivnun.errors import DataError, IntegrityError, SpecError, WontFitError
 from kivnun.plan.bases import base_files
 from kivnun.plan.changes import changed

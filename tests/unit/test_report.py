@@ -281,6 +281,8 @@ FOUND: dict[str, object] = {
     "near_duplicates": 0,
     "overlap": 1,
     "near_overlap": 12,
+    "problems": 4,
+    "reasons": {"the reply is empty": 4},
     "lengths": [[16, 400, 40], [32, 2400, 250], [64, 80, 10]],
 }
 PARTS = {"process": 200 * 2**20, "weights": 15 * 2**20, "adapter": 2**20, "activations": 184 * 2**20}
@@ -299,7 +301,13 @@ def test_page_tells_what_the_data_hold(tmp_path: Path) -> None:
     assert report.findings.counts["held-out rows nearly equal to a training row"] == 12
     assert report.findings.lengths == [(16, 400, 40), (32, 2400, 250), (64, 80, 10)]
     page = checked_page(folder)
-    for text in ("training rows equal to an earlier one", "Lengths of rows", "up to 32 tokens: 2,400 training rows, 250 held out"):
+    assert report.findings.counts["of them: the reply is empty"] == 4
+    for text in (
+        "training rows equal to an earlier one",
+        "of them: the reply is empty",
+        "Lengths of rows",
+        "up to 32 tokens: 2,400 training rows, 250 held out",
+    ):
         assert text in page.text
     assert page.tags.count("rect") == 6
     older = checked_page(write_run(tmp_path / "older", whole_run()))
