@@ -94,17 +94,13 @@ def parse_plain(text: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def test_rows_of_other_shapes_are_written_again_as_the_page_says(tmp_path: Path) -> None:
-    code = next(block.text for block in blocks(PAGE) if "from_alpaca" in block.text)
-    made: dict[str, Any] = {}
-    exec(compile(code, str(PAGE), "exec"), made)
-    alpaca = [{"instruction": "Translate", "input": "tea", "output": "תה"}, {"instruction": "Hello", "input": "", "output": "Hi"}]
-    sharegpt = [{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}]
-    for rows, convert in ((alpaca, made["from_alpaca"]), (sharegpt, made["from_sharegpt"])):
-        (tmp_path / "given.json").write_text(json.dumps(rows), encoding="utf-8")
-        made["rewrite"](tmp_path / "given.json", tmp_path / "rows.jsonl", convert)
-        name, records, problems = read_records(tmp_path / "rows.jsonl")
-        assert (name, len(records), problems) == ("messages", len(rows), [])
+def test_rows_of_other_tools_are_read_as_they_are(tmp_path: Path) -> None:
+    alpaca = {"instruction": "Translate", "input": "tea", "output": "תה"}
+    sharegpt = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
+    for row in (alpaca, sharegpt):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        _, records, problems = read_records(tmp_path / "rows.jsonl")
+        assert (len(records), problems) == (1, [])
 
 
 def test_what_the_page_says_of_our_defaults_is_so(tmp_path: Path) -> None:
