@@ -69,4 +69,4 @@ class Problems:
 
 def _reason(message: str) -> str:
     without_places = re.sub(r"\[\d+\]", "[]", message)
-    return re.sub(r"\d+", "N", re.sub(r"(?<!\w)'[^']*'", "'…'", without_places))
+    return re.sub(r"(?<!UTF-)\d+", "N", re.sub(r"(?<!\w)'[^']*'", "'…'", without_places))

@@ -39,10 +39,13 @@ LEAST_MEMORY = 256 * 2**20
 ROWS_OF = 512  # tokens of the longest row that the defaults are shown for
 SHOWN_BASES = ("kivnun/tiny-phi", "microsoft/Phi-4-mini-instruct")
 PINS = Path(__file__).parents[2] / "constraints.txt"  # in a checkout; an installed package has the bounds of its metadata
+# By extra: the library that it brings, and what it is for.
 EXTRAS = {
-    "deepspeed": "state divided among processes (compute.zero_stage 1 to 3); without it zero_stage 0 divides rows alone",
-    "bitsandbytes": "nothing that a run needs: tests compare nf4 and int8 with it",
-    "trl": "nothing that a run needs: benchmarks beside it",
+    "data": ("datasets", "Parquet and Hugging Face data sets; other files need neither"),
+    "deepspeed": ("deepspeed", "state divided among processes (compute.zero_stage 1 to 3); without it zero_stage 0 divides rows alone"),
+    "harness": ("lm_eval", "kivnun harness"),
+    "serve": ("uvicorn", "kivnun serve-run"),
+    "tensorboard": ("tensorboardX", "kivnun tune --tensorboard"),
 }
 
 
@@ -273,10 +276,10 @@ def _satisfies(wanted: Requirement, found: str) -> bool:
 
 
 def _of_extras() -> Iterator[Finding]:
-    for name, purpose in EXTRAS.items():
-        found = version_of(name)
-        do = f"pip install 'kivnun[{name}]', if it is wanted" if found is None and name == "deepspeed" else ""
-        yield Finding(f"extra: {name}", "ok", f"{found or 'not installed'}; for {purpose}", do)
+    for name, (library, purpose) in EXTRAS.items():
+        found = version_of(library)
+        do = f"pip install 'kivnun[{name}]', if it is wanted" if found is None else ""
+        yield Finding(f"extra: {name}", "ok", f"{library} {found or 'is not installed'}; for {purpose}", do)
 
 
 # --- kernels, speed, hub -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,11 @@ def test_versions_are_compared_with_what_is_needed_and_what_was_tested(judged: A
     assert "0.1.0, >=" in lines["peft"].found
     assert (lines["transformers"].state, lines["transformers"].found) == ("note", "5.99.0; tested with 5.23.0")
     assert lines["torch"].state == "ok", "a build for another device is the same version"
+
+
+def test_every_extra_that_a_user_may_want_is_told() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(checkup.EXTRAS) == set(project["optional-dependencies"]) - {"dev", "bench"}
 
 
 def test_an_extra_that_is_missing_is_no_problem_and_says_what_it_is_for(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
