@@ -224,10 +224,12 @@ def hash_files(hashes: Mapping[str, str]) -> str:
     return _digest(hashes)
 
 
-def listed_hash(manifest: Mapping[str, Any], folder: str) -> str | None:
-    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files; None where it lists none."""
+def listed_hash(manifest: Mapping[str, Any], folder: str, without: str | None = None) -> str | None:
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files, one of them left out by name; None where
+    it lists none."""
     prefix = f"{folder}/"
     files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}
+    files.pop(without or "", None)
     return _digest(files) if files else None
 
 

@@ -37,6 +37,11 @@ def result_hash(manifest: dict[str, Any]) -> str | None:
     return listed_hash(manifest, "adapter") or listed_hash(manifest, "model")
 
 
+def model_hash(manifest: dict[str, Any]) -> str | None:
+    """Return the hash of a run's model as a base (`model/families.py`), which the card beside it is no part of; None: no model."""
+    return listed_hash(manifest, "model", without=CARD)
+
+
 def find_start(place: Path) -> Start:
     """Return the adapter in a run's folder, its adapter folder, or any PEFT folder.
 

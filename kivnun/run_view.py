@@ -15,7 +15,7 @@ from typing import Any, cast
 from kivnun.artifacts import read_manifest
 from kivnun.errors import KivnunError, RunFolderError
 from kivnun.events import Event, RunFailed, RunInterrupted, from_json
-from kivnun.lineage import result_hash
+from kivnun.lineage import model_hash, result_hash
 from kivnun.run_folder import RunFolder
 from kivnun.spec import TuneSpec
 from kivnun.spec.adapters import LowRank
@@ -59,8 +59,13 @@ def view_runs(places: Sequence[Path]) -> list[RunView]:
         inside = [entry for entry in sorted(place.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
         folders |= dict.fromkeys([place] if _looks_like_run(place) else inside)
     views = [view_run(folder) for folder in folders]
-    names = {view.version: view.name for view in views if view.version is not None}
-    return sorted((_with_parent(view, names) for view in views), key=lambda view: (view.when or "", view.path))
+    results = {known: view for view in views if view.version is not None for known in (view.version, _hash_as_base(view)) if known}
+    return sorted((_with_parent(view, results) for view in views), key=lambda view: (view.when or "", view.path))
+
+
+def _hash_as_base(view: RunView) -> str | None:
+    """Return the hash by which another run knows this one's model as its base; None where it made no model."""
+    return model_hash(read_manifest(Path(view.path)))
 
 
 def view_run(folder: Path) -> RunView:
@@ -160,11 +165,12 @@ def _by_base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"how": "model", "run": None, "content_hash": manifest["base"]["content_hash"]}
 
 
-def _with_parent(view: RunView, names: Mapping[str, str]) -> RunView:
-    """Return the view with its parent's name where that is among the runs; a base that is nobody's result is no parent."""
+def _with_parent(view: RunView, results: Mapping[str, RunView]) -> RunView:
+    """Return the view with its parent's name and version where that is among the runs; a base that nobody made is no parent."""
     if view.lineage is None:
         return view
-    lineage = {**view.lineage, "run": names.get(view.lineage["content_hash"], view.lineage["run"])}
+    parent = results.get(view.lineage["content_hash"])
+    lineage = view.lineage if parent is None else {**view.lineage, "run": parent.name, "content_hash": parent.version}
     told = lineage["run"] is not None or lineage["how"] != "model"
     return replace(view, lineage=lineage if told else None)
 

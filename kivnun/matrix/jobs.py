@@ -104,7 +104,7 @@ def spec_tree(folder: Path, job: Job) -> dict[str, Any]:
     tree["adapter"], tree["seed"] = method.adapter, job.seed
     tree["schedule"] = {**tree["schedule"], "learning_rate": job.rate or None}
     tree["data"] = {**tree["data"], "train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl")}
-    tree["evaluation"] = {**tree.get("evaluation", {}), "samples": 0, "bootstrap": 100}
+    tree["evaluation"] = {**tree.get("evaluation", {}), "samples": 0, "bootstrap": 100, "forgetting": None}
     tree["checkpoints"] = {"every_epoch": False, "every_seconds": None}
     tree["compute"] = {"kind": "local", "device": "cpu", "threads": 1}
     if job.kind == "sweep":

@@ -89,7 +89,7 @@ def _tree(folder: Path, task: str, stage: int | None, processes: int) -> dict[st
     rate = METHODS["full"].usual_rate(objective_of(task))
     tree = spec_tree(folder, Job("score", task, "full", rate))
     tree["data"]["validation"] = None
-    tree["evaluation"] = {"samples": 0}
+    tree["evaluation"] = {"samples": 0, "forgetting": None}
     tree["schedule"] = {**{k: v for k, v in tree["schedule"].items() if k not in ("epochs", "steps")}, "steps": STEPS}
     if stage is not None:
         tree["compute"] = {"kind": "multi_process", "device": "cpu", "threads": 1, "processes": processes, "zero_stage": stage}

@@ -42,7 +42,10 @@ PINS = Path(__file__).parents[2] / "constraints.txt"  # in a checkout; an instal
 # By extra: the library that it brings, and what it is for.
 EXTRAS = {
     "data": ("datasets", "Parquet and Hugging Face data sets; other files need neither"),
-    "deepspeed": ("deepspeed", "state divided among processes (compute.zero_stage 1 to 3); without it zero_stage 0 divides rows alone"),
+    "deepspeed": (
+        "deepspeed",
+        "state divided among processes (compute.zero_stage 1 to 3); without it zero_stage 0 divides rows alone",
+    ),
     "harness": ("lm_eval", "kivnun harness"),
     "serve": ("uvicorn", "kivnun serve-run"),
     "tensorboard": ("tensorboardX", "kivnun tune --tensorboard"),

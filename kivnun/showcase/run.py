@@ -158,7 +158,7 @@ base: {BASE}
 data: {{train: ../data/{rows}.jsonl, validation: ../data/unrelated.jsonl}}
 adapter: {{kind: lora, rank: 32, alpha: 64}}
 schedule: {{epochs: {epochs}, batch_rows: {size.batch_rows}, learning_rate: 4e-3}}
-evaluation: {{metrics: [exact_match], max_new_tokens: 48, samples: 3, every_steps: 1000000}}
+evaluation: {{metrics: [exact_match], max_new_tokens: 48, samples: 3, every_steps: 1000000, forgetting: null}}
 seed: {seed}
 compute: {{threads: 1}}
 """

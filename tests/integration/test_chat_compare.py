@@ -49,7 +49,7 @@ def test_one_base_is_in_memory_for_both_but_two_after_full_tuning(
 ) -> None:
     loaded: list[Path] = []
     load = OpenedRun._load  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(OpenedRun, "_load", lambda self, place: loaded.append(place) or load(self, place))
+    monkeypatch.setattr(OpenedRun, "_load", lambda self, place, *given: loaded.append(place) or load(self, place, *given))
     once(folder, capsys, "--compare")
     assert len(loaded) == 1
     run_spec(write_spec(tmp_path, base, chats(20), adapter={"kind": "full"}), tmp_path / "run")

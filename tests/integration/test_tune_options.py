@@ -117,6 +117,7 @@ CASES = (
     Case("evaluation.max_new_tokens", "4", SAME),
     Case("evaluation.samples", "1", SAME),
     Case("evaluation.bootstrap", "101", SAME),
+    Case("evaluation.forgetting", "builtin", SAME),
     Case("checkpoints.every_steps", "1", SAME),
     Case("checkpoints.every_epoch", "false", SAME),
     Case("checkpoints.every_seconds", "1", SAME),
@@ -139,6 +140,9 @@ NOT_HERE = {
     },
     "compute.threads": "two threads need a process of their own: test_resume_process.py",
     "base.content_hash": "refuses another base, and changes nothing of the right one: test_hub.py",
+    "adapter.start_from": "needs an adapter that was trained before: test_continue.py",
+    "data.columns": "names columns of tables: test_data_kinds.py",
+    "data.instruction": "is asked of rows with labels: test_data_kinds.py",
     "base.revision": "names a version on the hub; nothing is downloaded here",
 }
 

@@ -13,7 +13,7 @@ from kivnun.errors import BaseModelError
 from kivnun.model.coverage import cover
 from kivnun.model.families import FUSED_PARTS, base_hash, find_base
 from kivnun.model.phi import PHI, REFUSED, nearest_id, phi_by_id, refusal_of
-from kivnun.plan.bases import known_base, known_config
+from kivnun.plan.bases import base_files, known_base
 from kivnun.plan.sizes import FAMILIES, Sizes
 
 TUNED = [model for model in PHI.values() if model.refused is None]
@@ -139,5 +139,5 @@ def guide_cells(model) -> list[str]:
 
 def test_a_name_that_is_nothing_is_told_what_there_is() -> None:
     with pytest.raises(BaseModelError, match="neither a folder nor a model id") as caught:
-        known_config("phi-4")
+        base_files("phi-4")
     assert "microsoft/Phi-3-mini-4k-instruct" in str(caught.value)

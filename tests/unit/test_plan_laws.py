@@ -20,7 +20,7 @@ from benchmarks.plan.measure import Record
 from benchmarks.plan.report import Compared, compared, summary
 from kivnun.data.packing import micro_batches, pack
 from kivnun.data.rows import TokenRow, Where
-from kivnun.plan.bases import PHI
+from kivnun.model.phi import PHI
 from kivnun.plan.memory import IDLE_BYTES, PeftSpec, Shape, idle_bytes, peak_bytes, process_memory, step_memory
 from kivnun.plan.sizes import Sizes
 from kivnun.plan.techniques import TECHNIQUES, adapter_of
@@ -39,7 +39,7 @@ from kivnun.plan.time import (
 from kivnun.spec.adapters import FullSpec, LoraSpec
 
 CALIBRATED = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_calibration_2026-11-27.json"
-SIZES = Sizes.of(PHI["microsoft/Phi-3-mini-4k-instruct"], "phi")
+SIZES = Sizes.of(PHI["microsoft/Phi-3-mini-4k-instruct"].config, "phi")
 KINDS = [name for name, it in TECHNIQUES.items() if not it.coded]
 
 
