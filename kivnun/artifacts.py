@@ -225,7 +225,7 @@ def hash_files(hashes: Mapping[str, str]) -> str:
 
 
 def listed_hash(manifest: Mapping[str, Any], folder: str, without: str | None = None) -> str | None:
-    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files, one of them left out by name; None where
+    """Return what `hash_folder` gives of a subfolder, from the manifest that lists its files, one left out by name; None where
     it lists none."""
     prefix = f"{folder}/"
     files = {name.removeprefix(prefix): said["sha256"] for name, said in manifest["files"].items() if name.startswith(prefix)}

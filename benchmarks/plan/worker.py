@@ -117,6 +117,7 @@ class NoSaver:
 def _trained(trainee, rows, case: Case) -> dict[str, object]:
     """Train by the loop of a run, and return the CPU seconds of every step, with the core's speed around it."""
     from kivnun.train.loop import fit
+    from kivnun.train.passes import PassBudget
     from kivnun.train.schedule import Schedule
 
     seconds: list[float] = []
@@ -133,7 +134,7 @@ def _trained(trainee, rows, case: Case) -> dict[str, object]:
         rows,
         case.order(),
         Schedule(case.steps, 1e-4, 0.0, "constant", 0.0, 1.0),
-        case.pass_tokens,
+        PassBudget(case.pass_tokens),
         emit=stepped,
         evaluate=lambda step: None,
         evaluate_every_steps=case.steps,

@@ -180,8 +180,10 @@ def _address_space() -> int:
 
 
 def run_short_of_memory(folder: Path, place: Path) -> None:
-    """Train a step in passes of two sizes, and once more in the larger ones with address space for the smaller ones; write what each
-    found to `place`. For a process of its own: what another test has freed would be taken again, whatever the limit."""
+    """Train a step in passes of two sizes, then in the larger ones with address space for the smaller ones; write what each found.
+
+    For a process of its own: what other tests have freed would be taken again, whatever the limit.
+    """
     rows = random_rows([480] * 64)
 
     def run(name: str, tokens: int, limit: int | None = None) -> dict[str, Any]:
