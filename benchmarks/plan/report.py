@@ -197,6 +197,7 @@ def _plot(path: Path, found: Sequence[Compared]) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     matplotlib.rcParams["svg.hashsalt"] = "plan"
     figure, every = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
@@ -212,6 +213,10 @@ def _plot(path: Path, found: Sequence[Compared]) -> None:
         low, high = ([share * end for end in ends] for share in (1 - band, 1 + band))
         axes.fill_between(ends, low, high, color="0.85", zorder=0, label=f"±{band:.0%}")
         axes.set(title=WORDS[name], xlabel=f"measured, {words}", ylabel=f"predicted, {words}", xlim=ends, ylim=ends)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
