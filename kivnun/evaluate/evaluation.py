@@ -92,6 +92,7 @@ def evaluate_scorer(
             f"evaluation.metrics asks for {', '.join(with_prompt)}, but no held-out row has a prompt and a reply",
             hint="running text has no replies to compare: remove evaluation.metrics",
         )
+    keys = {"rows": tuple(map(row_key, rows)), "replies": tuple(reply_key(row, tokenizer) for row in picked)}
     if "macro_f1" in with_prompt:
         measures["macro_f1"] = choose_labels(scorer, picked, micro_batch_tokens, _stage(on_progress, "score"))
         with_prompt.remove("macro_f1")
@@ -102,7 +103,6 @@ def evaluate_scorer(
         result = run_tasks(scorer, picked, tokenizer, with_prompt, settings.max_new_tokens, stage)
         measures.update((measure.name, measure) for measure in result.measures)
         samples = _some(result.samples, settings.samples, seed)
-    keys = {"rows": tuple(map(row_key, rows)), "replies": tuple(reply_key(row, tokenizer) for row in picked)}
     evaluation = _with_intervals(Evaluation(len(rows), measures, {}, tuple(samples), keys), settings.bootstrap, seed, base)
     if probe is None:
         return evaluation

@@ -11,6 +11,7 @@ import pytest
 from kivnun.data.rows import ChatRecord, TokenRow, Where
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import DataError, IntegrityError, SpecError
+from kivnun.evaluate.compare import OF_ALL_ROWS
 from kivnun.evaluate.evaluation import (
     Evaluation,
     evaluate_scorer,
@@ -24,6 +25,7 @@ from kivnun.evaluate.tasks import generation_rows, reference_reply
 from kivnun.events import Evaluated, from_json, to_json
 from kivnun.model.load import load_base
 from kivnun.spec import EvaluationSpec
+from kivnun.spec.evaluation import Metric
 from kivnun.train.engine import TorchEngine
 from tiny_task import HEBREW, WORDS, make_base
 
@@ -144,3 +146,13 @@ def test_metrics_without_replies_and_an_empty_set_are_refused(
         evaluate_scorer(scorer, text, tokenizer, SETTINGS, 7, micro_batch_tokens=256)
     with pytest.raises(DataError, match="no held-out row"):
         evaluate_scorer(scorer, [], tokenizer, SETTINGS, 7, micro_batch_tokens=256)
+
+
+@pytest.mark.parametrize("metrics", [("macro_f1",), ("macro_f1", "chrf"), ("chrf",), ("perplexity",), ()])
+def test_every_measure_has_as_many_rows_as_are_named(
+    metrics: tuple[Metric, ...], scorer: Scorer, rows: list[TokenRow], tokenizer: ChatTokenizer
+) -> None:
+    settings = SETTINGS.model_copy(update={"metrics": metrics, "generate_rows": 8})
+    scored = evaluate_scorer(scorer, rows, tokenizer, settings, 7, micro_batch_tokens=512)
+    for name, measure in scored.measures.items():
+        assert measure.rows == len(scored.keys["rows" if name in OF_ALL_ROWS else "replies"]), name
