@@ -47,6 +47,11 @@ class OpenedRun:
     def tokenizer(self) -> ChatTokenizer:
         return load_tokenizer(self.base_folder, self.spec.data.template)
 
+    @property
+    def trained_on_chats(self) -> bool:
+        """Return whether rows were rendered as conversations, so that the model is to be asked as one answers in a chat."""
+        return self.spec.data.format not in ("prompt_completion", "text") and self.tokenizer.has_template
+
     @cached_property
     def dataset(self) -> Dataset:
         """Return the rows as they were; the files must still be where the spec says."""

@@ -85,7 +85,7 @@ def chat(
 
         opened = open_run(run)
         params = SamplingParams(max_new_tokens, opened.tokenizer.stop_ids, temperature, top_p, seed)
-        templated = opened.spec.data.format not in ("prompt_completion", "text") and opened.tokenizer.has_template
+        templated = opened.trained_on_chats
         models: dict[str, Callable[[], Sampler]] = {BASE: lambda: opened.base_model, TUNED: lambda: opened.tuned}
         talks = Talks(models, opened.tokenizer, params, templated)
         for speaker in speakers:

@@ -90,7 +90,7 @@ def _app(run: Path, key: str | None) -> tuple[Any, list[str]]:
     opened = open_run(run)
     name = run.resolve().name
     ids = {"tuned": name, "base": f"{name}:base"}
-    chats = opened.spec.data.format in ("messages", "preference") and opened.tokenizer.has_template
+    chats = opened.trained_on_chats
     worker = Worker(lambda: {"tuned": opened.tuned, "base": opened.base_model}, opened.tokenizer)
     worker.start()
     served = Served(ids, opened.tokenizer, longest_row(opened.base_folder), chats)

@@ -86,6 +86,7 @@ def test_a_run_on_tables_is_tuned_scored_and_reads_its_own_spec(spec: Path, caps
     assert run(["tune", str(spec), "--output", str(folder), "--resume", "--json"]) == 0
     asked = ["chat", str(folder), "--once", "Which name? one", "--system", "Be short.", "--max-new-tokens", "2", "--json"]
     assert run(asked) == 0, "what was tuned on labels is asked in the template, as a chat"
+    assert open_run(folder).trained_on_chats, "and served so"
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows"])
