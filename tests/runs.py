@@ -64,6 +64,14 @@ def pairs(count: int = 20) -> list[Row]:
     ]
 
 
+def stranger(folder: Path) -> Path:
+    """Write the configuration of a base whose layers nobody knows; return its folder."""
+    folder.mkdir()
+    widths = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps({"model_type": "stranger", **widths}), encoding="utf-8")
+    return folder
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -11,7 +11,7 @@ import pytest
 from test_cli_light import loaded_by
 
 from kivnun.cli.main import run
-from runs import chats, write_rows
+from runs import chats, stranger, write_rows
 
 Told = tuple[int, str, str]
 PHI = "base=microsoft/Phi-4-mini-instruct"
@@ -108,16 +108,7 @@ def test_a_run_is_priced(told: Callable[..., Told], tmp_path: Path) -> None:
 
 
 def test_a_base_of_unknown_layers_is_told_and_not_refused(told: Callable[..., Told], tmp_path: Path) -> None:
-    folder = tmp_path / "stranger"
-    folder.mkdir()
-    config = {
-        "model_type": "stranger",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "vocab_size": 300,
-        "max_position_embeddings": 512,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = stranger(tmp_path / "stranger")
     status, out, _ = told("--set", f"base={folder}", "--device", "cpu", "--memory", "0.001")
     assert status == 0
     assert out.startswith("Nobody knows whether it fits")

@@ -24,7 +24,7 @@ from kivnun.plan.plan import make_plan, question_of
 from kivnun.plan.rows import RunRows
 from kivnun.plan.verdict import Plan, Question
 from kivnun.spec import LoraSpec, PassChoice, TuneSpec, parse_spec
-from runs import chats, pairs, write_rows
+from runs import chats, pairs, stranger, write_rows
 
 MINI = "microsoft/Phi-4-mini-instruct"
 
@@ -159,16 +159,7 @@ def test_processes_share_a_machine_and_have_a_gpu_each(spec_of: Callable[..., Tu
 def test_a_base_of_unknown_layers_is_planned_without_figures_and_never_refused(
     spec_of: Callable[..., TuneSpec], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "stranger"
-    folder.mkdir()
-    config = {
-        "model_type": "stranger",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "vocab_size": 300,
-        "max_position_embeddings": 512,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = stranger(tmp_path / "stranger")
     plan = plan_of(spec_of(base=str(folder)), cpu(1))
     assert (plan.verdict, plan.refusal(), plan.figures(), plan.result()) == ("unknown", None, None, None)
     assert "model_type 'stranger'" in plan.unknown
