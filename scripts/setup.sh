@@ -86,7 +86,7 @@ main() {
   install_torch
   pip_install -c constraints.txt setuptools
   # Without build isolation the build uses the pinned setuptools above and downloads nothing of its own.
-  pip_install -c constraints.txt --no-build-isolation -e '.[dev,bench,data,deepspeed,harness,serve,tensorboard]'
+  pip_install -c constraints.txt --no-build-isolation -e '.[dev,bench,data,deepspeed,harness,serve,service,tensorboard]'
   wanted=$(fingerprint "$venv/bin/python")
   printf '%s\n' "$wanted" >"$stamp"
   say "setup: done ($("$venv/bin/python" -c 'import importlib.metadata as m; print("torch", m.version("torch"))'))"

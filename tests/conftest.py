@@ -38,3 +38,24 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """Return the URL of a real PostgreSQL server, started once per test process."""
+    from postgres import server
+
+    with server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of an empty database: every test that asks for it holds on both."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'kivnun.sqlite'}"
+        return
+    from postgres import empty_database
+
+    with empty_database(request.getfixturevalue("postgres")) as url:
+        yield url

@@ -1,0 +1,166 @@
+"""Bytes by name: a folder on this machine, or S3. A blob is whole or absent, and is never changed once it is there.
+
+A blob's name holds its tenant and the SHA-256 of its content, so that writing it twice is no harm, and so that one tenant's
+deletion touches nobody else's. Blobs that no row names are garbage. Next: `s3.py` (the same over S3's protocol).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from kivnun.artifacts import storage_errors, sync_folder
+from kivnun.errors import IntegrityError
+from kivnun.jobs.effects import Watch, unwatched
+
+PIECE_BYTES = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}/[0-9a-f]{64}")
+
+
+class BlobStore(Protocol):
+    """Keeps blobs. Threads may share one. Raises StorageError or StoreDown; a blob that fails is not there at all."""
+
+    def put(self, tenant: str, source: Path) -> str:
+        """Keep a file's content; return the blob's name. The same content again is no work."""
+        ...
+
+    def put_bytes(self, tenant: str, content: bytes) -> str:
+        """Keep `content`; return the blob's name."""
+        ...
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """Yield the blob's bytes from `start` in pieces of 1 MiB at most. Raises IntegrityError where there is no such blob."""
+        ...
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Write the blob to a new file and check its hash. Raises IntegrityError where it is another's or absent."""
+        ...
+
+    def has(self, name: str) -> bool: ...
+
+    def delete(self, name: str) -> None:
+        """Remove a blob; one that is not there is no error."""
+        ...
+
+    def names(self) -> Iterator[tuple[str, float]]:
+        """Yield every blob's name and the time it was written, in seconds since 1970."""
+        ...
+
+
+def blob_name(tenant: str, digest: str) -> str:
+    """Return the name of a tenant's blob by its content's SHA-256 in hexadecimal."""
+    return checked_name(f"{tenant}/{digest}")
+
+
+def checked_name(name: str) -> str:
+    """Return a blob's name. Raises IntegrityError where it is none: nothing else ever becomes a path."""
+    if not _NAME.fullmatch(name):
+        raise IntegrityError("that is not a blob's name", hint="a name is TENANT/SHA-256")
+    return name
+
+
+def hash_of(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := stream.read(PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+class FolderBlobs:
+    """Blobs as files of a folder: written beside, made durable, then given their name."""
+
+    def __init__(self, folder: Path, watch: Watch = unwatched) -> None:
+        self.folder = folder
+        self._watch = watch
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, tenant: str, source: Path) -> str:
+        with storage_errors(source), source.open("rb") as stream:
+            name = blob_name(tenant, hash_of(stream))
+            if not self.has(name):
+                stream.seek(0)
+                self._keep(name, stream)
+        return name
+
+    def put_bytes(self, tenant: str, content: bytes) -> str:
+        name = blob_name(tenant, hashlib.sha256(content).hexdigest())
+        if not self.has(name):
+            with storage_errors(self.folder), tempfile.SpooledTemporaryFile(len(content) + 1) as stream:
+                stream.write(content)
+                stream.seek(0)
+                self._keep(name, stream)  # type: ignore[arg-type]
+        return name
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        with storage_errors(self._path(name)), self._opened(name) as stream:
+            stream.seek(start)
+            left = length
+            while left is None or left > 0:
+                piece = stream.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left))
+                if not piece:
+                    return
+                left = None if left is None else left - len(piece)
+                yield piece
+
+    def fetch(self, name: str, target: Path) -> None:
+        digest = hashlib.sha256()
+        with storage_errors(target), target.open("xb") as out:
+            for piece in self.read(name):
+                digest.update(piece)
+                out.write(piece)
+        check_digest(name, digest.hexdigest())
+
+    def has(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def delete(self, name: str) -> None:
+        with storage_errors(self._path(name)):
+            self._path(name).unlink(missing_ok=True)
+
+    def names(self) -> Iterator[tuple[str, float]]:
+        with storage_errors(self.folder):
+            for path in self.folder.glob("*/??/*"):
+                name = f"{path.parent.parent.name}/{path.name}"
+                if _NAME.fullmatch(name):
+                    yield name, path.stat().st_mtime
+
+    def _path(self, name: str) -> Path:
+        tenant, digest = checked_name(name).split("/")
+        return self.folder / tenant / digest[:2] / digest
+
+    def _opened(self, name: str) -> BinaryIO:
+        try:
+            return self._path(name).open("rb")
+        except FileNotFoundError:
+            raise IntegrityError(f"the store lacks a blob that it should hold: {name}", hint="restore the store's folder") from None
+
+    def _keep(self, name: str, stream: BinaryIO) -> None:
+        self._watch("before blob")
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                while piece := stream.read(PIECE_BYTES):
+                    out.write(piece)
+                out.flush()
+                os.fsync(out.fileno())
+            os.rename(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        for folder in (path.parent, path.parent.parent, self.folder):
+            sync_folder(folder)
+        self._watch("after blob")
+
+
+def check_digest(name: str, digest: str) -> None:
+    """Raise IntegrityError where a blob's content is not what its name says."""
+    if not name.endswith(digest):
+        raise IntegrityError(f"a blob's content is not what its name says: {name}", hint="restore the store from a copy")

@@ -1,0 +1,115 @@
+"""One door to the database: whole transactions, one after the other as far as anybody can tell, on SQLite and PostgreSQL alike.
+
+A transaction is a function of a connection, so that it can be run again: PostgreSQL runs them side by side and refuses one whose
+outcome would depend on the order (SERIALIZABLE), SQLite admits one writer at a time (BEGIN IMMEDIATE). Such a function has no
+effect but on its connection. Next: `schema.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from kivnun.jobs.effects import Watch, unwatched
+from kivnun.jobs.errors import DatabaseDown
+
+T = TypeVar("T")
+Transaction = sa.Connection
+Work = Callable[[Transaction], T]
+
+BUSY_S = 30.0  # how long a writer waits for another
+TRIES = 12
+_SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a database file."""
+    return f"sqlite:///{path}"
+
+
+class Database:
+    """A database by its URL (`sqlite:///FILE`, `postgresql+psycopg://...`; `postgresql://` is taken as the latter).
+
+    Threads may share it. Raises DatabaseDown where it does not answer."""
+
+    def __init__(self, url: str, watch: Watch = unwatched) -> None:
+        parsed = sa.make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        self.url = parsed
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self._watch = watch
+        self.engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+
+    def read(self, work: Work[T]) -> T:
+        """Return what `work` finds, all of it as of one moment."""
+        return self._run(work, write=False)
+
+    def write(self, name: str, work: Work[T]) -> T:
+        """Run `work` and commit it, whole or not at all; `name` says what it does, for those who watch."""
+        self._watch(f"before {name}")
+        outcome = self._run(work, write=True)
+        self._watch(f"after {name}")
+        return outcome
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _run(self, work: Work[T], *, write: bool) -> T:
+        for attempt in range(TRIES):
+            try:
+                with self.engine.connect().execution_options(kivnun_write=write) as connection, connection.begin():
+                    return work(connection)
+            except DBAPIError as error:
+                if _may_be_run_again(error) and attempt + 1 < TRIES:
+                    time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
+                    continue
+                if _is_down(error):
+                    raise DatabaseDown("the database does not answer", hint="see its own log; nothing was lost") from error
+                raise
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _sqlite_engine(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_S})
+
+    @event.listens_for(engine, "connect")
+    def _opened(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, not guessed by the driver
+        # FULL: a commit that was answered outlives the machine's power, not only the process.
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={int(BUSY_S * 1000)}"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: sa.Connection) -> None:
+        write = connection.get_execution_options().get("kivnun_write", True)
+        # A deferred transaction that writes later than it reads could be refused half-way.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _postgresql_engine(url: sa.URL) -> sa.Engine:
+    return sa.create_engine(
+        url,
+        isolation_level="SERIALIZABLE",
+        pool_size=8,
+        max_overflow=8,
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5, "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"},
+    )
+
+
+def _may_be_run_again(error: DBAPIError) -> bool:
+    return getattr(error.orig, "sqlstate", None) in _SERIALIZATION
+
+
+def _is_down(error: DBAPIError) -> bool:
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

@@ -1,0 +1,106 @@
+"""The durable core on both databases: whole transactions, events without gaps, leases that a stale holder cannot write under."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from kivnun.jobs import leases, tuning
+from kivnun.jobs.database import Database
+from kivnun.jobs.errors import StaleLease
+from kivnun.jobs.ids import new_id
+from service_parts import fill
+
+JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-1", method={}, seed=1)
+
+
+@pytest.fixture
+def db(db_url: str) -> Iterator[Database]:
+    database = Database(db_url)
+    fill(database)
+    yield database
+    database.close()
+
+
+def test_events_written_by_many_threads_have_numbers_without_gaps(db: Database) -> None:
+    db.write("create", lambda tx: tuning.create(tx, JOB, new_id))
+
+    def write() -> None:
+        for _ in range(10):
+            db.write("event", lambda tx: tuning.append_event(tx, JOB.id, 2.0, "said", new_id))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    events, more = db.read(lambda tx: tuning.events_page(tx, JOB.id, 100))
+    assert [event.number for event in events] == list(range(41, 0, -1))
+    assert not more
+
+
+def test_a_transaction_that_raises_leaves_nothing(db: Database) -> None:
+    def half(tx: tuning.Transaction) -> None:
+        tuning.create(tx, JOB, new_id)
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        db.write("create", half)
+    assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+
+
+def test_one_of_many_claims_of_a_lease_succeeds(db: Database) -> None:
+    got: list[leases.Lease | None] = []
+    threads = [
+        threading.Thread(target=lambda name=str(n): got.append(db.write("claim", lambda tx: leases.claim(tx, "job:1", name))))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [lease for lease in got if lease] == [leases.Lease("job:1", 1)]
+    assert len(got) == 8
+
+
+def test_a_holder_whose_beat_stands_still_for_a_term_loses_the_lease_and_can_write_nothing(db: Database) -> None:
+    now = [0.0]
+    watcher = leases.Watcher(lambda: now[0], term_s=10.0)
+    first = db.write("claim", lambda tx: leases.claim(tx, "job:1", "first"))
+    assert first is not None
+    seen = db.read(lambda tx: leases.look(tx, ["job:1"]))["job:1"]
+    assert not watcher.is_dead(seen)
+    now[0] = 9.0
+    assert not watcher.is_dead(seen)
+    db.write("beat", lambda tx: leases.beat(tx, first))
+    beaten = db.read(lambda tx: leases.look(tx, ["job:1"]))["job:1"]
+    now[0] = 15.0
+    assert not watcher.is_dead(beaten)
+    now[0] = 25.0
+    assert watcher.is_dead(beaten)
+    assert db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", seen)) is None, "it has beaten since it was seen"
+    second = db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", beaten))
+    assert second == leases.Lease("job:1", 2)
+    for write in (leases.beat, leases.check, leases.release):
+        with pytest.raises(StaleLease):
+            db.write("late", lambda tx, write=write: write(tx, first))
+    db.write("release", lambda tx: leases.release(tx, second))
+    assert db.write("claim", lambda tx: leases.claim(tx, "job:1", "third")) == leases.Lease("job:1", 3)
+
+
+def test_jobs_are_paged_newest_first_within_a_tenant_and_by_metadata(db: Database) -> None:
+    for n in range(5):
+        job = replace(JOB, id=f"ftjob-{n}", created_at=float(n // 2), metadata={"odd": str(n % 2)} if n else None)
+        db.write("create", lambda tx, job=job: tuning.create(tx, job, new_id))
+    db.write("create", lambda tx: tuning.create(tx, replace(JOB, id="ftjob-x", tenant="other"), new_id))
+    first, more = db.read(lambda tx: tuning.page(tx, "default", 3))
+    rest, end = db.read(lambda tx: tuning.page(tx, "default", 3, first[-1].id))
+    assert [job.id for job in first + rest] == ["ftjob-4", "ftjob-3", "ftjob-2", "ftjob-1", "ftjob-0"]
+    assert (more, end) == (True, False)
+    odd, _ = db.read(lambda tx: tuning.page(tx, "default", 10, None, {"odd": "1"}))
+    none, _ = db.read(lambda tx: tuning.page(tx, "default", 10, None, {}))
+    assert ([job.id for job in odd], [job.id for job in none]) == (["ftjob-3", "ftjob-1"], ["ftjob-0"])
+    assert db.read(lambda tx: tuning.page(tx, "default", 3, "ftjob-x")) == ([], False)
