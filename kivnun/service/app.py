@@ -1,4 +1,4 @@
-"""The application: the router of every module of `api/` under each dialect's prefix, and every failure in the shape that the dialect's clients read.
+"""The application: the router of every module of `api/` under each dialect's prefix, and every failure in the shape its clients read.
 
 Next: `api/` (the routes), `auth.py`, `context.py`.
 """
