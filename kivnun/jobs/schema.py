@@ -121,6 +121,7 @@ jobs = sa.Table(
     sa.Column("total_steps", sa.BigInteger, nullable=True),
     sa.Column("planned_tokens", sa.BigInteger, nullable=True),  # trained tokens of the whole job
     sa.Column("planned_seconds", sa.Float(53), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),  # tuning.Job.facts: what else was found then
     _time("queued_at", nullable=True),
     # As it goes.
     _time("started_at", nullable=True),
@@ -224,13 +225,14 @@ usage = sa.Table(
     "usage", metadata,
     sa.Column("id", sa.Text, primary_key=True),
     _tenant(),
-    _time("at"),
+    _time("at"),  # the first second of an hour
     sa.Column("kind", sa.Text, nullable=False),  # training, prompt, completion
     sa.Column("base", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("job", sa.Text, nullable=True),
     sa.Column("api_key", sa.Text, nullable=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("price", sa.Text, nullable=False),  # of a million tokens
     sa.Column("cost_micros", sa.BigInteger, nullable=False),
     sa.Index("ix_usage_tenant_at", "tenant", "at"),
 )  # fmt: skip
