@@ -1,9 +1,9 @@
 """Whose job is next: fair by tokens across tenants, in the order of arrival within one.
 
-Start-time fair queueing (Goyal, Vin, Cheng 1996). Each tenant has two marks in tokens over its weight: `began`, where its last job
-began, and `served`, where that one will end. The service's own time is the furthest `began`: a tenant that was away comes back
-there, so that it gains nothing by waiting and owes nothing. The next job is of the tenant that would begin first. While tenants have
-jobs waiting, what each got over its weight differs by no more than the largest job, and nobody waits for ever.
+Start-time fair queueing (Goyal, Vin, Cheng 1996). Each tenant has two marks in tokens over its weight: `began`, where its last
+job began, and `served`, where that one will end. The service's own time is the furthest `began`: a tenant that was away comes back
+there, so that it gains nothing by waiting and owes nothing. The next job is of the tenant that would begin first. While tenants
+have jobs waiting, what each got over its weight differs by no more than the largest job, and nobody waits for ever.
 
 `Line` is the rule alone, without a database: a worker asks it for the next job, and the API for how long a job has to wait. Next:
 `running.py`.
@@ -169,8 +169,8 @@ def seconds_left(
 ) -> float | None:
     """Return how long a job still takes, by its recent steps; None before the first one.
 
-    `other_seconds_per_step` is what evaluations and checkpoints took so far, over the steps done; `at_the_end` what follows the last
-    step: the adapter is written and the held-out rows are scored once more."""
+    `other_seconds_per_step` is what evaluations and checkpoints took so far, over the steps done; `at_the_end` what follows the
+    last step: the adapter is written and the held-out rows are scored once more."""
     if not step_seconds:
         return None
     return (statistics.median(step_seconds[-RECENT:]) + other_seconds_per_step) * steps_left + at_the_end
