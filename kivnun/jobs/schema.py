@@ -221,13 +221,14 @@ usage = sa.Table(
     "usage", metadata,
     sa.Column("id", sa.Text, primary_key=True),
     _tenant(),
-    _time("at"),
+    _time("at"),  # the first second of an hour
     sa.Column("kind", sa.Text, nullable=False),  # training, prompt, completion
     sa.Column("base", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("job", sa.Text, nullable=True),
     sa.Column("api_key", sa.Text, nullable=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("price", sa.Text, nullable=False),  # of a million tokens
     sa.Column("cost_micros", sa.BigInteger, nullable=False),
     sa.Index("ix_usage_tenant_at", "tenant", "at"),
 )  # fmt: skip
