@@ -119,6 +119,7 @@ jobs = sa.Table(
     sa.Column("total_steps", sa.BigInteger, nullable=True),
     sa.Column("planned_tokens", sa.BigInteger, nullable=True),  # trained tokens of the whole job
     sa.Column("planned_seconds", sa.Float(53), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),  # tuning.Job.facts: what else was found then
     _time("queued_at", nullable=True),
     # As it goes.
     _time("started_at", nullable=True),

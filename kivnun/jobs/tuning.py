@@ -25,7 +25,10 @@ TOLD: dict[Status, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970."""
+    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970.
+
+    `facts` is what judging the files came to: learning_rate, examples, tokens, trained_tokens (of one epoch), held_out, overlap,
+    truncated, refused, and report_file, the id of the file that tells it line by line."""
 
     id: str
     tenant: str
@@ -46,6 +49,7 @@ class Job:
     total_steps: int | None = None
     planned_tokens: int | None = None
     planned_seconds: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
     queued_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
