@@ -32,7 +32,9 @@ tenants = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     _time("created_at"),
     sa.Column("weight", sa.Float(53), nullable=False),  # of its share of the queue
-    sa.Column("served", sa.Float(53), nullable=False),  # virtual time: tokens begun, over the weight
+    # The two marks of `queue.py`, in tokens over the weight: where its last job began, and where that one will end.
+    sa.Column("began", sa.Float(53), nullable=False, default=0.0),
+    sa.Column("served", sa.Float(53), nullable=False),
     sa.Column("limits", sa.JSON, nullable=False),  # what differs from the configured limits
 )  # fmt: skip
 
@@ -127,6 +129,7 @@ jobs = sa.Table(
     _time("estimated_finish", nullable=True),
     sa.Column("step", sa.BigInteger, nullable=False),  # the last one reported
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),  # of the steps reported
+    sa.Column("crashes", sa.BigInteger, nullable=False, default=0),  # of its trainer, since the last snapshot
     sa.Column("num_events", sa.BigInteger, nullable=False),  # the number of the last event
     sa.Column("tuned_model", sa.Text, nullable=True),
     sa.Column("result_files", sa.JSON, nullable=False),

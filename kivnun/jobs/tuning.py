@@ -56,6 +56,7 @@ class Job:
     estimated_finish: float | None = None
     step: int = 0
     trained_tokens: int = 0
+    crashes: int = 0
     num_events: int = 0
     tuned_model: str | None = None
     result_files: list[str] = field(default_factory=list[str])
@@ -144,7 +145,8 @@ def command(tx: Transaction, job: Job, kind: Command, now: float, new_id: NewId)
     status = after_command(job.status, kind)
     if status is None or status == job.status:
         return None if status is None else job
-    working = job.status in ("running", "pausing")
+    # A worker stops the trainer; and it charges what was trained of a job that is cancelled, whether that runs now or waits.
+    working = job.status in ("running", "pausing") or (kind == "cancel" and job.step > 0)
     tx.execute(
         sa.insert(commands).values(id=new_id("cmd_"), job=job.id, created_at=now, kind=kind, applied_at=None if working else now)
     )
