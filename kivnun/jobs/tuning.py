@@ -25,7 +25,10 @@ TOLD: dict[Status, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970."""
+    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970.
+
+    `facts` is what judging the files came to: learning_rate, examples, tokens, trained_tokens (of one epoch), held_out, overlap,
+    truncated, refused, and report_file, the id of the file that tells it line by line."""
 
     id: str
     tenant: str
@@ -46,12 +49,14 @@ class Job:
     total_steps: int | None = None
     planned_tokens: int | None = None
     planned_seconds: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
     queued_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     estimated_finish: float | None = None
     step: int = 0
     trained_tokens: int = 0
+    crashes: int = 0
     num_events: int = 0
     tuned_model: str | None = None
     result_files: list[str] = field(default_factory=list[str])
@@ -140,7 +145,8 @@ def command(tx: Transaction, job: Job, kind: Command, now: float, new_id: NewId)
     status = after_command(job.status, kind)
     if status is None or status == job.status:
         return None if status is None else job
-    working = job.status in ("running", "pausing")
+    # A worker stops the trainer; and it charges what was trained of a job that is cancelled, whether that runs now or waits.
+    working = job.status in ("running", "pausing") or (kind == "cancel" and job.step > 0)
     tx.execute(
         sa.insert(commands).values(id=new_id("cmd_"), job=job.id, created_at=now, kind=kind, applied_at=None if working else now)
     )
