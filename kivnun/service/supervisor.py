@@ -53,6 +53,7 @@ class Supervisor:
     clock: Callable[[], float]
     environment: Mapping[str, str]
     drain_s: float
+    program: Sequence[str] = (sys.executable, "-m", "kivnun")
     _kept: dict[str, _Kept] = field(default_factory=dict[str, _Kept])
 
     def start(self) -> None:
@@ -89,7 +90,7 @@ class Supervisor:
         """End every part at once."""
         left = [kept for kept in self._kept.values() if _lives(kept)]
         for kept in left:
-            logger.warning("%s is killed: it has not ended in time", kept.part.name, extra={"action": "part_killed"})
+            logger.warning("a part is killed: it has not ended in time", extra={"action": "part_killed", "worker": kept.part.name})
             _tell(kept, signal.SIGKILL)
         for kept in left:
             assert kept.process is not None
@@ -123,18 +124,18 @@ class Supervisor:
         steady = now - kept.started_at >= STEADY_S
         kept.wait_s = FIRST_WAIT_S if steady or not kept.wait_s else min(2 * kept.wait_s, LONGEST_WAIT_S)
         kept.due_at = now + kept.wait_s
-        logger.error(
-            "%s ended with status %s and is started again in %.1f s",
-            kept.part.name,
-            kept.process.returncode,
-            kept.wait_s,
-            extra={"action": "part_ended", "part": kept.part.name, "exit_status": kept.process.returncode},
-        )
+        told = {
+            "action": "part_ended",
+            "worker": kept.part.name,
+            "status": kept.process.returncode,
+            "ms": round(1000 * kept.wait_s),
+        }
+        logger.error("a part has ended, and is started again after `ms`", extra=told)
         kept.process = None
 
     def _spawn(self, part: Part) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "kivnun", *part.words],
+            [*self.program, *part.words],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,  # stdout is for what the command itself prints
             env=self.environment,
