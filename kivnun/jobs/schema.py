@@ -32,7 +32,9 @@ tenants = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     _time("created_at"),
     sa.Column("weight", sa.Float(53), nullable=False),  # of its share of the queue
-    sa.Column("served", sa.Float(53), nullable=False),  # virtual time: tokens begun, over the weight
+    # The two marks of `queue.py`, in tokens over the weight: where its last job began, and where that one will end.
+    sa.Column("began", sa.Float(53), nullable=False, default=0.0),
+    sa.Column("served", sa.Float(53), nullable=False),
     sa.Column("limits", sa.JSON, nullable=False),  # what differs from the configured limits
 )  # fmt: skip
 
@@ -119,6 +121,7 @@ jobs = sa.Table(
     sa.Column("total_steps", sa.BigInteger, nullable=True),
     sa.Column("planned_tokens", sa.BigInteger, nullable=True),  # trained tokens of the whole job
     sa.Column("planned_seconds", sa.Float(53), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),  # tuning.Job.facts: what else was found then
     _time("queued_at", nullable=True),
     # As it goes.
     _time("started_at", nullable=True),
@@ -126,6 +129,7 @@ jobs = sa.Table(
     _time("estimated_finish", nullable=True),
     sa.Column("step", sa.BigInteger, nullable=False),  # the last one reported
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),  # of the steps reported
+    sa.Column("crashes", sa.BigInteger, nullable=False, default=0),  # of its trainer, since the last snapshot
     sa.Column("num_events", sa.BigInteger, nullable=False),  # the number of the last event
     sa.Column("tuned_model", sa.Text, nullable=True),
     sa.Column("result_files", sa.JSON, nullable=False),
@@ -221,13 +225,14 @@ usage = sa.Table(
     "usage", metadata,
     sa.Column("id", sa.Text, primary_key=True),
     _tenant(),
-    _time("at"),
+    _time("at"),  # the first second of an hour
     sa.Column("kind", sa.Text, nullable=False),  # training, prompt, completion
     sa.Column("base", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("job", sa.Text, nullable=True),
     sa.Column("api_key", sa.Text, nullable=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("price", sa.Text, nullable=False),  # of a million tokens
     sa.Column("cost_micros", sa.BigInteger, nullable=False),
     sa.Index("ix_usage_tenant_at", "tenant", "at"),
 )  # fmt: skip
