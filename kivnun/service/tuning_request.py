@@ -137,7 +137,7 @@ class CreateJob(_Part):
     training_file: Text
     validation_file: Text | None = None
     method: Method | None = None
-    hyperparameters: Annotated[SupervisedHyperparameters | None, Field(deprecated=True)] = None
+    hyperparameters: SupervisedHyperparameters | None = Field(default=None, json_schema_extra={"deprecated": True})
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     metadata: dict[str, str] | None = None
