@@ -135,7 +135,7 @@ def test_a_toy_jobs_plan_is_what_the_toy_trainer_will_do(world: World) -> None:
         (conversations(12), None, {"hyperparameters": {"n_epochs": 50}, "metadata": {"big": "yes"}}, None, None, ""),
         (lines([reply(4000)] * 10), None, {}, "exceeded_quota", "training_file", "50,000 are allowed in one job"),
         (conversations(12), None, {"model": TINY, "extra_body": {"x_lora": {"targets": ["q_proj"]}}}, "invalid_value",
-         "x_lora.targets", "names 'q_proj', and kivnun/tiny-phi has qkv_proj, o_proj, gate_up_proj, down_proj"),
+         "x_lora.targets", "names 'q_proj', and kivnun/tiny-phi has o_proj, qkv_proj, gate_up_proj, down_proj"),
     ],
 )  # fmt: skip
 def test_what_a_job_cannot_be_made_of_ends_it_with_its_reason(
