@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +25,8 @@ class Route:
     path: str
     needs: Needs | None
     params: tuple[str, ...]
+    answered_by: Callable[..., Any]
+    query: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -40,9 +42,15 @@ def all_routes() -> Iterator[Route]:
         for prefix, router in (("/v1", found.router), ("", found.root)):
             for route in () if router is None else router.routes:
                 for method in sorted(getattr(route, "methods", None) or ()):
-                    path = getattr(route, "path", "")
-                    needs = needs_of(route) if isinstance(route, APIRoute) else None
-                    yield Route(method, prefix + path, needs, tuple(re.findall(r"\{(\w+)(?::\w+)?\}", path)))
+                    assert isinstance(route, APIRoute), "the others are pages, which `pages.py` adds"
+                    params = tuple(re.findall(r"\{(\w+)(?::\w+)?\}", route.path))
+                    query = tuple(param.name for param in route.dependant.query_params)
+                    yield Route(method, prefix + route.path, needs_of(route), params, route.endpoint, query)
+
+
+def distinct(found: Iterable[Route]) -> list[Route]:
+    """Return one route for each function that answers: what is asked of a key is written there."""
+    return list({route.answered_by: route for route in found}.values())
 
 
 def fillers(route: Route) -> dict[str, Any]:
