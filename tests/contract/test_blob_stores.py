@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,20 +136,23 @@ def test_every_put_of_new_content_is_heard_of_and_no_other(tmp_path: Path, s3_ur
 # --- the folder's own ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_put_between_the_look_and_the_erasing_keeps_a_folders_blob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_put_of_an_old_blob_waits_for_who_erases_it_and_writes_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FolderBlobs(tmp_path)
     name = store.put_bytes("tenant", b"about to be named")
-    path = next(tmp_path.glob("tenant/??/*"))
-    os.utime(path, (1.0, 1.0))
-    rename = os.rename
+    os.utime(next(tmp_path.glob("tenant/??/*")), (1.0, 1.0))
+    writer = threading.Thread(target=store.put_bytes, args=("tenant", b"about to be named"))
+    unlink = Path.unlink
 
-    def late(source: Path, target: Path) -> None:
+    def late(path: Path, missing_ok: bool = False) -> None:
         monkeypatch.undo()
-        assert store.put_bytes("tenant", b"about to be named") == name
-        rename(source, target)
+        writer.start()
+        writer.join(0.1)
+        assert writer.is_alive(), "between the look and the unlinking nobody makes it young"
+        unlink(path, missing_ok)
 
-    monkeypatch.setattr(os, "rename", late)
-    assert not store.erase(name, time.time() - 60)
+    monkeypatch.setattr(Path, "unlink", late)
+    assert store.erase(name, time.time() - 60)
+    writer.join(10)
     assert content(store, name) == b"about to be named"
 
 
