@@ -175,10 +175,9 @@ def test_a_length_that_lies_is_no_file(url: str, service: Service) -> None:
 
 
 def test_a_client_that_falls_silent_is_let_go(url: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kivnun.service import receiving
+    from kivnun.service import frame
 
-    monkeypatch.setattr(receiving, "SILENCE_S", 0.2)
-    monkeypatch.setattr(receiving, "DRAIN_S", 0.2)
+    monkeypatch.setattr(frame, "PIECE_S", 0.2)
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10) as connection:
         connection.sendall(head(len(GOOD)) + GOOD[:100])
         answer = connection.recv(65536)
