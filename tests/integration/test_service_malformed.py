@@ -110,7 +110,7 @@ def test_lines_of_any_kind_are_judged_in_bounded_time(http: httpx.Client, servic
     assert not list(service.scratch.iterdir())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     cuts=st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 20), st.binary(max_size=12)), min_size=1, max_size=4),
 )
