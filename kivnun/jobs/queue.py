@@ -1,9 +1,9 @@
 """Whose job is next: fair by tokens across tenants, in the order of arrival within one.
 
-Start-time fair queueing (Goyal, Vin, Cheng 1996). Each tenant has two marks in tokens over its weight: `began`, where its last job
-began, and `served`, where that one will end. The service's own time is the furthest `began`: a tenant that was away comes back
-there, so that it gains nothing by waiting and owes nothing. The next job is of the tenant that would begin first. While tenants have
-jobs waiting, what each got over its weight differs by no more than the largest job, and nobody waits for ever.
+Start-time fair queueing (Goyal, Vin, Cheng 1996). Each tenant has two marks in tokens over its weight: `began`, where its last
+job began, and `served`, where that one will end. The service's own time is the furthest `began`: a tenant that was away comes back
+there, so that it gains nothing by waiting and owes nothing. The next job is of the tenant that would begin first. While tenants
+have jobs waiting, what each got over its weight differs by no more than the largest job, and nobody waits for ever.
 
 `Line` is the rule alone, without a database: a worker asks it for the next job, and the API for how long a job has to wait. Next:
 `running.py`.
@@ -79,6 +79,10 @@ class Line:
         now = self.now
         able = [line[0] for tenant, line in self._waiting.items() if line and self.shares[tenant].has_room]
         return min(able, key=lambda job: (max(now, self.shares[job.tenant].served), job.queued_at, job.id), default=None)
+
+    def join(self, job: Waiting) -> None:
+        """Put a job at the end of its tenant's line."""
+        self._waiting.setdefault(job.tenant, []).append(job)
 
     def begin(self, job: Waiting) -> Share:
         """Take the job out of the line; return its tenant's share as it is then."""
@@ -164,13 +168,20 @@ def position(tx: Transaction, job_id: str, limits: Limits) -> Place | None:
     return read_line(tx, limits).place_of(job_id)
 
 
+def position_of_new(tx: Transaction, job: Waiting, limits: Limits) -> Place | None:
+    """Return where a job would stand that joined the queue now."""
+    line = read_line(tx, limits)
+    line.join(job)
+    return line.place_of(job.id)
+
+
 def seconds_left(
     step_seconds: Sequence[float], steps_left: int, other_seconds_per_step: float = 0.0, at_the_end: float = 0.0
 ) -> float | None:
     """Return how long a job still takes, by its recent steps; None before the first one.
 
-    `other_seconds_per_step` is what evaluations and checkpoints took so far, over the steps done; `at_the_end` what follows the last
-    step: the adapter is written and the held-out rows are scored once more."""
+    `other_seconds_per_step` is what evaluations and checkpoints took so far, over the steps done; `at_the_end` what follows the
+    last step: the adapter is written and the held-out rows are scored once more."""
     if not step_seconds:
         return None
     return (statistics.median(step_seconds[-RECENT:]) + other_seconds_per_step) * steps_left + at_the_end

@@ -7,19 +7,21 @@ find that the job was cancelled meanwhile; then it writes nothing either, and th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from kivnun.jobs import leases, queue, tuning
+from kivnun.jobs import files, leases, models, naming, queue, tuning, usage
 from kivnun.jobs.config import Limits, Price
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.files import File
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.leases import Lease, Seen
-from kivnun.jobs.schema import commands, files, job_events, jobs, models, snapshots, usage
+from kivnun.jobs.models import Model
+from kivnun.jobs.schema import commands, job_events, jobs, snapshots
+from kivnun.jobs.schema import models as model_rows
 from kivnun.jobs.states import ACTIVE, Status
 from kivnun.jobs.tuning import Job, Level
 
@@ -66,26 +68,8 @@ class Adapter:
     metrics: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ResultFile:
-    """A file that a job leaves for its owner, its bytes in the store already."""
-
-    id: str
-    filename: str
-    blob: str
-    bytes: int
-
-
 def lease_name(job_id: str) -> str:
     return f"job:{job_id}"
-
-
-def tuned_name(job: Job, organization: str, step: int | None = None) -> str:
-    """Return the name of a job's model, or with `step` of its checkpoint there. It follows from the job, so that it is the same
-    whichever worker gives it."""
-    suffix = re.sub(r"[^a-z0-9-]", "-", (job.suffix or "").lower())
-    name = f"ft:{job.base}:{organization}:{suffix}:{job.id[-8:]}"
-    return name if step is None else f"{name}:ckpt-step-{step}"
 
 
 # --- which job --------------------------------------------------------------------------------------------------------------
@@ -115,7 +99,7 @@ def take_over(
     if job.status == "pausing":
         pause(tx, lease, job_id, now, new_id)
     elif job.status == "cancelled":
-        settle_cancelled(tx, lease, job_id, prices, now, new_id)
+        settle_cancelled(tx, lease, job_id, prices, now, was_running=seen.owner is not None)
     else:
         leases.release(tx, lease)
     return None
@@ -198,28 +182,31 @@ def commit(
     tx: Transaction,
     lease: Lease,
     job_id: str,
-    snapshot: Snapshot,
+    snapshot: Snapshot | None,
     exposed: Adapter | None,
     organization: str,
     now: float,
     new_id: NewId,
 ) -> Status:
-    """Record a snapshot, and with it the checkpoint that can be called from now on. Older snapshots than the last two go."""
+    """Record a snapshot, and with it the checkpoint that can be called from now on. Older snapshots than the last two go.
+
+    Either may be None: a run that saves faster than it is read has replaced the one, or is not at an epoch's end."""
     job = held(tx, lease, job_id)
     if job.status not in ACTIVE:
         return job.status
-    key = (snapshots.c.job == job_id) & (snapshots.c.epoch == lease.epoch) & (snapshots.c.step == snapshot.step)
-    if tx.execute(sa.select(snapshots.c.step).where(key)).first() is None:
-        row = {"job": job_id, "epoch": lease.epoch, "created_at": now, "step": snapshot.step, "manifest": snapshot.manifest}
-        tx.execute(sa.insert(snapshots).values(**row))
-        tuning.update(tx, job_id, crashes=0)
-    _forget_old_snapshots(tx, job_id)
+    if snapshot is not None:
+        _add_snapshot(tx, lease, job_id, snapshot, now)
     if exposed is not None:
         expose(tx, job, exposed, organization, now, new_id)
     return job.status
 
 
-def _forget_old_snapshots(tx: Transaction, job_id: str) -> None:
+def _add_snapshot(tx: Transaction, lease: Lease, job_id: str, snapshot: Snapshot, now: float) -> None:
+    key = (snapshots.c.job == job_id) & (snapshots.c.epoch == lease.epoch) & (snapshots.c.step == snapshot.step)
+    if tx.execute(sa.select(snapshots.c.step).where(key)).first() is None:
+        row = {"job": job_id, "epoch": lease.epoch, "created_at": now, "step": snapshot.step, "manifest": snapshot.manifest}
+        tx.execute(sa.insert(snapshots).values(**row))
+        tuning.update(tx, job_id, crashes=0)
     query = sa.select(snapshots.c.epoch, snapshots.c.step).where(snapshots.c.job == job_id)
     rows = tx.execute(query.order_by(snapshots.c.step.desc(), snapshots.c.epoch.desc())).all()
     for row in rows[SNAPSHOTS_KEPT:]:
@@ -229,29 +216,31 @@ def _forget_old_snapshots(tx: Transaction, job_id: str) -> None:
 
 def expose(tx: Transaction, job: Job, adapter: Adapter, organization: str, now: float, new_id: NewId) -> None:
     """Make a checkpoint of the job callable, unless it is; of those before it the last ones stay."""
-    name = tuned_name(job, organization, adapter.step)
-    if tx.execute(sa.select(models.c.id).where(models.c.id == name)).first() is not None:
+    name = naming.checkpoint_name(job, organization, adapter.step)
+    if tx.execute(sa.select(model_rows.c.id).where(model_rows.c.id == name)).first() is not None:
         return
-    tx.execute(sa.insert(models).values(**_model_row(name, job, adapter, now), checkpoint=new_id("ftckpt_")))
+    models.add(tx, _model(name, job, adapter, now, new_id("ftckpt_")))
     tuning.append_event(tx, job.id, now, f"Checkpoint created at step {adapter.step}", new_id, data={"step": adapter.step})
-    of_job = (models.c.job == job.id) & models.c.checkpoint.is_not(None) & models.c.deleted_at.is_(None)
-    shown = tx.execute(sa.select(models.c.id).where(of_job).order_by(models.c.step.desc())).scalars().all()
+    of_job = (model_rows.c.job == job.id) & model_rows.c.checkpoint.is_not(None) & model_rows.c.deleted_at.is_(None)
+    shown = tx.execute(sa.select(model_rows.c.id).where(of_job).order_by(model_rows.c.step.desc())).scalars().all()
     for old in shown[EXPOSED:]:
-        if not _is_continued(tx, old, job.tenant):
-            tx.execute(sa.update(models).where(models.c.id == old).values(deleted_at=now))
+        if not models.jobs_from(tx, old, job.tenant):
+            models.delete(tx, old, job.tenant, now)
 
 
-def _is_continued(tx: Transaction, model: str, tenant: str) -> bool:
-    """Return whether another job was made of this checkpoint: it may have yet to fetch it."""
-    query = sa.select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.model == model)
-    return tx.execute(query).first() is not None
-
-
-def _model_row(name: str, job: Job, adapter: Adapter, now: float) -> dict[str, Any]:
-    return {
-        "id": name, "tenant": job.tenant, "created_at": now, "job": job.id, "base": job.base, "step": adapter.step,
-        "metrics": dict(adapter.metrics), "manifest": adapter.manifest, "content_hash": adapter.content_hash,
-    }  # fmt: skip
+def _model(name: str, job: Job, adapter: Adapter, now: float, checkpoint: str | None) -> Model:
+    return Model(
+        name,
+        job.tenant,
+        now,
+        job.id,
+        job.base,
+        adapter.step,
+        adapter.manifest,
+        adapter.content_hash,
+        checkpoint,
+        dict(adapter.metrics),
+    )
 
 
 def crashed(tx: Transaction, lease: Lease, job_id: str) -> int:
@@ -288,13 +277,16 @@ def hand_back(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: Ne
     return job.status
 
 
-def settle_cancelled(tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, new_id: NewId) -> None:
+def settle_cancelled(
+    tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, *, was_running: bool = True
+) -> None:
     """Charge what was trained of a cancelled job, once, and let go of it. Its checkpoints stay."""
     job = held(tx, lease, job_id)
     assert job.status == "cancelled"
     if "cancel" in tuning.unapplied(tx, job_id):
-        _charge(tx, job, prices, now, new_id)
-        queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
+        _charge(tx, job, prices, now)
+        if was_running:  # one that had stopped before gave them back then
+            queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
         tuning.apply_commands(tx, job_id, now)
     leases.release(tx, lease)
 
@@ -318,7 +310,7 @@ def succeed(
     lease: Lease,
     job_id: str,
     adapter: Adapter,
-    results: Sequence[ResultFile],
+    results: Sequence[File],
     organization: str,
     prices: Mapping[str, Price],
     now: float,
@@ -328,31 +320,22 @@ def succeed(
     job = held(tx, lease, job_id)
     if job.status not in ACTIVE:
         return job.status
-    name = tuned_name(job, organization)
+    name = naming.model_name(job, organization)
     expose(tx, job, adapter, organization, now, new_id)
-    tx.execute(sa.insert(models).values(**_model_row(name, job, adapter, now), checkpoint=None))
+    models.add(tx, _model(name, job, adapter, now, None))
     for file in results:
-        tx.execute(
-            sa.insert(files).values(
-                id=file.id, tenant=job.tenant, created_at=now, purpose="fine-tune-results", filename=file.filename,
-                bytes=file.bytes, blob=file.blob, status="processed",
-            )
-        )  # fmt: skip
-    _charge(tx, job, prices, now, new_id)
+        files.add(tx, file)
+    _charge(tx, job, prices, now)
     tuning.apply_commands(tx, job_id, now)
     tuning.append_event(tx, job_id, now, f"New fine-tuned model created: {name}", new_id, data={"model": name})
     tuning.append_event(tx, job_id, now, "The job has successfully completed", new_id)
-    ids = [file.id for file in results]
+    report = job.facts.get("report_file")
+    ids = [*(file.id for file in results), *([report] if report else [])]
     job = tuning.move(tx, job, "succeeded", now, new_id, tuned_model=name, result_files=ids)
     leases.release(tx, lease)
     return job.status
 
 
-def _charge(tx: Transaction, job: Job, prices: Mapping[str, Price], now: float, new_id: NewId) -> None:
+def _charge(tx: Transaction, job: Job, prices: Mapping[str, Price], now: float) -> None:
     price = prices[job.base].training if job.base in prices else 0.0
-    tx.execute(
-        sa.insert(usage).values(
-            id=new_id("use_"), tenant=job.tenant, at=now, kind="training", base=job.base, model=job.model, job=job.id,
-            tokens=job.trained_tokens, cost_micros=round(job.trained_tokens * price),
-        )
-    )  # fmt: skip
+    usage.record(tx, job.tenant, "training", job.base, job.model, job.trained_tokens, price, now, job=job.id)

@@ -325,3 +325,9 @@ answerers = sa.Table(
     sa.Column("secret", sa.Text, nullable=False),  # what a caller shows first
     _time("created_at"),
 )  # fmt: skip
+
+wanted_bases = sa.Table(
+    "wanted_bases", metadata,  # bases without a resident worker, and how often each was asked for
+    sa.Column("base", sa.Text, primary_key=True),
+    sa.Column("asks", sa.BigInteger, nullable=False),
+)  # fmt: skip
