@@ -7,6 +7,7 @@ effect but on its connection. Next: `schema.py`.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Database:
         self.url = parsed
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self._watch = watch
+        self._check: Work[None] | None = None
         self.engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
 
     def read(self, work: Work[T]) -> T:
@@ -54,10 +56,23 @@ class Database:
 
     def write(self, name: str, work: Work[T]) -> T:
         """Run `work` and commit it, whole or not at all; `name` says what it does, for those who watch."""
+        check = self._check
+
+        def checked(tx: Transaction) -> T:
+            if check is not None:
+                check(tx)
+            return work(tx)
+
         self._watch(f"before {name}")
-        outcome = self._run(work, write=True)
+        outcome = self._run(checked, write=True)
         self._watch(f"after {name}")
         return outcome
+
+    def guarded(self, check: Work[None]) -> Database:
+        """Return this database with `check` as the first statement of every write: what is done under a lease ends with it."""
+        twin = copy.copy(self)
+        twin._check = check
+        return twin
 
     def close(self) -> None:
         self.engine.dispose()

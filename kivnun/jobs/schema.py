@@ -32,7 +32,9 @@ tenants = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     _time("created_at"),
     sa.Column("weight", sa.Float(53), nullable=False),  # of its share of the queue
-    sa.Column("served", sa.Float(53), nullable=False),  # virtual time: tokens begun, over the weight
+    # The two marks of `queue.py`, in tokens over the weight: where its last job began, and where that one will end.
+    sa.Column("began", sa.Float(53), nullable=False, default=0.0),
+    sa.Column("served", sa.Float(53), nullable=False),
     sa.Column("limits", sa.JSON, nullable=False),  # what differs from the configured limits
 )  # fmt: skip
 
@@ -119,6 +121,7 @@ jobs = sa.Table(
     sa.Column("total_steps", sa.BigInteger, nullable=True),
     sa.Column("planned_tokens", sa.BigInteger, nullable=True),  # trained tokens of the whole job
     sa.Column("planned_seconds", sa.Float(53), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),  # tuning.Job.facts: what else was found then
     _time("queued_at", nullable=True),
     # As it goes.
     _time("started_at", nullable=True),
@@ -126,6 +129,7 @@ jobs = sa.Table(
     _time("estimated_finish", nullable=True),
     sa.Column("step", sa.BigInteger, nullable=False),  # the last one reported
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),  # of the steps reported
+    sa.Column("crashes", sa.BigInteger, nullable=False, default=0),  # of its trainer, since the last snapshot
     sa.Column("num_events", sa.BigInteger, nullable=False),  # the number of the last event
     sa.Column("tuned_model", sa.Text, nullable=True),
     sa.Column("result_files", sa.JSON, nullable=False),
@@ -221,13 +225,14 @@ usage = sa.Table(
     "usage", metadata,
     sa.Column("id", sa.Text, primary_key=True),
     _tenant(),
-    _time("at"),
+    _time("at"),  # the first second of an hour
     sa.Column("kind", sa.Text, nullable=False),  # training, prompt, completion
     sa.Column("base", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("job", sa.Text, nullable=True),
     sa.Column("api_key", sa.Text, nullable=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("price", sa.Text, nullable=False),  # of a million tokens
     sa.Column("cost_micros", sa.BigInteger, nullable=False),
     sa.Index("ix_usage_tenant_at", "tenant", "at"),
 )  # fmt: skip
@@ -255,6 +260,7 @@ outbox = sa.Table(
     sa.Column("type", sa.Text, nullable=False),  # fine_tuning.job.succeeded and so on
     sa.Column("data", sa.JSON, nullable=False),  # {"id": ...}
     _time("fanned_out_at", nullable=True),  # when a delivery was made for each endpoint
+    sa.Index("ix_outbox_fanned_out", "fanned_out_at"),
 )  # fmt: skip
 
 deliveries = sa.Table(
@@ -267,9 +273,11 @@ deliveries = sa.Table(
     sa.Column("status", sa.Text, nullable=False),  # pending, delivered, dead
     sa.Column("attempts", sa.BigInteger, nullable=False),
     _time("next_at"),
+    _time("give_up_at"),  # the last attempt is made then
     sa.Column("last_answer", sa.Text, nullable=True),  # a status, or why there was none
     sa.UniqueConstraint("event", "endpoint"),
     sa.Index("ix_deliveries_status_next", "status", "next_at"),
+    sa.Index("ix_deliveries_endpoint_created", "endpoint", "created_at", "id"),
 )  # fmt: skip
 
 # --- batches ----------------------------------------------------------------------------------------------------------------
@@ -281,10 +289,13 @@ batches = sa.Table(
     _time("created_at"),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("api_key", sa.Text, nullable=False),  # the id of the key that asked for it: its usage is that key's
     sa.Column("input_file", sa.Text, nullable=False),
     sa.Column("completion_window", sa.Text, nullable=False),
     sa.Column("metadata", sa.JSON, nullable=True),
-    sa.Column("errors", sa.JSON, nullable=True),
+    sa.Column("model", sa.Text, nullable=True),  # of all its lines, known once they are validated
+    sa.Column("errors", sa.JSON, nullable=True),  # [{"code", "message", "param", "line"}]
+    sa.Column("usage", sa.JSON, nullable=True),  # sums of its answers' usage, known at the end
     sa.Column("output_file", sa.Text, nullable=True),
     sa.Column("error_file", sa.Text, nullable=True),
     sa.Column("output_expires_after", sa.BigInteger, nullable=True),
@@ -293,6 +304,7 @@ batches = sa.Table(
     sa.Column("completed", sa.BigInteger, nullable=False),
     sa.Column("failed", sa.BigInteger, nullable=False),
     sa.Index("ix_batches_tenant_created", "tenant", "created_at", "id"),
+    sa.Index("ix_batches_status", "status"),
 )  # fmt: skip
 
 batch_answers = sa.Table(
@@ -312,4 +324,10 @@ answerers = sa.Table(
     sa.Column("address", sa.Text, nullable=False),  # unix:PATH or HOST:PORT
     sa.Column("secret", sa.Text, nullable=False),  # what a caller shows first
     _time("created_at"),
+)  # fmt: skip
+
+wanted_bases = sa.Table(
+    "wanted_bases", metadata,  # bases without a resident worker, and how often each was asked for
+    sa.Column("base", sa.Text, primary_key=True),
+    sa.Column("asks", sa.BigInteger, nullable=False),
 )  # fmt: skip

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.ids import NewId
-from kivnun.jobs.schema import commands, job_events, jobs, outbox
+from kivnun.jobs.schema import commands, files, job_events, jobs, models, outbox
 from kivnun.jobs.states import TERMINAL, Command, Status, after_command, may_follow
 
 Level = Literal["info", "warn", "error"]
@@ -25,7 +25,10 @@ TOLD: dict[Status, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970."""
+    """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970.
+
+    `facts` is what judging the files came to: learning_rate, examples, tokens, trained_tokens (of one epoch), held_out, overlap,
+    truncated, refused, and report_file, the id of the file that tells it line by line."""
 
     id: str
     tenant: str
@@ -46,12 +49,14 @@ class Job:
     total_steps: int | None = None
     planned_tokens: int | None = None
     planned_seconds: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
     queued_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     estimated_finish: float | None = None
     step: int = 0
     trained_tokens: int = 0
+    crashes: int = 0
     num_events: int = 0
     tuned_model: str | None = None
     result_files: list[str] = field(default_factory=list[str])
@@ -140,7 +145,8 @@ def command(tx: Transaction, job: Job, kind: Command, now: float, new_id: NewId)
     status = after_command(job.status, kind)
     if status is None or status == job.status:
         return None if status is None else job
-    working = job.status in ("running", "pausing")
+    # A worker stops the trainer; and it charges what was trained of a job that is cancelled, whether that runs now or waits.
+    working = job.status in ("running", "pausing") or (kind == "cancel" and job.step > 0)
     tx.execute(
         sa.insert(commands).values(id=new_id("cmd_"), job=job.id, created_at=now, kind=kind, applied_at=None if working else now)
     )
@@ -202,3 +208,24 @@ def unapplied(tx: Transaction, job_id: str) -> Sequence[str]:
 def apply_commands(tx: Transaction, job_id: str, now: float) -> None:
     """Mark a job's commands as acted upon."""
     tx.execute(sa.update(commands).where(commands.c.job == job_id, commands.c.applied_at.is_(None)).values(applied_at=now))
+
+
+def num_waiting(tx: Transaction, tenant: str) -> int:
+    """Return how many of a tenant's jobs have neither begun nor ended."""
+    waiting = ("validating_files", "queued", "paused")
+    return tx.execute(sa.select(sa.func.count()).where(jobs.c.tenant == tenant, jobs.c.status.in_(waiting))).scalar_one()
+
+
+def to_validate(tx: Transaction) -> Job | None:
+    """Return the oldest job of all tenants whose files are judged and that has not been validated itself; None: there is none."""
+    of_job = sa.or_(files.c.id == jobs.c.training_file, files.c.id == jobs.c.validation_file)
+    unjudged = sa.exists().where(of_job, files.c.status == "uploaded", files.c.deleted_at.is_(None))
+    query = sa.select(jobs).where(jobs.c.status == "validating_files", sa.not_(unjudged))
+    row = tx.execute(query.order_by(jobs.c.created_at, jobs.c.id).limit(1)).mappings().one_or_none()
+    return None if row is None else Job(**row)
+
+
+def model_of_checkpoint(tx: Transaction, checkpoint: str, tenant: str) -> str | None:
+    """Return the name of a tenant's model by its checkpoint's id; None where there is none."""
+    mine = (models.c.checkpoint == checkpoint, models.c.tenant == tenant, models.c.deleted_at.is_(None))
+    return tx.execute(sa.select(models.c.id).where(*mine)).scalar_one_or_none()
