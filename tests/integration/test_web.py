@@ -171,7 +171,8 @@ def test_a_person_goes_from_a_key_to_a_tuned_model_and_its_bill(tab: Seen, url: 
     page.keyboard.press("Enter")  # "Start the job" has the focus.
 
     # The job: curves, events, the model.
-    page.get_by_text("The model is ready").wait_for()
+    page.locator(".notice.good, .notice.bad").first.wait_for()
+    assert page.locator(".notice .title").inner_text() == "The model is ready"
     page.locator(".curve path.plot").first.wait_for()
     assert page.get_by_role("log").locator("li").filter(has_text="training loss=").count() >= 3
     page.get_by_role("button", name="Example by example").click()
