@@ -171,8 +171,8 @@ def test_a_person_goes_from_a_key_to_a_tuned_model_and_its_bill(tab: Seen, url: 
     page.keyboard.press("Enter")  # "Start the job" has the focus.
 
     # The job: curves, events, the model.
-    page.locator(".notice.good, .notice.bad").first.wait_for()
-    assert page.locator(".notice .title").inner_text() == "The model is ready"
+    page.locator(".outcome .notice").wait_for()
+    assert page.locator(".outcome .title").inner_text() == "The model is ready"
     page.locator(".curve path.plot").first.wait_for()
     assert page.get_by_role("log").locator("li").filter(has_text="training loss=").count() >= 3
     page.get_by_role("button", name="Example by example").click()
@@ -287,7 +287,15 @@ UNNAMED = """() => [...document.querySelectorAll('button, a, input, select, text
   e.checkVisibility() && !e.textContent.trim() && !e.ariaLabel && !e.labels?.length).map((e) => e.outerHTML)"""
 
 
-@pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (1440, "light"), (360, "light"), (1440, "dark")])
+@pytest.mark.parametrize(
+    ("width", "theme"),
+    [
+        (360, "dark"),
+        (1440, "light"),
+        pytest.param(360, "light", marks=pytest.mark.slow),
+        pytest.param(1440, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_every_page_can_be_read_and_scrolls_one_way_alone(browser, url: str, width: int, theme: str, tmp_path: Path) -> None:
     seen = opened(browser, width, theme)
     page = seen.page

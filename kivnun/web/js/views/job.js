@@ -70,7 +70,7 @@ async function newer(path, history, signal) {
 function pageOf(path, signal) {
   const top = h("header", { class: "head" });
   const lost = h("div", { hidden: true });
-  const ended = h("div", { class: "stack", hidden: true });
+  const ended = h("div", { class: "stack outcome", hidden: true });
   const bar = track(0, { label: "Progress" });
   const words = h("div", { class: "line" });
   const numbers = h("div", {});
