@@ -133,6 +133,9 @@ class StepDone:
     computed_tokens: Annotated[int, "tokens that were computed: fewer than `tokens` where rows share what they begin with"]
     seconds: Seconds
     time: Time = ""
+    accuracy: Annotated[
+        float, "share of the tokens with weight that the model held to be the likeliest; nan where it was not measured"
+    ] = field(default_factory=lambda: math.nan)
 
 
 @dataclass(frozen=True, slots=True)

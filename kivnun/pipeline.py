@@ -20,7 +20,16 @@ from typing import Any, cast
 
 import torch
 
-from kivnun.artifacts import atomic_folder, atomic_write, code_hash, make_folder, numeric_environment, sweep, write_manifest
+from kivnun.artifacts import (
+    atomic_folder,
+    atomic_write,
+    code_hash,
+    discard,
+    make_folder,
+    numeric_environment,
+    sweep,
+    write_manifest,
+)
 from kivnun.data.loader import Dataset, load_dataset
 from kivnun.data.template import ChatTokenizer, load_tokenizer
 from kivnun.errors import IntegrityError, KivnunError, StorageError
@@ -103,12 +112,14 @@ def tune(
     on_progress: StageProgress | None = None,
     processes: Processes | None = None,
     known_base: Path | None = None,
+    exposed: int = 0,
 ) -> dict[str, Any]:
     """Run a spec in a folder and return the final object: run, status, steps, trained_tokens, base, tuned, plan, actual.
 
     `listener` hears every event as it is recorded. With `resume`, a finished run gives its result, one with checkpoints goes on
     from the newest, one without starts over. `processes` are those that work on it, all of which call this (None: this one alone).
-    `known_base` is what `score_base` wrote for the same base, rows and metrics: it is taken as it is.
+    `known_base` is what `score_base` wrote for the same base, rows and metrics: it is taken as it is. `exposed` is how many
+    adapters of epochs' ends stay beside the checkpoints, for others to load while the run goes on (`RunFolder.exposed`).
     Raises KivnunError subclasses; what was saved before stays whole.
     """
     folder, processes = RunFolder(run_dir), processes or OneProcess()
@@ -116,16 +127,16 @@ def tune(
     if finished is not None:
         return finished
     if processes.rank > 0:
-        return _Run(spec, spec_text, folder, processes, lambda: None, lambda event: None, None, known_base).execute()
+        return _Run(spec, spec_text, folder, processes, lambda: None, lambda event: None, None, known_base, exposed).execute()
     with EventLog(folder.events, utc_now) as log:
-        for place in (folder.path, folder.base_evaluation.parent):
+        for place in (folder.path, folder.base_evaluation.parent, folder.exposed, folder.stopped):
             sweep(place)
 
         def emit(event: Event) -> None:
             listener(log.append(event))
 
         try:
-            return _Run(spec, spec_text, folder, processes, log.sync, emit, on_progress, known_base).execute()
+            return _Run(spec, spec_text, folder, processes, log.sync, emit, on_progress, known_base, exposed).execute()
         except KivnunError as error:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
                 emit(RunFailed(code=error.code, message=error.message))
@@ -204,6 +215,7 @@ class _Run:
     emit: Emit
     on_progress: StageProgress | None
     known_base: Path | None
+    exposed: int
 
     @telling_shortage("a stage outside of training's passes")
     def execute(self) -> dict[str, Any]:
@@ -228,7 +240,7 @@ class _Run:
         scored_base = self._score_base(spec, TorchEngine(base), dataset, tokenizer, probe)
         trainee = self._open_trainee(spec, base, dataset)
         self._tell_spared(spec, base, dataset)
-        self._train(spec, trainee, dataset, tokenizer, same)
+        self._train(spec, trainee, dataset, tokenizer, same, base_folder)
 
         self._export(spec, trainee, base_folder)
         scored_tuned = self._score(spec, trainee, dataset, tokenizer, "tuned", trainee.steps, scored_base, probe)
@@ -367,10 +379,26 @@ class _Run:
             what = f"{spared:.0%} of the tokens of a pass are beginnings that its rows have in common"
             self.emit(Warned(message=f"{what}: compute.share_prefixes computes them once"))
 
-    def _train(self, spec: TuneSpec, trainee: Trainee, dataset: Dataset, tokenizer: ChatTokenizer, same: Mapping[str, Any]) -> None:
-        saver = _Saver(spec, self.folder, trainee, same, self.processes, self.sync, self.emit)
-        saver.restore()
+    def _train(
+        self,
+        spec: TuneSpec,
+        trainee: Trainee,
+        dataset: Dataset,
+        tokenizer: ChatTokenizer,
+        same: Mapping[str, Any],
+        base_folder: Path,
+    ) -> None:
         order = row_order(spec, dataset)
+        steps = order.steps
+
+        def expose(step: int, epoch_ended: bool) -> None:
+            if step < steps:  # the last one is the result
+                place = self.folder.exposed if epoch_ended else self.folder.stopped
+                self._write_result(spec, trainee, base_folder, place / f"step-{step:06d}")
+                self.processes.from_first(lambda: _keep_newest(place, self.exposed))
+
+        saver = _Saver(spec, self.folder, trainee, same, self.processes, self.sync, self.emit, expose if self.exposed else None)
+        saver.restore()
         light = spec.evaluation.model_copy(update={"metrics": (), "samples": 0})
 
         tokens = cast(int, spec.compute.micro_batch_tokens)
@@ -385,7 +413,7 @@ class _Run:
                 trainee,
                 dataset.train.rows,
                 order,
-                schedule_of(spec, order.steps),
+                schedule_of(spec, steps),
                 self.processes.from_first(lambda: PassBudget.recorded(tokens, read_events(self.folder.events))),
                 share_prefixes=spec.compute.share_prefixes,
                 emit=self.emit,
@@ -396,10 +424,13 @@ class _Run:
             )
 
     def _export(self, spec: TuneSpec, trainee: Trainee, base_folder: Path) -> None:
+        self._write_result(spec, trainee, base_folder, self.folder.path / self._result_folder(spec))
+
+    def _write_result(self, spec: TuneSpec, trainee: Trainee, base_folder: Path, target: Path) -> None:
         if self.processes.rank > 0:
             trainee.export(self.folder.path, spec.base.model)  # takes part and writes nothing
             return
-        with atomic_folder(self.folder.path / self._result_folder(spec)) as place:
+        with atomic_folder(target) as place:
             trainee.export(place, spec.base.model)
             copy_tokenizer(base_folder, place, spec.data.template)
 
@@ -463,12 +494,14 @@ class _Saver:
         processes: Processes,
         sync: Callable[[], object],
         emit: Emit,
+        expose: Callable[[int, bool], None] | None = None,
     ) -> None:
         rule = spec.checkpoints
         self._store = CheckpointStore(folder.checkpoints, rule.keep)
         self._cadence = Cadence(rule.every_steps, rule.every_epoch, rule.every_seconds, time.monotonic)
         self._folder, self._trainee, self._fields, self._sync, self._emit = folder, trainee, fields, sync, emit
         self._processes = processes
+        self._expose = expose
 
     def restore(self) -> None:
         """Take the newest checkpoint, if there is one. Raises RunFolderError when it was made from something else."""
@@ -489,10 +522,18 @@ class _Saver:
 
     def after_step(self, step: int, epoch_ended: bool) -> None:
         # The first process's clock decides: a checkpoint is made by all.
-        if self._processes.any(self._processes.rank == 0 and self._cadence.due(step, epoch_ended)):
-            self.now(step)
+        due = self._processes.any(self._processes.rank == 0 and self._cadence.due(step, epoch_ended))
+        if epoch_ended and self._expose is not None:
+            self.now(step, epoch_ended)
+        elif due:
+            self._save(step)
 
-    def now(self, step: int) -> None:
+    def now(self, step: int, epoch_ended: bool) -> None:
+        if self._expose is not None:
+            self._expose(step, epoch_ended)  # first: the event that tells of the checkpoint tells of the adapter too
+        self._save(step)
+
+    def _save(self, step: int) -> None:
         if self._processes.rank > 0:
             self._trainee.save(self._folder.path)  # takes part and writes nothing
             return
@@ -502,6 +543,11 @@ class _Saver:
         self._cadence.saved()
         name = str(path.relative_to(self._folder.path))
         self._emit(CheckpointSaved(step=step, path=name, seconds=time.monotonic() - began))
+
+
+def _keep_newest(place: Path, count: int) -> None:
+    for old in sorted(place.glob("step-*"))[:-count]:
+        discard(old)
 
 
 def _sameness(spec: TuneSpec, dataset: Dataset, base: Base) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from kivnun.artifacts import MANIFEST, atomic_write, environment_difference, make_folder, read_manifest
 from kivnun.errors import IntegrityError, RunFolderError, SpecError
 from kivnun.events import Event, RunStarted
-from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, load_spec, resolved_yaml
+from kivnun.spec import ComputeSpec, MultiProcessSpec, PassChoice, TuneSpec, parse_spec, read_spec_text, resolved_yaml
 
 CHANGED_SPEC = "18-resume-changed-spec"  # of docs/mistakes
 
@@ -56,6 +56,16 @@ class RunFolder:
     def model(self) -> Path:
         """The result of full tuning: a transformers folder."""
         return self.path / "model"
+
+    @property
+    def exposed(self) -> Path:
+        """Adapters as they were at the end of each of the last epochs, where `tune` was asked for them: `step-000120/`."""
+        return self.path / "exposed"
+
+    @property
+    def stopped(self) -> Path:
+        """The adapter as it was where the run was stopped, where `tune` was asked for such."""
+        return self.path / "stopped"
 
     @property
     def base_evaluation(self) -> Path:
@@ -115,7 +125,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is not a run folder: it has no resolved.yaml", hint="give the folder that tune wrote"
             )
-        return load_spec(self.resolved)
+        # Its paths were made absolute when it was written; those of a run that may go on elsewhere were not, and stay as they are.
+        return parse_spec(read_spec_text(self.resolved), folder=None, source=self.resolved.name)
 
     def read_result(self) -> dict[str, Any]:
         """Return the final object of a finished run. Raises RunFolderError when there is none yet."""

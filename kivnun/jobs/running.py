@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from kivnun.jobs import files, leases, models, naming, queue, tuning, usage
 from kivnun.jobs.config import Limits, Price
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.files import File
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.leases import Lease, Seen
-from kivnun.jobs.files import File
 from kivnun.jobs.models import Model
 from kivnun.jobs.schema import commands, job_events, jobs, snapshots
 from kivnun.jobs.schema import models as model_rows
@@ -99,7 +99,7 @@ def take_over(
     if job.status == "pausing":
         pause(tx, lease, job_id, now, new_id)
     elif job.status == "cancelled":
-        settle_cancelled(tx, lease, job_id, prices, now)
+        settle_cancelled(tx, lease, job_id, prices, now, was_running=seen.owner is not None)
     else:
         leases.release(tx, lease)
     return None
@@ -182,28 +182,31 @@ def commit(
     tx: Transaction,
     lease: Lease,
     job_id: str,
-    snapshot: Snapshot,
+    snapshot: Snapshot | None,
     exposed: Adapter | None,
     organization: str,
     now: float,
     new_id: NewId,
 ) -> Status:
-    """Record a snapshot, and with it the checkpoint that can be called from now on. Older snapshots than the last two go."""
+    """Record a snapshot, and with it the checkpoint that can be called from now on. Older snapshots than the last two go.
+
+    Either may be None: a run that saves faster than it is read has replaced the one, or is not at an epoch's end."""
     job = held(tx, lease, job_id)
     if job.status not in ACTIVE:
         return job.status
-    key = (snapshots.c.job == job_id) & (snapshots.c.epoch == lease.epoch) & (snapshots.c.step == snapshot.step)
-    if tx.execute(sa.select(snapshots.c.step).where(key)).first() is None:
-        row = {"job": job_id, "epoch": lease.epoch, "created_at": now, "step": snapshot.step, "manifest": snapshot.manifest}
-        tx.execute(sa.insert(snapshots).values(**row))
-        tuning.update(tx, job_id, crashes=0)
-    _forget_old_snapshots(tx, job_id)
+    if snapshot is not None:
+        _add_snapshot(tx, lease, job_id, snapshot, now)
     if exposed is not None:
         expose(tx, job, exposed, organization, now, new_id)
     return job.status
 
 
-def _forget_old_snapshots(tx: Transaction, job_id: str) -> None:
+def _add_snapshot(tx: Transaction, lease: Lease, job_id: str, snapshot: Snapshot, now: float) -> None:
+    key = (snapshots.c.job == job_id) & (snapshots.c.epoch == lease.epoch) & (snapshots.c.step == snapshot.step)
+    if tx.execute(sa.select(snapshots.c.step).where(key)).first() is None:
+        row = {"job": job_id, "epoch": lease.epoch, "created_at": now, "step": snapshot.step, "manifest": snapshot.manifest}
+        tx.execute(sa.insert(snapshots).values(**row))
+        tuning.update(tx, job_id, crashes=0)
     query = sa.select(snapshots.c.epoch, snapshots.c.step).where(snapshots.c.job == job_id)
     rows = tx.execute(query.order_by(snapshots.c.step.desc(), snapshots.c.epoch.desc())).all()
     for row in rows[SNAPSHOTS_KEPT:]:
@@ -274,13 +277,16 @@ def hand_back(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: Ne
     return job.status
 
 
-def settle_cancelled(tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, new_id: NewId) -> None:
+def settle_cancelled(
+    tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, *, was_running: bool = True
+) -> None:
     """Charge what was trained of a cancelled job, once, and let go of it. Its checkpoints stay."""
     job = held(tx, lease, job_id)
     assert job.status == "cancelled"
     if "cancel" in tuning.unapplied(tx, job_id):
         _charge(tx, job, prices, now)
-        queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
+        if was_running:  # one that had stopped before gave them back then
+            queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
         tuning.apply_commands(tx, job_id, now)
     leases.release(tx, lease)
 

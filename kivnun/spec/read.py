@@ -48,8 +48,9 @@ def read_spec_text(path: Path) -> str:
         raise SpecError(f"spec {path} is not UTF-8 (byte {error.start})", hint="save it as UTF-8") from None
 
 
-def parse_spec(text: str, *, folder: Path, source: str = "spec", overrides: Sequence[str] = ()) -> TuneSpec:
-    """Return the spec that `text` holds; see `load_spec`. `source` is what messages call it."""
+def parse_spec(text: str, *, folder: Path | None, source: str = "spec", overrides: Sequence[str] = ()) -> TuneSpec:
+    """Return the spec that `text` holds; see `load_spec`. `source` is what messages call it. Without a folder, relative paths stay
+    as they are written: they then start from wherever the process that reads them works."""
     try:
         document = _read_document(text, source)
     except YamlError as error:

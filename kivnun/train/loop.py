@@ -32,7 +32,7 @@ class Saver(Protocol):
 
     def after_step(self, step: int, epoch_ended: bool) -> None: ...
 
-    def now(self, step: int) -> None: ...
+    def now(self, step: int, epoch_ended: bool) -> None: ...
 
 
 def fit(
@@ -88,9 +88,9 @@ def fit(
         if due and not last:
             evaluate(step)
         if last:
-            saver.now(step)
+            saver.now(step, epoch_ended)
         elif stop_requested():
-            saver.now(step)
+            saver.now(step, epoch_ended)
             emit(RunInterrupted(step=step))
             raise InterruptedRun(f"stopped after step {step} of {schedule.steps}, which is saved", hint="go on with --resume")
         else:

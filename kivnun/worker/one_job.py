@@ -1,0 +1,433 @@
+"""A claimed job's way through a worker: prepared, trained, told of, ended. One thread for each job.
+
+The trainer writes its record into the work folder and knows nothing of databases; this thread reads the record, writes rows and
+keeps blobs, and looks for commands with each look at the record. Next: `relay.py` (what is told), `trainer.py` (who computes).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from kivnun.artifacts import make_folder
+from kivnun.errors import IntegrityError, StorageError
+from kivnun.jobs import results, running, snapshots, tuning
+from kivnun.jobs.blobs import BlobStore
+from kivnun.jobs.config import Price, ServiceConfig
+from kivnun.jobs.database import Database, Transaction
+from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
+from kivnun.jobs.files import File
+from kivnun.jobs.ids import NewId
+from kivnun.jobs.running import Adapter, Claim, Snapshot, Told
+from kivnun.jobs.schema import files, models
+from kivnun.jobs.states import ACTIVE, Status
+from kivnun.jobs.toy import is_toy
+from kivnun.worker.relay import NotReproduced, Relay, Saved, without_paths
+from kivnun.worker.trainer import Outcome, Trainer, Trainers
+
+T = TypeVar("T")
+CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
+RECORD = "events.jsonl"
+LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
+
+# What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
+_FAULTS: dict[str, tuple[str, str | None]] = {
+    "data_invalid": ("invalid_training_file", "training_file"),
+    "non_finite_loss": ("training_diverged", None),
+    "does_not_fit": ("out_of_memory", None),
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all jobs of a worker share."""
+
+    db: Database
+    blobs: BlobStore
+    config: ServiceConfig
+    folder: Path
+    owner: str
+    clock: Callable[[], float]
+    monotonic: Callable[[], float]
+    new_id: NewId
+    stop: threading.Event
+    look_s: float
+    drain_s: float
+
+    @cached_property
+    def prices(self) -> Mapping[str, Price]:
+        return {name: base.price for name, base in self.config.bases.items()}
+
+
+class GivenUp(Exception):
+    """The worker has to end and something does not answer: another worker goes on from what was saved."""
+
+
+class Unusable(Exception):
+    """The job cannot be run: what it needs is not there, or is not what it should be."""
+
+
+class OneJob:
+    """A job from its claim to its end, or until the lease is lost."""
+
+    def __init__(self, shared: Shared, trainers: Trainers, claim: Claim) -> None:
+        self.lease = claim.lease
+        self.done = threading.Event()
+        self._shared, self._trainers, self._job = shared, trainers, claim.job
+        self._folder = shared.folder / f"{claim.job.id}-{claim.lease.epoch}"
+        self._lost = threading.Event()
+        self._trainer: Trainer | None = None
+        self._asked_at: float | None = None  # when the trainer was asked to stop
+        self._saved_step = 0
+
+    @property
+    def _run(self) -> Path:
+        return self._folder / "run"
+
+    def lose(self) -> None:
+        """Stop at once: the lease is somebody else's."""
+        self._lost.set()
+        if self._trainer is not None:
+            self._trainer.kill()
+
+    def run(self) -> None:
+        """Go the whole way. Whatever happens, the trainer is gone and the lease free or lost at the end."""
+        job = self._job.id
+        try:
+            self._prepare()
+            self._train()
+        except StaleLease:
+            log.warning("lost the job to another worker", extra={"action": "lost", "job": job})
+        except GivenUp:
+            log.warning("left the job to another worker", extra={"action": "left", "job": job})
+        except (Unusable, IntegrityError) as error:
+            log.error("a job cannot be run: %s", error, extra={"action": "unusable", "job": job})
+            self._fail("internal_error", "the service could not prepare the training; nothing is charged")
+        except NotReproduced as error:
+            log.error("%s", error, extra={"action": "not reproduced", "job": job})
+            self._fail("not_reproduced", f"{error}: the training is not what was reported, so that it was stopped")
+        except Exception:
+            # A fault of the program: the lease is left to run out, so that nobody tries again at once and for ever.
+            log.exception("a job's thread ended by an error", extra={"action": "fault", "job": job})
+            self._fail("internal_error", "the service made an error; nothing is charged")
+        finally:
+            if self._trainer is not None:
+                self._trainer.kill()
+            self.done.set()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # --- before -------------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Fill the work folder: spec, data, the adapter to start from, the newest snapshot."""
+        for old in self._shared.folder.glob(f"{self._job.id}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        make_folder(self._folder)
+        assert self._job.spec is not None, "a job is queued with its spec"
+        (self._folder / "spec.yaml").write_text(self._job.spec, encoding="utf-8")
+        self._fetch(self._job.training_file, "training.jsonl")
+        if self._job.validation_file is not None:
+            self._fetch(self._job.validation_file, "validation.jsonl")
+        self._fetch_start()
+        for snapshot in self._read(lambda tx: running.newest(tx, self._job.id)):
+            try:
+                self._patiently(lambda s=snapshot: snapshots.fetch_folder(self._shared.blobs, s.manifest, self._run))
+                self._saved_step = snapshot.step
+                return
+            except IntegrityError as error:
+                log.error("a snapshot is damaged: %s", error, extra={"action": "snapshot", "job": self._job.id})
+                shutil.rmtree(self._run, ignore_errors=True)
+
+    def _fetch(self, file_id: str, name: str) -> None:
+        query = sa.select(files.c.blob).where(files.c.id == file_id, files.c.tenant == self._job.tenant)
+        blob = self._read(lambda tx: tx.execute(query).scalar_one_or_none())
+        if blob is None:
+            raise Unusable(f"the file {file_id} is not there")
+        target = self._folder / name
+
+        def fetch() -> None:
+            target.unlink(missing_ok=True)
+            self._shared.blobs.fetch(blob, target)
+
+        self._patiently(fetch)
+
+    def _fetch_start(self) -> None:
+        """Fetch the adapter that the job goes on with, where its model is a tuned one."""
+        name, tenant = self._job.model, self._job.tenant
+        named = (models.c.id == name) | (models.c.checkpoint == name)
+        query = sa.select(models.c.manifest, models.c.content_hash).where(models.c.tenant == tenant, named)
+        row = self._read(lambda tx: tx.execute(query).one_or_none())
+        if row is None:
+            return
+        start = self._folder / "start"
+
+        def fetch() -> list[snapshots.Entry]:
+            shutil.rmtree(start, ignore_errors=True)
+            return snapshots.fetch_folder(self._shared.blobs, row.manifest, start)
+
+        if snapshots.content_hash(self._patiently(fetch)) != row.content_hash:
+            raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
+
+    # --- while it trains ----------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
+        relay = Relay(self._run / RECORD, told, messages)
+        self._start()
+        while True:
+            trainer = self._living()
+            ended = trainer.ended.wait(self._shared.look_s)
+            status = self._look(relay)
+            if status not in ACTIVE:
+                self._end_early(status)
+                return
+            if ended:
+                if self._after(relay, trainer.outcome(), status):
+                    return
+                continue
+            self._ask_to_stop_where_due(trainer, status)
+
+    def _start(self) -> None:
+        assert self._job.spec is not None
+        self._asked_at = None
+        self._trainer = self._trainers.start("toy" if is_toy(self._job.spec) else "pipeline", self._folder)
+
+    def _living(self) -> Trainer:
+        assert self._trainer is not None
+        if self._lost.is_set():
+            raise StaleLease("the lease is lost", hint="nothing was written")
+        return self._trainer
+
+    def _ask_to_stop_where_due(self, trainer: Trainer, status: Status) -> None:
+        now = self._shared.monotonic()
+        if self._asked_at is None:
+            if status == "pausing" or self._shared.stop.is_set():
+                self._asked_at = now
+                trainer.ask_to_stop()
+        elif self._shared.stop.is_set() and now - self._asked_at > self._shared.drain_s:
+            trainer.kill()
+
+    def _look(self, relay: Relay) -> Status:
+        """Tell what is new, keep what was saved; return the job's status."""
+        found = relay.read()
+        last = max((item.step for item in found if isinstance(item, Saved)), default=0)
+        status: Status | None = None
+        for saved, told in _in_turn(found):
+            status = self._tell(relay, told) if saved is None else self._commit(relay, saved, newest=saved.step == last)
+            if status not in ACTIVE:
+                return status
+        return self._status() if status is None else status
+
+    def _status(self) -> Status:
+        return self._read(lambda tx: running.held(tx, self.lease, self._job.id)).status
+
+    def _tell(self, relay: Relay, told: Iterable[Told]) -> Status:
+        job, new_id, now = self._job.id, self._shared.new_id, self._shared.clock()
+        return self._write("tell", lambda tx: running.tell(tx, self.lease, job, told, relay.pace.finish(), now, new_id))
+
+    def _commit(self, relay: Relay, saved: Saved, newest: bool) -> Status:
+        """Keep a checkpoint of the run: its blobs, then its row. One that the run has replaced meanwhile is passed over."""
+        exposed = self._exposed(relay, saved.step)
+        snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
+        if exposed is None and snapshot is None:
+            return "running"
+        self._saved_step = saved.step if snapshot else self._saved_step
+        organization, now, new_id = self._shared.config.organization, self._shared.clock(), self._shared.new_id
+        return self._write(
+            "commit", lambda tx: running.commit(tx, self.lease, self._job.id, snapshot, exposed, organization, now, new_id)
+        )
+
+    def _snapshot(self, saved: Saved) -> Snapshot | None:
+        """Put what a run needs to go on from a checkpoint into the store."""
+        name = f"step-{saved.step:06d}"
+        wanted = {f"checkpoints/{name}/{path}": file for path, file in snapshots.files_in(self._run / "checkpoints" / name)}
+        for place in ("spec.yaml", "resolved.yaml", "start.json", "evaluation/base.json", "reference.npz"):
+            if (self._run / place).is_file():
+                wanted[place] = self._run / place
+        record = self._folder / "record"  # the trainer goes on writing: the record up to the line of this checkpoint
+        with (self._run / RECORD).open("rb") as file:
+            record.write_bytes(file.read(saved.length))
+        wanted[RECORD] = record
+        try:
+            manifest, _ = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        except FileNotFoundError:  # replaced by a newer checkpoint, which is told next
+            return None
+        return Snapshot(saved.step, manifest)
+
+    def _exposed(self, relay: Relay, step: int) -> Adapter | None:
+        """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
+        name = f"step-{step:06d}"
+        places = [self._run / "exposed" / name, *([] if self._shared.stop.is_set() else [self._run / "stopped" / name])]
+        for folder in places:
+            if folder.is_dir():
+                try:
+                    return self._keep_adapter(relay, folder, step)
+                except FileNotFoundError:
+                    return None
+        return None
+
+    def _keep_adapter(self, relay: Relay, folder: Path, step: int) -> Adapter:
+        wanted = dict(snapshots.files_in(folder, without=CARD))
+        manifest, entries = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
+
+    # --- ends ---------------------------------------------------------------------------------------------------------------
+
+    def _after(self, relay: Relay, outcome: Outcome, status: Status) -> bool:
+        """Do what is due once the trainer has ended; return False where it was started again."""
+        asked = self._asked_at is not None
+        if outcome.status == "succeeded":
+            self._succeed(relay)
+            return True
+        if outcome.status == "interrupted" or (outcome.status == "crashed" and asked):
+            if status == "pausing":
+                return self._settle("pause", running.pause) != "running"
+            if self._shared.stop.is_set():
+                self._settle("hand back", running.hand_back)
+                return True
+            self._start()  # somebody else asked it to stop
+            return False
+        if outcome.status == "failed" and outcome.code != StorageError.code:
+            self._fail_as(outcome, relay)
+            return True
+        if outcome.status == "failed":  # a full disk of one machine says nothing of the job
+            log.error("a trainer waits: %s", outcome.message, extra={"action": "wait", "job": self._job.id})
+            self._lost.wait(LONGEST_WAIT_S)
+            self._start()
+            return False
+        return self._crashed()
+
+    def _crashed(self) -> bool:
+        """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""
+        log.warning("a trainer ended unexpectedly", extra={"action": "crash", "job": self._job.id})
+        count = self._write("crash", lambda tx: running.crashed(tx, self.lease, self._job.id))
+        if count > running.MAX_CRASHES:
+            what = f"the training process ended unexpectedly {count} times at the same place"
+            self._fail("worker_crashed", f"{what}; nothing is charged")
+            return True
+        self._start()
+        return False
+
+    def _succeed(self, relay: Relay) -> None:
+        told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]
+        if told:
+            self._tell(relay, told)
+        steps = max(relay.metrics, default=0)
+        adapter = self._keep_adapter(relay, self._run / "adapter", steps)
+        events = self._read(lambda tx: tuning.events_page(tx, self._job.id, 1 << 30)[0])
+        made: list[File] = []
+        for name, content in results.tables(events):
+            blob = self._patiently(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
+            made.append(self._result_file(name, blob, len(content)))
+        shared = self._shared
+        status: Status = self._write(
+            "succeed",
+            lambda tx: running.succeed(
+                tx,
+                self.lease,
+                self._job.id,
+                adapter,
+                made,
+                shared.config.organization,
+                shared.prices,
+                shared.clock(),
+                shared.new_id,
+            ),
+        )
+        if status != "succeeded":
+            self._end_early(status)
+
+    def _result_file(self, name: str, blob: str, size: int) -> File:
+        shared = self._shared
+        return File(
+            shared.new_id("file-"), self._job.tenant, shared.clock(), "fine-tune-results", name, size, blob, status="processed"
+        )
+
+    def _end_early(self, status: Status) -> None:
+        """Let go of a job that was cancelled: its trainer is stopped at once, and what was told is charged."""
+        if self._trainer is not None:
+            self._trainer.kill()
+        if status == "cancelled":
+            prices, now = self._shared.prices, self._shared.clock()
+            self._write("settle", lambda tx: running.settle_cancelled(tx, self.lease, self._job.id, prices, now))
+
+    def _settle(self, name: str, move: Callable[[Transaction, running.Lease, str, float, NewId], Status]) -> Status:
+        now = self._shared.clock()
+        status: Status = self._write(name, lambda tx: move(tx, self.lease, self._job.id, now, self._shared.new_id))
+        if status == "cancelled":
+            self._end_early(status)
+        return status
+
+    def _fail_as(self, outcome: Outcome, relay: Relay) -> None:
+        """End a job for what its trainer said, in words that are for its owner."""
+        told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]
+        if told:
+            self._tell(relay, told)
+        code, param = _FAULTS.get(outcome.code, ("internal_error", None))
+        if code == "internal_error":
+            log.error("a run failed: %s", outcome.message, extra={"action": "failed", "job": self._job.id})
+            self._fail(code, "the training could not be run on this service; nothing is charged")
+        else:
+            self._fail(code, without_paths(outcome.message), param)
+
+    def _fail(self, code: str, message: str, param: str | None = None) -> None:
+        now, new_id = self._shared.clock(), self._shared.new_id
+        try:
+            status = self._write("fail", lambda tx: running.fail(tx, self.lease, self._job.id, code, message, param, now, new_id))
+            if status == "cancelled":
+                self._end_early(status)
+        except (StaleLease, GivenUp):
+            log.warning("could not say that a job failed", extra={"action": "lost", "job": self._job.id})
+
+    # --- what may not answer --------------------------------------------------------------------------------------------------
+
+    def _read(self, work: Callable[[Transaction], T]) -> T:
+        db = self._shared.db
+        return self._patiently(lambda: db.read(work))
+
+    def _write(self, name: str, work: Callable[[Transaction], T]) -> T:
+        return self._patiently(lambda: self._shared.db.write(name, work))
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Do what needs the database or the store, again and again while these do not answer: the trainer goes on meanwhile."""
+        wait, began = 0.05, None
+        while True:
+            if self._lost.is_set():
+                raise StaleLease("the lease is lost", hint="nothing was written")
+            try:
+                return act()
+            except (DatabaseDown, StoreDown, StorageError) as error:
+                log.warning("%s", error.message, extra={"action": "wait", "job": self._job.id})
+                now = self._shared.monotonic()
+                if self._shared.stop.is_set():
+                    began = began if began is not None else now
+                    if now - began > self._shared.drain_s / 2:
+                        raise GivenUp from error
+                self._lost.wait(wait * random.uniform(0.5, 1.0))
+                wait = min(LONGEST_WAIT_S, wait * 2)
+
+
+def _in_turn(found: Iterable[Told | Saved]) -> Iterator[tuple[Saved | None, list[Told]]]:
+    """Yield what is told together, and each checkpoint in its place among it."""
+    told: list[Told] = []
+    for item in found:
+        if isinstance(item, Told):
+            told.append(item)
+            continue
+        if told:
+            yield None, told
+        yield item, []
+        told = []
+    if told:
+        yield None, told

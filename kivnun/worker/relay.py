@@ -1,0 +1,183 @@
+"""What the owner of a job hears of a run: its record, line by line, in the words that scripts look for.
+
+A run that goes on from a snapshot writes some steps again. They are compared with what was told: the same bits, or the job is not
+what it promises to be. Pure but for the file it reads. Next: `tune_jobs.py` (who tells), `../events.py` (the record).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kivnun.events import (
+    CheckpointSaved,
+    DataLoaded,
+    Evaluated,
+    Event,
+    PassesShortened,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Warned,
+    from_json,
+)
+from kivnun.jobs.queue import RECENT, seconds_left
+from kivnun.jobs.running import Told
+
+_PATH = re.compile(r"(?<![\w.])~?(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is in the run's folder. `length` is that of the record up to the line that tells of it."""
+
+    step: int
+    length: int
+
+
+class NotReproduced(Exception):
+    """A step that was made again came to other numbers than those its owner was told."""
+
+
+@dataclass
+class Pace:
+    """How fast the run goes: the time of its recent steps, and of all else between them."""
+
+    steps: int = 0
+    step: int = 0
+    recent: list[float] = field(default_factory=list[float])
+    _made: int = 0
+    _stepping: float = 0.0
+    _first: float | None = None
+    _last: float = 0.0
+    _before: float = 0.0  # when the event before was recorded
+    _scoring: float = 0.0  # the base, before the first step: the tuned model takes as long after the last one
+
+    def hear(self, event: Event) -> None:
+        now = datetime.fromisoformat(event.time).timestamp()
+        if isinstance(event, RunStarted):  # what was between two processes is nobody's pace
+            self.recent.clear()
+            self._made, self._stepping, self._first = 0, 0.0, None
+        elif isinstance(event, StepDone):
+            if self._first is None:
+                self._first = now - event.seconds
+            self.steps, self.step, self._last = event.steps, event.step, now
+            self._made, self._stepping = self._made + 1, self._stepping + event.seconds
+            self.recent = [*self.recent[1 - RECENT :], event.seconds]
+        elif isinstance(event, Evaluated) and event.which == "base":
+            self._scoring = now - self._before
+        self._before = now
+
+    def finish(self) -> float | None:
+        """Return when the run will end, in seconds since 1970; None before its first step."""
+        if self._first is None:
+            return None
+        others = max(0.0, self._last - self._first - self._stepping) / self._made
+        left = seconds_left(self.recent, self.steps - self.step, others, self._scoring)
+        return None if left is None else self._last + left
+
+
+class Relay:
+    """Reads a run's record as it grows. `told` holds what was told of each step before, `messages` what else was.
+
+    Where rows are held out, a step waits for the next line of the record: its score may follow."""
+
+    def __init__(self, record: Path, told: Mapping[int, Mapping[str, Any]], messages: frozenset[str]) -> None:
+        self.pace = Pace()
+        self.metrics: dict[int, dict[str, Any]] = {}  # of the steps that this relay has read
+        self._record = record
+        self._told = {step: dict(data) for step, data in told.items()}
+        self._messages = set(messages)
+        self._length = 0
+        self._held: tuple[StepDone, float | None] | None = None
+        self._holds = False
+
+    def read(self, *, to_the_end: bool = False) -> list[Told | Saved]:
+        """Return what is new to tell and to keep, in its order. `to_the_end`: nothing follows. Raises NotReproduced."""
+        try:
+            with self._record.open("rb") as file:
+                file.seek(self._length)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        found: list[Told | Saved] = []
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            self._length += len(line)
+            found += self._hear(from_json(line.decode()))
+        return [*found, *self._release()] if to_the_end else found
+
+    def _hear(self, event: Event) -> Sequence[Told | Saved]:
+        self.pace.hear(event)
+        if isinstance(event, Evaluated) and event.which == "tuned" and self._held and self._held[0].step == event.step:
+            self._held = (self._held[0], event.nll)
+            return []
+        if isinstance(event, StepDone):
+            before = self._release()
+            self._held = (event, None)
+            return before if self._holds else [*before, *self._release()]
+        if isinstance(event, CheckpointSaved):
+            is_last = self._held is not None and self._held[0].step == self._held[0].steps  # whose score is still to come
+            return [*([] if is_last else self._release()), Saved(event.step, self._length)]
+        if isinstance(event, RunFinished):
+            return self._release()
+        if isinstance(event, DataLoaded):
+            self._holds = event.validation_rows > 0
+        elif isinstance(event, Resumed) and self._held and self._held[0].step > event.step:
+            self._held = None  # it is made again
+        elif isinstance(event, Warned | PassesShortened):
+            return self._once(_words_of(event))
+        return []
+
+    def _once(self, message: str) -> list[Told]:
+        message = without_paths(message)
+        if message in self._messages:
+            return []
+        self._messages.add(message)
+        return [Told(message, level="warn")]
+
+    def _release(self) -> list[Told]:
+        """Return the step that waited, in words, unless it was told already."""
+        if self._held is None:
+            return []
+        (step, score), self._held = self._held, None
+        data: dict[str, Any] = {
+            "step": step.step,
+            "total_steps": step.steps,
+            "train_loss": step.loss,
+            "train_mean_token_accuracy": None if math.isnan(step.accuracy) else step.accuracy,
+            "learning_rate": step.learning_rate,
+            "trained_tokens": step.trained_tokens,
+            "epoch": step.epoch,
+        }
+        message = f"Step {step.step}/{step.steps}: training loss={step.loss:.2f}"
+        if score is not None:
+            data |= {"full_valid_loss": score, "full_valid_mean_token_accuracy": None}
+            message += f", full validation loss={score:.2f}"
+        self.metrics[step.step] = data
+        before = self._told.get(step.step)
+        if before is None:
+            self._told[step.step] = data
+            return [Told(message, type="metrics", data=data, step=step.step, trained_tokens=step.trained_tokens)]
+        if before != data:
+            changed = ", ".join(sorted(name for name in {*before, *data} if before.get(name) != data.get(name)))
+            raise NotReproduced(f"step {step.step} was made again and differs in {changed}")
+        return []
+
+
+def _words_of(event: Warned | PassesShortened) -> str:
+    if isinstance(event, Warned):
+        return event.message
+    return f"Memory ran short in step {event.step}: from there on a pass has at most {event.micro_batch_tokens} tokens"
+
+
+def without_paths(text: str) -> str:
+    """Return a message with each absolute path cut to its last name: where the service keeps things is nobody's business."""
+    return _PATH.sub(r"\1", text)
