@@ -27,6 +27,7 @@ Work = Callable[[Transaction], T]
 
 BUSY_S = 30.0  # how long a writer waits for another
 TRIES = 12
+_OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
 
 
@@ -127,4 +128,8 @@ def _may_be_run_again(error: DBAPIError) -> bool:
 
 
 def _is_down(error: DBAPIError) -> bool:
+    """Return whether the database could not be reached or used. SQLite calls a missing table by the same class: its name tells."""
+    name = getattr(error.orig, "sqlite_errorname", None)
+    if name is not None:
+        return str(name).startswith(_OUT_OF_REACH)
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

@@ -80,6 +80,10 @@ class Line:
         able = [line[0] for tenant, line in self._waiting.items() if line and self.shares[tenant].has_room]
         return min(able, key=lambda job: (max(now, self.shares[job.tenant].served), job.queued_at, job.id), default=None)
 
+    def join(self, job: Waiting) -> None:
+        """Put a job at the end of its tenant's line."""
+        self._waiting.setdefault(job.tenant, []).append(job)
+
     def begin(self, job: Waiting) -> Share:
         """Take the job out of the line; return its tenant's share as it is then."""
         share = self.shares[job.tenant]
@@ -162,6 +166,13 @@ def give_back(tx: Transaction, tenant: str, tokens: int) -> None:
 def position(tx: Transaction, job_id: str, limits: Limits) -> Place | None:
     """Return where a queued job stands, None where it is not queued."""
     return read_line(tx, limits).place_of(job_id)
+
+
+def position_of_new(tx: Transaction, job: Waiting, limits: Limits) -> Place | None:
+    """Return where a job would stand that joined the queue now."""
+    line = read_line(tx, limits)
+    line.join(job)
+    return line.place_of(job.id)
 
 
 def seconds_left(

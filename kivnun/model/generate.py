@@ -17,27 +17,13 @@ from torch import Tensor
 from kivnun.model.attention import KVCache, Rows
 from kivnun.model.load import Base
 from kivnun.model.loss import padded
+from kivnun.model.sampling import ROWS_AT_ONCE, SamplingParams
 from kivnun.randomness import generator
 
-# Rows decoded together. More rows make better use of matrix products, and hold more cache.
-ROWS_AT_ONCE = 64
+__all__ = ["ROWS_AT_ONCE", "OnToken", "SamplingParams", "generate"]
 
 OnToken = Callable[[int, int], bool | None]
 """Hears (place of the prompt, id) as each token is chosen; True ends that row with this token."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens. Temperature 0 is greedy: the most likely token, the lowest id among equals.
-
-    `stop_ids` end a row and are not part of its answer. Stream i draws from (seed, "sample", i), one number per token.
-    """
-
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(slots=True)

@@ -77,7 +77,9 @@ def usable_file(tx: Transaction, tenant: str, file_id: str, param: str) -> File:
         raise bad_request(f"{param}: there is no file {file_id!r}", param, "invalid_file")
     if found.purpose != "fine-tune":
         raise bad_request(
-            f"{param}: the file {file_id} has the purpose {found.purpose}; upload it with the purpose fine-tune", param, "invalid_file"
+            f"{param}: the file {file_id} has the purpose {found.purpose}; upload it with the purpose fine-tune",
+            param,
+            "invalid_file",
         )
     if found.status == "error":
         why = found.status_details or "its lines cannot be used"
@@ -115,9 +117,7 @@ def _model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> tu
         hint = f"did you mean {near}?" if near is not None else f"models that can be tuned: {', '.join([*config.bases][:20])}"
         raise bad_request(f"there is no model {name!r}; {hint}", "model", "model_not_found")
     if found.base not in config.bases:
-        raise bad_request(
-            f"{name} was tuned from {found.base}, which is not offered any more", "model", "model_not_supported"
-        )
+        raise bad_request(f"{name} was tuned from {found.base}, which is not offered any more", "model", "model_not_supported")
     return found.id, found.base
 
 

@@ -1,4 +1,4 @@
-"""The examples of a job, each read as its run will read it: how many tokens it has and trains, what is cut, what is refused and why.
+"""The examples of a job, each read as its run will read it: how many tokens it trains, what is cut, what is refused and why.
 
 One pass over the files, whose outcome is the rows that the plan asks for, and a line of JSON for each line of the training file.
 Never a word of what the lines say. Next: `planning.py`.

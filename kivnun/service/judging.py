@@ -23,7 +23,7 @@ import numpy as np
 from kivnun.artifacts import storage_errors
 from kivnun.data.formats import stream_records
 from kivnun.data.jsonl import LineProblem, as_object, read_objects, type_name
-from kivnun.data.rows import Record
+from kivnun.data.rows import ChatRecord, PreferenceRecord, PromptRecord, Record, TextRecord
 from kivnun.errors import DataError, RowProblem, StorageError
 from kivnun.jobs import files, leases
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
@@ -191,7 +191,7 @@ class _Repeats:
 
     def add(self, record: Record) -> None:
         if len(self._hashes) < MAX_COMPARED:
-            said = repr([getattr(record, name) for name in record.__slots__ if name != "where"]).encode("utf-8", "replace")
+            said = repr(_said(record)).encode("utf-8", "replace")
             self._hashes.append(int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big"))
             self._lines.append(record.where.line)
 
@@ -205,6 +205,20 @@ class _Repeats:
             first = int(np.frombuffer(self._lines, dtype=np.uint64)[again].min())
             among = f" of the first {MAX_COMPARED:,}" if len(self._hashes) == MAX_COMPARED else ""
             findings.warn(first, f"{len(again):,} rows{among} repeat an earlier one; the first is line {first}", "duplicate_rows")
+
+
+def _said(record: Record) -> tuple[object, ...]:
+    """Return what a row says, without where it stands."""
+    match record:
+        case ChatRecord():
+            return record.messages, record.tools
+        case PreferenceRecord():
+            prompt = record.prompt if isinstance(record.prompt, str) else _said(record.prompt)
+            return prompt, record.chosen, record.rejected
+        case PromptRecord():
+            return record.prompt, record.completion
+        case TextRecord():
+            return (record.text,)
 
 
 # --- larger files ----------------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ class Outward:
                 return _answer(wire, method)
             finally:
                 connection.close()
-        except (OSError, HTTPException, EOFError) as error:
+        except (OSError, HTTPException, EOFError, ValueError) as error:
             if isinstance(error, KivnunError):
                 raise
             raise Unreachable(_why(error), hint="see whether the host answers from elsewhere") from None

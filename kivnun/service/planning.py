@@ -163,10 +163,11 @@ def _check(job: Job, examples: Examples, reader: Reader) -> None:
             continue
         name = param.replace("_", " ")
         if refused.too_long == refused.lines:
-            ways = "shorten them" if job.method["type"] == "dpo" or reader.truncate else "shorten them, or send x_over_long: truncate"
+            cut = "" if job.method["type"] == "dpo" or reader.truncate else ", or send x_over_long: truncate"
             raise JobRefused(
                 "context_length_exceeded",
-                f"{refused.lines:,} examples of the {name} are longer than {reader.max_seq_len:,} tokens: {refused.words()}. {ways}",
+                f"{refused.lines:,} examples of the {name} are longer than {reader.max_seq_len:,} tokens: {refused.words()}. "
+                f"Shorten them{cut}",
                 param,
             )
         raise JobRefused(f"invalid_{param}", f"{refused.lines:,} lines of the {name} cannot be used: {refused.words()}", param)
@@ -260,9 +261,7 @@ def _read(tree: Mapping[str, object], folder: Path) -> Any:
     return parse_spec(write_yaml(tree), folder=folder, source="the job's spec")
 
 
-def _tree(
-    job: Job, entry: BaseEntry, model: str, found: Hyperparameters, examples: Examples, reader: Reader
-) -> dict[str, object]:
+def _tree(job: Job, entry: BaseEntry, model: str, found: Hyperparameters, examples: Examples, reader: Reader) -> dict[str, object]:
     """Return the spec of a job as plain values. Paths are names in the folder that the worker gives the run."""
     dpo = job.method["type"] == "dpo"
     base = {"model": model, "precision": entry.precision} | ({} if entry.revision is None else {"revision": entry.revision})

@@ -25,13 +25,13 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("unrecognized_key", r"^unknown key |^keys that would have no effect| cannot be trained: "),
     ("invalid_weight", r"\bweight\b"),
     ("invalid_image", r" is an image, which cannot be trained"),
+    ("invalid_role", r"^(input\.)?messages\[\d+\]\.role "),
     ("invalid_tool_call", r"tool_call|\btools\b|\.function\b|tool message|tool call|parallel_tool_calls"),
     ("missing_assistant", r"no assistant message|the last message must be the assistant's"),
     (
         "invalid_preference",
         r"^((non_)?preferred_output|chosen|rejected|input)\b|'(input|preferred_output|non_preferred_output|chosen|rejected)\b",
     ),
-    ("invalid_role", r"\.role "),
     ("invalid_message", r"^messages\b"),
     ("invalid_prompt", r"^(prompt|completion) |'(prompt|completion)'"),
 )  # fmt: skip

@@ -6,11 +6,12 @@ Fields of OpenAI's and Azure's request, and extensions under `x_` alone. Next: `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import TypeIs
 
 from kivnun.data.chat_shape import nearest
 from kivnun.service.dialect import Dialect
@@ -32,39 +33,56 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _auto_or(kind: Literal["integer", "number"], words: str, schema: dict[str, Any], low: float, high: float) -> Any:
-    """Return the type of `auto`, null or a number from `low` to `high`; a number that is no integer may not be `low` itself."""
+def _auto_or_integer(most: int) -> Callable[[object], object]:
+    """Return the check of `auto`, null or an integer from 1 on."""
 
     def checked(value: object) -> object:
         if value is None or value == "auto":
             return "auto"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _broken(words, value)
-        if kind == "integer":
-            if value != value or not low <= value <= high or value != int(value):
-                raise _broken(words, value)
-            return int(value)
-        if not low < value <= high:
-            raise _broken(words, value)
+        if not _is_number(value) or not 1 <= value <= most or value != int(value):
+            raise _broken(f'"auto" or an integer from 1 to {most}', value)
+        return int(value)
+
+    return checked
+
+
+def _auto_or_number(most: float) -> Callable[[object], object]:
+    """Return the check of `auto`, null or a number above 0."""
+
+    def checked(value: object) -> object:
+        if value is None or value == "auto":
+            return "auto"
+        if not _is_number(value) or not 0 < value <= most:
+            raise _broken(f'"auto" or a number above 0 and of {most:g} at most', value)
         return float(value)
 
-    return Annotated[
-        int | float | Literal["auto"],
-        BeforeValidator(checked),
-        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": kind, **schema}, {"type": "null"}]}),
-    ]
+    return checked
+
+
+def _is_number(value: object) -> TypeIs[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _schema(number: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"const": "auto"}, number, {"type": "null"}]})
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-Epochs = _auto_or("integer", '"auto" or an integer from 1 to 50', {"minimum": 1, "maximum": 50}, 1, 50)
-BatchSize = _auto_or("integer", '"auto" or an integer from 1 to 256', {"minimum": 1, "maximum": 256}, 1, 256)
-Multiplier = _auto_or(
-    "number", '"auto" or a number above 0, at most 10,000', {"exclusiveMinimum": 0, "maximum": 10_000}, 0, 10_000
-)
-Beta = _auto_or("number", '"auto" or a number above 0, at most 2', {"exclusiveMinimum": 0, "maximum": 2}, 0, 2)
+Auto = Literal["auto"]
+Epochs = Annotated[int | Auto, BeforeValidator(_auto_or_integer(50)), _schema({"type": "integer", "minimum": 1, "maximum": 50})]
+BatchSize = Annotated[
+    int | Auto, BeforeValidator(_auto_or_integer(256)), _schema({"type": "integer", "minimum": 1, "maximum": 256})
+]
+Multiplier = Annotated[
+    float | Auto, BeforeValidator(_auto_or_number(10_000)), _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 10_000})
+]
+Beta = Annotated[
+    float | Auto, BeforeValidator(_auto_or_number(2)), _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 2})
+]
+Targets = Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
 
 
 class SupervisedHyperparameters(_Part):
@@ -96,7 +114,7 @@ class Lora(_Part):
 
     rank: Annotated[int, Field(ge=1, le=512)] | None = None
     alpha: Annotated[float, Field(gt=0, le=4096, strict=False)] | None = None
-    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)] | None = None  # fmt: skip # noqa: E501
+    targets: Literal["all-linear"] | Targets | None = None
 
 
 Text = Annotated[str, Field(min_length=1, max_length=256)]
@@ -180,7 +198,9 @@ def _check_method(body: CreateJob) -> None:
         return
     other = "dpo" if body.method.type == "supervised" else "supervised"
     if getattr(body.method, other) is not None:
-        raise bad_request(f"method.{other} is given, but method.type is {body.method.type}: leave one of them out", f"method.{other}")
+        raise bad_request(
+            f"method.{other} is given, but method.type is {body.method.type}: leave one of them out", f"method.{other}"
+        )
     given = body.hyperparameters is not None and bool(body.hyperparameters.model_fields_set)
     own = body.method.supervised if body.method.type == "supervised" else body.method.dpo
     if given and (body.method.type == "dpo" or (own is not None and own.hyperparameters is not None)):

@@ -6,7 +6,8 @@ Times are whole seconds. What OpenAI's objects lack stands under `x_`. Next: `ap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kivnun.jobs import results
 from kivnun.jobs.models import Model
@@ -24,15 +25,13 @@ METRICS = (
 T = TypeVar("T")
 
 
-class Waiting(Protocol):
-    """Where a job stands in the queue."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Where a job stands in the queue, and when it may begin (None: nobody knows)."""
 
-    @property
-    def position(self) -> int: ...
-    @property
-    def tokens_ahead(self) -> int: ...
-    @property
-    def estimated_start(self) -> float | None: ...
+    position: int
+    tokens_ahead: int
+    estimated_start: float | None
 
 
 def job_object(job: Job, dialect: Dialect, waiting: Waiting | None = None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from kivnun.jobs import files, models, tuning
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.errors import DatabaseDown, StoreDown
 from kivnun.jobs.files import File
-from kivnun.jobs.snapshots import fetch_folder
 from kivnun.jobs.results import REPORT_FILE
+from kivnun.jobs.snapshots import fetch_folder
 from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.tuning import Job
 from kivnun.service.context import Service
@@ -96,8 +96,8 @@ class ValidateJobs:
         if most is not None and found.planned_tokens > most:
             raise JobRefused(
                 "exceeded_quota",
-                f"the job would train {found.planned_tokens:,} tokens, and {most:,} are allowed in one job: fewer epochs or examples "
-                "make it fit",
+                f"the job would train {found.planned_tokens:,} tokens, and {most:,} are allowed in one job: ask for "
+                "fewer epochs, or send fewer examples",
                 "training_file",
             )
 
@@ -142,7 +142,10 @@ class ValidateJobs:
 def _sources(tx: Transaction, job: Job) -> _Sources:
     training = files.find(tx, job.training_file, job.tenant)
     validation = None if job.validation_file is None else files.find(tx, job.validation_file, job.tenant)
-    for found, given, param in ((training, job.training_file, "training_file"), (validation, job.validation_file, "validation_file")):
+    for found, given, param in (
+        (training, job.training_file, "training_file"),
+        (validation, job.validation_file, "validation_file"),
+    ):
         if given is not None and found is None:
             raise JobRefused(f"invalid_{param}", f"the file {given} was deleted", param)
         if found is not None and found.status == "error":
@@ -181,9 +184,10 @@ def _told(job: Job, found: Outlook) -> Iterator[tuple[tuning.Level, str]]:
     """Yield what was decided and what is worth a look, before the job is queued."""
     numbers, examples = found.hyperparameters, found.examples
     beta = "" if numbers.beta is None else f", beta {numbers.beta:g}"
-    yield "info", (
-        f"Hyperparameters: n_epochs {numbers.n_epochs}, batch_size {numbers.batch_size}, learning rate {numbers.learning_rate:g} "
-        f"(learning_rate_multiplier {numbers.learning_rate_multiplier:g}){beta}"
+    yield (
+        "info",
+        f"Hyperparameters: n_epochs {numbers.n_epochs}, batch_size {numbers.batch_size}, learning_rate_multiplier "
+        f"{numbers.learning_rate_multiplier:g} (a learning rate of {numbers.learning_rate:g}){beta}",
     )
     if examples.truncated:
         yield "warn", f"Examples cut to the longest length: {examples.truncated:,} (see the report of the examples)"
