@@ -240,6 +240,18 @@ class Service(RuleBasedStateMachine):
             self._look()
             self.clock += TERM_S / 2
 
+    @precondition(lambda self: any(worker.lease for worker in self.workers))
+    @rule(number=st.integers(0, 2))
+    def sleep_past_the_lease(self, number: int) -> None:
+        """SIGSTOP for longer than a term: others take the job over; then SIGCONT."""
+        worker = self.workers[number]
+        worker.asleep = True
+        self.a_term_passes()
+        for other in range(3):
+            self.work(other)
+        worker.asleep = False
+        self.work(number)
+
     @rule()
     def everything_is_killed_and_started_again(self) -> None:
         self.db.write("start", release_all)
