@@ -27,6 +27,7 @@ Work = Callable[[Transaction], T]
 
 BUSY_S = 30.0  # how long a writer waits for another
 TRIES = 12
+_OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 # Serialization failure, deadlock, and a key that another transaction took between this one's look and its write: PostgreSQL tells
 # the last as a duplicate, even to transactions that could not see it. Run again, they see it.
 _SERIALIZATION = ("40001", "40P01", "23505")
@@ -129,4 +130,8 @@ def _may_be_run_again(error: DBAPIError) -> bool:
 
 
 def _is_down(error: DBAPIError) -> bool:
+    """Return whether the database could not be reached or used. SQLite calls a missing table by the same class: its name tells."""
+    name = getattr(error.orig, "sqlite_errorname", None)
+    if name is not None:
+        return str(name).startswith(_OUT_OF_REACH)
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

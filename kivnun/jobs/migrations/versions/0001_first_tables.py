@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.Column("weight", sa.Float(precision=53), nullable=False),
+        sa.Column("began", sa.Float(precision=53), nullable=False),
         sa.Column("served", sa.Float(precision=53), nullable=False),
         sa.Column("limits", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tenants")),
@@ -83,10 +84,13 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("endpoint", sa.Text(), nullable=False),
+        sa.Column("api_key", sa.Text(), nullable=False),
         sa.Column("input_file", sa.Text(), nullable=False),
         sa.Column("completion_window", sa.Text(), nullable=False),
         sa.Column("metadata", sa.JSON(), nullable=True),
+        sa.Column("model", sa.Text(), nullable=True),
         sa.Column("errors", sa.JSON(), nullable=True),
+        sa.Column("usage", sa.JSON(), nullable=True),
         sa.Column("output_file", sa.Text(), nullable=True),
         sa.Column("error_file", sa.Text(), nullable=True),
         sa.Column("output_expires_after", sa.BigInteger(), nullable=True),
@@ -97,6 +101,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"], name=op.f("fk_batches_tenant_tenants")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
     )
+    op.create_index("ix_batches_status", "batches", ["status"], unique=False)
     op.create_index("ix_batches_tenant_created", "batches", ["tenant", "created_at", "id"], unique=False)
     op.create_table(
         "deployments",
@@ -149,12 +154,14 @@ def upgrade() -> None:
         sa.Column("total_steps", sa.BigInteger(), nullable=True),
         sa.Column("planned_tokens", sa.BigInteger(), nullable=True),
         sa.Column("planned_seconds", sa.Float(precision=53), nullable=True),
+        sa.Column("facts", sa.JSON(), nullable=False),
         sa.Column("queued_at", sa.Float(precision=53), nullable=True),
         sa.Column("started_at", sa.Float(precision=53), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.Column("estimated_finish", sa.Float(precision=53), nullable=True),
         sa.Column("step", sa.BigInteger(), nullable=False),
         sa.Column("trained_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("crashes", sa.BigInteger(), nullable=False),
         sa.Column("num_events", sa.BigInteger(), nullable=False),
         sa.Column("tuned_model", sa.Text(), nullable=True),
         sa.Column("result_files", sa.JSON(), nullable=False),
@@ -175,6 +182,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"], name=op.f("fk_outbox_tenant_tenants")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_outbox")),
     )
+    op.create_index("ix_outbox_fanned_out", "outbox", ["fanned_out_at"], unique=False)
     op.create_table(
         "uploads",
         sa.Column("id", sa.Text(), nullable=False),
@@ -202,6 +210,7 @@ def upgrade() -> None:
         sa.Column("job", sa.Text(), nullable=True),
         sa.Column("api_key", sa.Text(), nullable=True),
         sa.Column("tokens", sa.BigInteger(), nullable=False),
+        sa.Column("price", sa.Text(), nullable=False),
         sa.Column("cost_micros", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"], name=op.f("fk_usage_tenant_tenants")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_usage")),
@@ -251,6 +260,7 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("attempts", sa.BigInteger(), nullable=False),
         sa.Column("next_at", sa.Float(precision=53), nullable=False),
+        sa.Column("give_up_at", sa.Float(precision=53), nullable=False),
         sa.Column("last_answer", sa.Text(), nullable=True),
         sa.ForeignKeyConstraint(["endpoint"], ["webhook_endpoints.id"], name=op.f("fk_deliveries_endpoint_webhook_endpoints")),
         sa.ForeignKeyConstraint(["event"], ["outbox.id"], name=op.f("fk_deliveries_event_outbox")),
@@ -258,6 +268,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deliveries")),
         sa.UniqueConstraint("event", "endpoint", name=op.f("uq_deliveries_event")),
     )
+    op.create_index("ix_deliveries_endpoint_created", "deliveries", ["endpoint", "created_at", "id"], unique=False)
     op.create_index("ix_deliveries_status_next", "deliveries", ["status", "next_at"], unique=False)
     op.create_table(
         "job_events",
