@@ -208,6 +208,15 @@ def test_a_bucket_that_is_not_there_is_an_outage_that_loses_nothing(s3_url: str)
         S3Blobs(s3_url.replace(BUCKET, "no-such-bucket")).put_bytes("t", b"x")
 
 
+def test_address_and_credentials_may_be_those_of_the_environment(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url.partition("endpoint=")[2].partition("&")[0])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    name = S3Blobs(f"s3://{BUCKET}").put_bytes("environment", b"x")
+    assert name in [listed for listed, _ in S3Blobs(f"s3://{BUCKET}").names()]
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "s3://bucket?endpont=http://x"])
 def test_a_wrong_url_is_refused_with_what_is_right(url: str) -> None:
     with pytest.raises(SpecError, match="--store"):
