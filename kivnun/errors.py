@@ -138,6 +138,13 @@ class WontFitError(KivnunError, MemoryError):
     exit_status = 10
 
 
+class ServiceError(KivnunError, RuntimeError):
+    """A running service cannot be reached, or it refused what was asked."""
+
+    code = "service"
+    exit_status = 15
+
+
 class InterruptedRun(KivnunError, InterruptedError):
     """The user asked to stop; the step in progress was finished and saved."""
 

@@ -22,7 +22,9 @@ from kivnun.service.context import Service
 
 KEY = "sk-kivnun-test-key-of-the-default-tenant"
 OTHER_KEY = "sk-kivnun-test-key-of-another-tenant"
-TOY = ServiceConfig.model_validate({"bases": {"toy": {"trainer": "toy"}, "toy-2": {"trainer": "toy"}}})
+TOY = ServiceConfig.model_validate(
+    {"bases": {"toy": {"trainer": "toy"}, "toy-2": {"trainer": "toy"}}, "limits": {"requests_per_minute": 100_000}}
+)
 
 
 def place(folder: Path, db_url: str | None = None) -> Place:

@@ -18,6 +18,7 @@ from typing import cast
 import click
 
 from kivnun.errors import DataError, KivnunError, RowProblem, StorageError, path_of
+from kivnun.jobs import errors as _  # noqa: F401  # a class is of the tree once it is loaded
 
 TRACEBACK_VARIABLE = "KIVNUN_TRACEBACK"
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h

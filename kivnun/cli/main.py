@@ -24,6 +24,8 @@ from kivnun.cli.doctor import doctor
 from kivnun.cli.evaluate import evaluate
 from kivnun.cli.export import export
 from kivnun.cli.harness import harness
+from kivnun.cli.jobs import jobs
+from kivnun.cli.keys import keys
 from kivnun.cli.matrix import matrix
 from kivnun.cli.models import models
 from kivnun.cli.plan import plan
@@ -31,11 +33,13 @@ from kivnun.cli.predict import predict
 from kivnun.cli.process import keep_deepspeed_quiet
 from kivnun.cli.scenario import scenario
 from kivnun.cli.schema import schema
+from kivnun.cli.serve import serve
 from kivnun.cli.serve_run import serve_run
 from kivnun.cli.showcase import showcase
 from kivnun.cli.truthfulqa import truthfulqa
 from kivnun.cli.tune import tune
 from kivnun.cli.verify import verify
+from kivnun.cli.worker import worker
 
 
 def _epilog() -> str:
@@ -61,8 +65,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    tune, plan, data, evaluate, compare, chat, predict, export, verify, models, serve_run, bases, doctor, scenario, advise, matrix,
-    showcase, truthfulqa, harness, schema, completion,
+    tune, plan, data, evaluate, compare, chat, predict, export, verify, models, serve_run, serve, jobs, keys, worker, bases, doctor,
+    scenario, advise, matrix, showcase, truthfulqa, harness, schema, completion,
 )  # fmt: skip
 for _command in _COMMANDS:
     _command.epilog = _command.epilog or "Exit statuses and error codes: kivnun --help"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import os
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kivnun.cli.completion import run_folders
+from kivnun.cli.listening import is_loopback, listen, url_of
 
 if TYPE_CHECKING:
     from kivnun.opened import OpenedRun
@@ -30,7 +29,7 @@ def serve_run(run: Path, host: str, port: int, api_key_env: str | None, as_json:
     that others can reach needs a key. Needs the extra `serve` (starlette, uvicorn).
     """
     key = _key(api_key_env)
-    if key is None and not _is_loopback(host):
+    if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} can be reached by others: name a key with --api-key-env")
     from kivnun.cli.process import keep_freed_memory
     from kivnun.cli.screen import print_json, stderr, working
@@ -38,9 +37,8 @@ def serve_run(run: Path, host: str, port: int, api_key_env: str | None, as_json:
     keep_freed_memory()
     with working("loading the run"):
         app, ids = _app(run, key)
-    listening = _listen(host, port)
-    place = f"[{host}]" if ":" in host else host
-    url = f"http://{place}:{listening.getsockname()[1]}"
+    listening = listen(host, port)
+    url = url_of(host, listening.getsockname()[1])
     stderr().print(f"serving {' and '.join(ids)} at {url}/v1; Ctrl-C stops")
     if as_json:
         print_json({"status": "serving", "url": url, "models": ids})
@@ -57,21 +55,6 @@ def _key(name: str | None) -> str | None:
     if not key:
         raise click.UsageError(f"--api-key-env {name}: this variable is not set, or empty")
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise click.UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
 def _app(run: Path, key: str | None) -> tuple[Any, list[str]]:

@@ -22,6 +22,7 @@ from kivnun.data.chat_shape import (
     check_tools,
 )
 from kivnun.data.jsonl import LineProblem, as_list, as_object, key_name, read_objects, type_name
+from kivnun.data.shapes import PARALLEL, check_parallel
 from kivnun.errors import DataError
 
 SHAPES = '{"messages": [...]}, {"prompt": ...}, or a row made for training other than {"text": ...}'
@@ -106,7 +107,8 @@ def _identity(row: dict[str, Any], complain: Complain) -> str | int | None:
 def _parsed(row: dict[str, Any], complain: Complain) -> tuple[Any, Any, str | None]:
     """Return (prompt, tools, reference) of a row; what is returned after a complaint is not used."""
     if "messages" in row:
-        check_keys(row, ("messages", "tools"), "", complain)
+        check_keys([key for key in row if key != PARALLEL], ("messages", "tools"), "", complain)
+        check_parallel(row, "", complain)
         messages, reply = check_asked_messages(row["messages"], "messages", complain)
         return messages, check_tools(row.get("tools"), complain), None if reply is None else reply["content"]
     if "input" in row or "preferred_output" in row:
@@ -148,7 +150,8 @@ def _hosted(row: dict[str, Any], complain: Complain) -> tuple[Any, Any, str | No
     if given is None or "messages" not in given:
         complain("input must be an object with messages")
         return (), None, None
-    check_keys(given, ("messages", "tools"), "input.", complain)
+    check_keys([key for key in given if key != PARALLEL], ("messages", "tools"), "input.", complain)
+    check_parallel(given, "input.", complain)
     messages = check_prompt_messages(given["messages"], "input.messages", complain)
     tools = check_tools(given.get("tools"), complain, "input.tools")
     better = row.get("preferred_output")

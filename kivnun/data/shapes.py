@@ -17,6 +17,7 @@ from kivnun.data.rows import ChatRecord, PreferenceRecord, PromptRecord, Record,
 from kivnun.data.task_shapes import string_at
 
 Row = dict[str, Any]
+PARALLEL = "parallel_tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Variant:
 class Shape:
     """One shape. A row that holds one of `signs` is meant in it, whatever else it holds; of a table, the first variant that has all
     it needs. `spelled` are the keys whose lists and objects a table may spell as JSON; `asks` is true where `data.instruction` is
-    put before a row's text."""
+    put before a row's text. `silent` keys may stand in a row although nothing is trained from them; no column is one."""
 
     name: str
     example: str
@@ -44,6 +45,7 @@ class Shape:
     parse: Callable[[Row, Where, Complain, str | None], Record | None]
     spelled: tuple[str, ...] = ()
     asks: bool = False
+    silent: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -57,11 +59,12 @@ class Shape:
             if any(key in row and key not in known for key in variant.keys):
                 chosen = variant
             known.update(variant.keys)
-        check_keys(row, chosen.keys, "", complain)
+        check_keys([key for key in row if key not in self.silent], chosen.keys, "", complain)
 
 
 def _messages(row: Row, where: Where, complain: Complain, _: str | None) -> Record | None:
     messages = check_messages(row["messages"], complain)
+    check_parallel(row, "", complain)
     return ChatRecord(messages, check_tools(row.get("tools"), complain), where)
 
 
@@ -104,12 +107,19 @@ def _hosted_prompt(value: Any, where: Where, complain: Complain) -> ChatRecord |
     if given is None:
         complain(f"input must be an object with messages, got {type_name(value)}")
         return None
-    check_keys(given, ("messages", "tools"), "input.", complain)
+    check_keys([key for key in given if key != PARALLEL], ("messages", "tools"), "input.", complain)
+    check_parallel(given, "input.", complain)
     if "messages" not in given:
         complain("the key 'input.messages' is missing")
         return None
     messages = check_prompt_messages(given["messages"], "input.messages", complain)
     return ChatRecord(messages, check_tools(given.get("tools"), complain, "input.tools"), where)
+
+
+def check_parallel(given: Row, at: str, complain: Complain) -> None:
+    """Check what OpenAI's files say of calls at once. The replies show it themselves: nothing is trained from it."""
+    if not isinstance(given.get(PARALLEL, True), bool):
+        complain(f"{at}{PARALLEL} must be true or false, got {type_name(given[PARALLEL])}")
 
 
 def _plain_prompt(row: Row, where: Where, complain: Complain) -> ChatRecord | str | None:
@@ -137,6 +147,7 @@ SHAPES = {
             (Variant(("messages",), ("tools",)),),
             _messages,
             ("messages", "tools"),
+            silent=(PARALLEL,),
         ),
         Shape(
             "sharegpt",

@@ -59,6 +59,10 @@ class Tokenizer:
         """Return the ids of a text alone: nothing put before or after (`add_special_tokens=False` in transformers)."""
         return self._encode(text).ids
 
+    def as_json(self) -> str:
+        """Return the tokenizer as a tokenizer.json, with the tokens that config files add."""
+        return self._fast.to_str()
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids; with `skip_special`, without special tokens."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special)

@@ -7,6 +7,7 @@ effect but on its connection. Next: `schema.py`.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ Work = Callable[[Transaction], T]
 
 BUSY_S = 30.0  # how long a writer waits for another
 TRIES = 12
-_SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
+_OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
+# Serialization failure, deadlock, and a key that another transaction took between this one's look and its write: PostgreSQL tells
+# the last as a duplicate, even to transactions that could not see it. Run again, they see it.
+_SERIALIZATION = ("40001", "40P01", "23505")
 
 
 def sqlite_url(path: Path) -> str:
@@ -46,6 +50,7 @@ class Database:
         self.url = parsed
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self._watch = watch
+        self._check: Work[None] | None = None
         self.engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
 
     def read(self, work: Work[T]) -> T:
@@ -54,10 +59,23 @@ class Database:
 
     def write(self, name: str, work: Work[T]) -> T:
         """Run `work` and commit it, whole or not at all; `name` says what it does, for those who watch."""
+        check = self._check
+
+        def checked(tx: Transaction) -> T:
+            if check is not None:
+                check(tx)
+            return work(tx)
+
         self._watch(f"before {name}")
-        outcome = self._run(work, write=True)
+        outcome = self._run(checked, write=True)
         self._watch(f"after {name}")
         return outcome
+
+    def guarded(self, check: Work[None]) -> Database:
+        """Return this database with `check` as the first statement of every write: what is done under a lease ends with it."""
+        twin = copy.copy(self)
+        twin._check = check
+        return twin
 
     def close(self) -> None:
         self.engine.dispose()
@@ -112,4 +130,8 @@ def _may_be_run_again(error: DBAPIError) -> bool:
 
 
 def _is_down(error: DBAPIError) -> bool:
+    """Return whether the database could not be reached or used. SQLite calls a missing table by the same class: its name tells."""
+    name = getattr(error.orig, "sqlite_errorname", None)
+    if name is not None:
+        return str(name).startswith(_OUT_OF_REACH)
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

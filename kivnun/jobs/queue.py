@@ -12,7 +12,7 @@ have jobs waiting, what each got over its weight differs by no more than the lar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -80,6 +80,10 @@ class Line:
         able = [line[0] for tenant, line in self._waiting.items() if line and self.shares[tenant].has_room]
         return min(able, key=lambda job: (max(now, self.shares[job.tenant].served), job.queued_at, job.id), default=None)
 
+    def join(self, job: Waiting) -> None:
+        """Put a job at the end of its tenant's line."""
+        self._waiting.setdefault(job.tenant, []).append(job)
+
     def begin(self, job: Waiting) -> Share:
         """Take the job out of the line; return its tenant's share as it is then."""
         share = self.shares[job.tenant]
@@ -99,6 +103,10 @@ class Line:
 
     def place_of(self, job_id: str) -> Place | None:
         """Return where a waiting job stands, None where it does not wait. Uses the line up."""
+        return next((place for job, place in self.places() if job == job_id), None)
+
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Yield the waiting jobs in the order in which they begin, and where each stands. Uses the line up."""
         ahead = sum(job.tokens for job in self._running)
         position = 0
         while any(self._waiting.values()):
@@ -106,15 +114,13 @@ class Line:
             if job is None:  # all who wait have as many jobs running as they may: one of these has to end
                 busy = next((job for job in self._running if self._waiting.get(job.tenant)), None)
                 if busy is None:
-                    return None
+                    return
                 self.finish(busy)
                 continue
             position += 1
-            if job.id == job_id:
-                return Place(position, ahead)
+            yield job.id, Place(position, ahead)
             self.begin(job)
             ahead += job.tokens
-        return None
 
 
 def left_of(planned: int | None, trained: int) -> int:
@@ -162,6 +168,13 @@ def give_back(tx: Transaction, tenant: str, tokens: int) -> None:
 def position(tx: Transaction, job_id: str, limits: Limits) -> Place | None:
     """Return where a queued job stands, None where it is not queued."""
     return read_line(tx, limits).place_of(job_id)
+
+
+def position_of_new(tx: Transaction, job: Waiting, limits: Limits) -> Place | None:
+    """Return where a job would stand that joined the queue now."""
+    line = read_line(tx, limits)
+    line.join(job)
+    return line.place_of(job.id)
 
 
 def seconds_left(

@@ -45,7 +45,9 @@ def results_csv(rows: Iterable[Mapping[str, Any]], *, azure: bool) -> bytes:
 
 
 def shown(result_files: Sequence[str], *, azure: bool) -> list[str]:
-    """Return a job's files as a dialect shows them: of the two tables its own, then the rest."""
+    """Return a job's files as a dialect shows them: of the two tables its own, then the rest. A job that failed has no tables."""
+    if len(result_files) < 2:
+        return [*result_files]
     return [*result_files[1:2], *result_files[2:]] if azure else [*result_files[:1], *result_files[2:]]
 
 

@@ -260,6 +260,7 @@ outbox = sa.Table(
     sa.Column("type", sa.Text, nullable=False),  # fine_tuning.job.succeeded and so on
     sa.Column("data", sa.JSON, nullable=False),  # {"id": ...}
     _time("fanned_out_at", nullable=True),  # when a delivery was made for each endpoint
+    sa.Index("ix_outbox_fanned_out", "fanned_out_at"),
 )  # fmt: skip
 
 deliveries = sa.Table(
@@ -272,9 +273,11 @@ deliveries = sa.Table(
     sa.Column("status", sa.Text, nullable=False),  # pending, delivered, dead
     sa.Column("attempts", sa.BigInteger, nullable=False),
     _time("next_at"),
+    _time("give_up_at"),  # the last attempt is made then
     sa.Column("last_answer", sa.Text, nullable=True),  # a status, or why there was none
     sa.UniqueConstraint("event", "endpoint"),
     sa.Index("ix_deliveries_status_next", "status", "next_at"),
+    sa.Index("ix_deliveries_endpoint_created", "endpoint", "created_at", "id"),
 )  # fmt: skip
 
 # --- batches ----------------------------------------------------------------------------------------------------------------
@@ -286,10 +289,13 @@ batches = sa.Table(
     _time("created_at"),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("api_key", sa.Text, nullable=False),  # the id of the key that asked for it: its usage is that key's
     sa.Column("input_file", sa.Text, nullable=False),
     sa.Column("completion_window", sa.Text, nullable=False),
     sa.Column("metadata", sa.JSON, nullable=True),
-    sa.Column("errors", sa.JSON, nullable=True),
+    sa.Column("model", sa.Text, nullable=True),  # of all its lines, known once they are validated
+    sa.Column("errors", sa.JSON, nullable=True),  # [{"code", "message", "param", "line"}]
+    sa.Column("usage", sa.JSON, nullable=True),  # sums of its answers' usage, known at the end
     sa.Column("output_file", sa.Text, nullable=True),
     sa.Column("error_file", sa.Text, nullable=True),
     sa.Column("output_expires_after", sa.BigInteger, nullable=True),
@@ -298,6 +304,7 @@ batches = sa.Table(
     sa.Column("completed", sa.BigInteger, nullable=False),
     sa.Column("failed", sa.BigInteger, nullable=False),
     sa.Index("ix_batches_tenant_created", "tenant", "created_at", "id"),
+    sa.Index("ix_batches_status", "status"),
 )  # fmt: skip
 
 batch_answers = sa.Table(
@@ -317,4 +324,10 @@ answerers = sa.Table(
     sa.Column("address", sa.Text, nullable=False),  # unix:PATH or HOST:PORT
     sa.Column("secret", sa.Text, nullable=False),  # what a caller shows first
     _time("created_at"),
+)  # fmt: skip
+
+wanted_bases = sa.Table(
+    "wanted_bases", metadata,  # bases without a resident worker, and how often each was asked for
+    sa.Column("base", sa.Text, primary_key=True),
+    sa.Column("asks", sa.BigInteger, nullable=False),
 )  # fmt: skip

@@ -43,6 +43,17 @@ class ApiKey:
     last_used_at: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A row of `tenants`. `limits` are those that differ from the configured ones."""
+
+    id: str
+    created_at: float
+    weight: float
+    limits: dict[str, Any]
+
+
+_TENANT = (tenants.c.id, tenants.c.created_at, tenants.c.weight, tenants.c.limits)
 _SHOWN = [column for column in api_keys.c if column.name != "hash"]
 
 
@@ -90,6 +101,59 @@ def find_key(tx: Transaction, key: str) -> ApiKey | None:
     if row is None or not hmac.compare_digest(row["hash"], digest):
         return None
     return ApiKey(**{column.name: row[column.name] for column in _SHOWN})
+
+
+def find_key_of(tx: Transaction, key_id: str, tenant: str) -> ApiKey | None:
+    """Return a tenant's key by its id; None where there is none."""
+    row = tx.execute(sa.select(*_SHOWN).where(api_keys.c.id == key_id, api_keys.c.tenant == tenant)).mappings().one_or_none()
+    return None if row is None else ApiKey(**row)
+
+
+def keys_of(tx: Transaction, tenant: str) -> list[ApiKey]:
+    """Return a tenant's keys, the newest first; revoked and expired ones too."""
+    query = sa.select(*_SHOWN).where(api_keys.c.tenant == tenant)
+    return [ApiKey(**row) for row in tx.execute(query.order_by(api_keys.c.created_at.desc(), api_keys.c.id.desc())).mappings()]
+
+
+def revoke_key(tx: Transaction, key_id: str, tenant: str, now: float) -> ApiKey | None:
+    """End a tenant's key and return it; None where there is none. One that was revoked stays as it is."""
+    query = sa.update(api_keys).where(api_keys.c.id == key_id, api_keys.c.tenant == tenant, api_keys.c.revoked_at.is_(None))
+    tx.execute(query.values(revoked_at=now))
+    return find_key_of(tx, key_id, tenant)
+
+
+def rotate_key(tx: Transaction, old: ApiKey, key: str, now: float, new_id: NewId, grace_s: float = 0) -> ApiKey:
+    """Put a new key in another's place, with its name, scopes and expiry. The old one ends now, or after `grace_s` at most."""
+    made = add_key(tx, key, old.tenant, old.name, old.scopes, now, new_id, old.expires_at)
+    if grace_s:
+        ends = now + grace_s if old.expires_at is None else min(old.expires_at, now + grace_s)
+        tx.execute(sa.update(api_keys).where(api_keys.c.id == old.id, api_keys.c.tenant == old.tenant).values(expires_at=ends))
+    else:
+        revoke_key(tx, old.id, old.tenant, now)
+    return made
+
+
+def touch_key(tx: Transaction, key_id: str, now: float) -> None:
+    """Note when a key was last used."""
+    tx.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=now))
+
+
+def find_tenant(tx: Transaction, tenant: str) -> Tenant | None:
+    row = tx.execute(sa.select(*_TENANT).where(tenants.c.id == tenant)).mappings().one_or_none()
+    return None if row is None else Tenant(**row)
+
+
+def all_tenants(tx: Transaction) -> list[Tenant]:
+    """Return every tenant, the oldest first."""
+    return [Tenant(**row) for row in tx.execute(sa.select(*_TENANT).order_by(tenants.c.created_at, tenants.c.id)).mappings()]
+
+
+def change_tenant(tx: Transaction, tenant: str, weight: float | None = None, limits: dict[str, Any] | None = None) -> Tenant | None:
+    """Change a tenant's weight, its own limits, or both, and return it; None where there is none."""
+    values = {name: value for name, value in (("weight", weight), ("limits", limits)) if value is not None}
+    if values:
+        tx.execute(sa.update(tenants).where(tenants.c.id == tenant).values(**values))
+    return find_tenant(tx, tenant)
 
 
 def limits_of(tx: Transaction, tenant: str, configured: Limits) -> Limits:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.ids import NewId
-from kivnun.jobs.schema import commands, job_events, jobs, outbox
+from kivnun.jobs.schema import commands, files, job_events, jobs, models, outbox
 from kivnun.jobs.states import TERMINAL, Command, Status, after_command, may_follow
 
 Level = Literal["info", "warn", "error"]
@@ -208,3 +208,24 @@ def unapplied(tx: Transaction, job_id: str) -> Sequence[str]:
 def apply_commands(tx: Transaction, job_id: str, now: float) -> None:
     """Mark a job's commands as acted upon."""
     tx.execute(sa.update(commands).where(commands.c.job == job_id, commands.c.applied_at.is_(None)).values(applied_at=now))
+
+
+def num_waiting(tx: Transaction, tenant: str) -> int:
+    """Return how many of a tenant's jobs have neither begun nor ended."""
+    waiting = ("validating_files", "queued", "paused")
+    return tx.execute(sa.select(sa.func.count()).where(jobs.c.tenant == tenant, jobs.c.status.in_(waiting))).scalar_one()
+
+
+def to_validate(tx: Transaction) -> Job | None:
+    """Return the oldest job of all tenants whose files are judged and that has not been validated itself; None: there is none."""
+    of_job = sa.or_(files.c.id == jobs.c.training_file, files.c.id == jobs.c.validation_file)
+    unjudged = sa.exists().where(of_job, files.c.status == "uploaded", files.c.deleted_at.is_(None))
+    query = sa.select(jobs).where(jobs.c.status == "validating_files", sa.not_(unjudged))
+    row = tx.execute(query.order_by(jobs.c.created_at, jobs.c.id).limit(1)).mappings().one_or_none()
+    return None if row is None else Job(**row)
+
+
+def model_of_checkpoint(tx: Transaction, checkpoint: str, tenant: str) -> str | None:
+    """Return the name of a tenant's model by its checkpoint's id; None where there is none."""
+    mine = (models.c.checkpoint == checkpoint, models.c.tenant == tenant, models.c.deleted_at.is_(None))
+    return tx.execute(sa.select(models.c.id).where(*mine)).scalar_one_or_none()

@@ -88,7 +88,7 @@ def summary(tx: Transaction, tenant: str, start: float, end: float, group_by: Gr
         key = (int(value // DAY_S * DAY_S) if group_by == "day" else value, kind)
         before = found.get(key, (0, 0))
         found[key] = (before[0] + int(tokens), before[1] + int(cost))
-    ordered = sorted(found.items(), key=lambda item: (str(item[0][0] or "").zfill(12), KINDS.index(item[0][1])))
+    ordered = sorted(found.items(), key=lambda item: (str(item[0][0]), KINDS.index(item[0][1])))
     return [Used(group, kind, tokens, cost) for (group, kind), (tokens, cost) in ordered]
 
 

@@ -48,13 +48,21 @@ def question_of(spec: TuneSpec, device: Device) -> Question:
 
     Raises DataError for rows that cannot be used, BaseModelError for a base that is not to be found."""
     files = base_files(spec.base.model, spec.base.revision)
-    sizes, unknown = sizes_or_reason(files.config, files.name)
+    return question_with(spec, device, files, _rows(spec, files, spec.data.max_seq_len or longest_of(files)))
+
+
+def longest_of(files: BaseFiles) -> int:
+    """Return the tokens of the longest row that a base takes, by its configuration."""
     longest = files.config.get("max_position_embeddings")
-    most = longest if isinstance(longest, int) else NO_LIMIT
-    rows = _rows(spec, files, spec.data.max_seq_len or most)
+    return longest if isinstance(longest, int) else NO_LIMIT
+
+
+def question_with(spec: TuneSpec, device: Device, files: BaseFiles, rows: RunRows) -> Question:
+    """Return what there is to plan in a spec whose rows and base's configuration were read already."""
+    sizes, unknown = sizes_or_reason(files.config, files.name)
     facts = ResolveFacts(
         objective_kind=OBJECTIVE_OF_FORMAT[rows.format],  # type: ignore[arg-type]
-        max_seq_len=most,
+        max_seq_len=longest_of(files),
         longest_row=rows.longest,
         base_parameters=_parameters(files, sizes),
         device=device.kind,

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import logging
 import secrets
 import time
@@ -23,8 +22,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
+from kivnun.serve.events import EventStream, event
 from kivnun.serve.wire import Endpoint, Head, Refusal, Request, Served, error_body, parse
 from kivnun.serve.worker import Busy, Ended, Failed, Job, Piece, Said, Worker
 
@@ -79,7 +79,7 @@ class _Service:
             head = Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), request, self._fingerprint)
             job, said = self._queued(request)
             if request.stream:
-                return _EventStream(_events(head, said), job)
+                return EventStream(_events(head, said), job.cancelled.set, _request_id())
             return await _whole(http, head, job, said)
 
         return self.guarded(answer)
@@ -174,60 +174,24 @@ async def _cancel_when_gone(receive: Receive, job: Job, said: asyncio.Queue[Said
 async def _events(head: Head, said: asyncio.Queue[Said]) -> AsyncIterator[bytes]:
     """Yield the server-sent events of a streamed answer."""
     for chunk in head.opening():
-        yield _event(chunk)
+        yield event(chunk)
     while True:
         match await said.get():
             case Piece(choice, text):
-                yield _event(head.piece(choice, text))
+                yield event(head.piece(choice, text))
             case Ended(reasons, tokens):
                 for index, reason in enumerate(reasons):
-                    yield _event(head.end(index, reason))
+                    yield event(head.end(index, reason))
                 if head.request.include_usage:
-                    yield _event(head.counts(tokens))
+                    yield event(head.counts(tokens))
                 yield b"data: [DONE]\n\n"
                 return
             case Failed(_Gone()):
                 return
             case Failed(error):
                 logger.error("an answer failed", exc_info=error)
-                yield b"event: error\n" + _event(error_body(500, FAILED, code="internal_error"))
+                yield b"event: error\n" + event(error_body(500, FAILED, code="internal_error"))
                 return
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
-
-
-class _EventStream(Response):
-    """Server-sent events; a client that leaves cancels the job, also between two tokens."""
-
-    def __init__(self, events: AsyncIterator[bytes], job: Job) -> None:
-        super().__init__(media_type="text/event-stream", headers={**_request_id(), "cache-control": "no-store"})
-        del self.headers["content-length"]  # not known yet
-        self._events, self._job = events, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(_until_gone(receive))
-        try:
-            await asyncio.wait((sender, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
-        finally:
-            self._job.cancelled.set()  # of no effect on one that has ended
-            for task in (sender, watcher):
-                task.cancel()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _request_id() -> dict[str, str]:

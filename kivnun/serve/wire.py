@@ -10,17 +10,30 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from kivnun.data.chat_shape import Sentences, check_prompt_messages
-from kivnun.data.jsonl import LineProblem, as_list, as_object, parse_value, type_name
+from kivnun.data.jsonl import as_list, type_name
 from kivnun.data.template import ChatTokenizer
 from kivnun.errors import DataError
-from kivnun.model.generate import ROWS_AT_ONCE, SamplingParams
+from kivnun.model.sampling import ROWS_AT_ONCE, SamplingParams
+from kivnun.serve.parameters import (
+    Endpoint,
+    Refusal,
+    bad,
+    error_body,
+    flag,
+    include_usage_in,
+    number,
+    object_in,
+    required,
+    share,
+    stops_in,
+    token_limits,
+    whole,
+)
 
-MAX_STOPS = 4
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own, for /v1/completions
-Endpoint = Literal["chat.completion", "text_completion"]
+__all__ = ["Endpoint", "Head", "Refusal", "Request", "Served", "error_body", "parse"]
 
 # What each endpoint reads. Everything else is refused, but for the values below that ask for nothing.
 READ = {
@@ -35,23 +48,6 @@ _NOTHING: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",), "store": (False,), "echo": (False,),
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "metadata": ({},),
 }  # fmt: skip
-
-
-class Refusal(Exception):
-    """An answer other than 200, in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        return error_body(self.status, self.message, self.param, self.code)
-
-
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's error object."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,39 +91,27 @@ class Request:
 
 def parse(raw: bytes, endpoint: Endpoint, served: Served) -> Request:
     """Return the request in a body. Raises Refusal, which names the parameter."""
-    body = _object(raw)
+    body = object_in(raw)
     _refuse_unknown(body, endpoint)
-    model = _required(body, "model")
+    model = required(body, "model")
     which = served.which(model) if isinstance(model, str) else None
     if which is None:
         offered = ", ".join(served.ids.values())
         raise Refusal(404, f"there is no model {model!r} here; there are {offered}", param="model", code="model_not_found")
     prompts = _chat_prompts(body, served, which) if endpoint == "chat.completion" else _text_prompts(body, served)
-    n = _whole(body, "n", 1, 1, ROWS_AT_ONCE)
+    n = whole(body, "n", 1, 1, ROWS_AT_ONCE)
     if n * len(prompts) > ROWS_AT_ONCE:
-        raise _bad("n", f"n times the number of prompts must be at most {ROWS_AT_ONCE}, got {n * len(prompts)}")
-    limits = _limits(body, endpoint, prompts, served.longest)
-    seed = _whole(body, "seed", secrets.randbits(31), -(2**63), 2**63 - 1)
+        raise bad("n", f"n times the number of prompts must be at most {ROWS_AT_ONCE}, got {n * len(prompts)}")
+    limits = token_limits(body, endpoint, prompts, served.longest)
+    seed = whole(body, "seed", secrets.randbits(31), -(2**63), 2**63 - 1)
     params = SamplingParams(
-        max(limits), served.tokenizer.stop_ids, _number(body, "temperature", 1.0, 0, 2), _share(body, "top_p"), seed
+        max(limits), served.tokenizer.stop_ids, number(body, "temperature", 1.0, 0, 2), share(body, "top_p"), seed
     )
-    stream, options = _flag(body, "stream"), body.get("stream_options")
-    return Request(endpoint, model, which, prompts, n, limits, params, _stops(body), stream, _include_usage(options, stream))
+    stream, options = flag(body, "stream"), body.get("stream_options")
+    return Request(endpoint, model, which, prompts, n, limits, params, stops_in(body), stream, include_usage_in(options, stream))
 
 
 # --- one parameter each ------------------------------------------------------------------------------------------------------
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        body = as_object(parse_value(raw.decode()))
-    except UnicodeDecodeError:
-        raise Refusal(400, "the body is not UTF-8", code="invalid_json") from None
-    except LineProblem as problem:
-        raise Refusal(400, f"the body {problem}", code="invalid_json") from None
-    if body is None:
-        raise Refusal(400, "the body must be a JSON object", code="invalid_json")
-    return {name: value for name, value in body.items() if value is not None}
 
 
 def _refuse_unknown(body: Mapping[str, Any], endpoint: Endpoint) -> None:
@@ -144,110 +128,34 @@ def _refuse_unknown(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         )
 
 
-def _required(body: Mapping[str, Any], name: str) -> Any:
-    if name not in body:
-        raise Refusal(400, f"{name} is missing", param=name, code="missing_required_parameter")
-    return body[name]
-
-
-def _bad(name: str, message: str, code: str = "invalid_value") -> Refusal:
-    return Refusal(400, message, param=name, code=code)
-
-
 def _chat_prompts(body: Mapping[str, Any], served: Served, which: str) -> list[list[int]]:
-    given = _required(body, "messages")
+    given = required(body, "messages")
     if which == "tuned" and not served.trained_on_chats:
-        raise _bad("model", "this model was tuned on plain prompts or text, not on chats: ask /v1/completions")
+        raise bad("model", "this model was tuned on plain prompts or text, not on chats: ask /v1/completions")
     if not served.tokenizer.has_template:
-        raise _bad("model", "this base has no chat template: ask /v1/completions")
+        raise bad("model", "this base has no chat template: ask /v1/completions")
     problems = Sentences()
     messages = check_prompt_messages(given, "messages", problems)
     if problems:
-        raise _bad("messages", "; ".join(problems))
+        raise bad("messages", "; ".join(problems))
     try:
         return [_checked("messages", served.tokenizer.prompt_ids(messages))]
     except DataError as error:
-        raise _bad("messages", error.message) from None
+        raise bad("messages", error.message) from None
 
 
 def _text_prompts(body: Mapping[str, Any], served: Served) -> list[list[int]]:
-    given = _required(body, "prompt")
+    given = required(body, "prompt")
     texts = [given] if isinstance(given, str) else as_list(given)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise _bad("prompt", f"prompt must be a string or a list of strings, got {type_name(given)}")
+        raise bad("prompt", f"prompt must be a string or a list of strings, got {type_name(given)}")
     return [_checked("prompt", served.tokenizer.encode(text)) for text in texts]
 
 
 def _checked(name: str, ids: list[int]) -> list[int]:
     if not ids:
-        raise _bad(name, f"{name} is empty: nothing would predict the first token")
+        raise bad(name, f"{name} is empty: nothing would predict the first token")
     return ids
-
-
-def _limits(body: Mapping[str, Any], endpoint: Endpoint, prompts: Sequence[list[int]], longest: int) -> list[int]:
-    """Return the most tokens that each prompt's answers may have: what is asked for, else what the context leaves."""
-    name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    if name == "max_completion_tokens" and "max_tokens" in body:
-        raise _bad(name, "max_tokens and max_completion_tokens say the same: give one of them")
-    asked = _whole(body, name, 0, 1, 2**31)
-    asked = asked or (DEFAULT_COMPLETION_TOKENS if endpoint == "text_completion" else 0)
-    limits: list[int] = []
-    for ids in prompts:
-        room = longest - len(ids)
-        if room < max(asked, 1) and (room < 1 or name in body):
-            raise Refusal(
-                400,
-                f"the context takes {longest} tokens: {len(ids)} of the prompt leave {max(room, 0)}, {max(asked, 1)} are asked for",
-                param=name if name in body else "messages" if endpoint == "chat.completion" else "prompt",
-                code="context_length_exceeded",
-            )
-        limits.append(min(asked, room) if asked else room)
-    return limits
-
-
-def _whole(body: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = body.get(name, default)
-    if name in body and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
-        raise _bad(name, f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return value
-
-
-def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = body.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise _bad(name, f"{name} must be a number from {low} to {high}, got {value!r}")
-    return float(value)
-
-
-def _share(body: Mapping[str, Any], name: str) -> float:
-    value = _number(body, name, 1.0, 0, 1)
-    if value == 0:
-        raise _bad(name, f"{name} must be above 0, got 0; for the likeliest token set temperature to 0")
-    return value
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise _bad(name, f"{name} must be true or false, got {value!r}")
-    return value
-
-
-def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
-    given = body.get("stop", [])
-    stops = [given] if isinstance(given, str) else as_list(given)
-    if stops is None or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-        raise _bad("stop", f"stop must be a string or a list of at most {MAX_STOPS} strings, none empty")
-    return tuple(stops)
-
-
-def _include_usage(options: Any, stream: bool) -> bool:
-    if options is None:
-        return False
-    given = as_object(options)
-    if not stream or given is None or set(given) - {"include_usage"}:
-        raise _bad("stream_options", "stream_options takes include_usage alone, and with stream: true")
-    return _flag(given, "include_usage")
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------------

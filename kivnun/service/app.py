@@ -1,6 +1,7 @@
-"""The application: the router of every module of `api/` under each dialect's prefix, and every failure in the shape its clients read.
+"""The application: the routes of `api/` under each dialect's prefix, and every failure in the shape its clients read.
 
-Next: `api/` (the routes), `auth.py`, `context.py`.
+A module of `api/` has a `router`, whose relative paths both dialects share, a `root`, whose paths are whole, or both. Next: `api/`
+(the routes), `pages.py` (the web pages), `frame.py` (what every request goes through), `auth.py`, `context.py`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-import secrets
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -18,40 +18,58 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kivnun import __version__
 from kivnun.errors import KivnunError
 from kivnun.jobs.errors import DatabaseDown, StoreDown
-from kivnun.service import api
+from kivnun.service import api, openapi
 from kivnun.service.context import Service
 from kivnun.service.dialect import PREFIXES, dialect_of
 from kivnun.service.errors import ApiError
+from kivnun.service.frame import Frame
+from kivnun.service.pages import add_pages
+from kivnun.service.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What a module of `api/` offers."""
+
+    name: str
+    router: APIRouter | None
+    root: APIRouter | None
+
+
+def routes() -> Iterator[Routes]:
+    """Yield the routes of every module of `api/`, by its name."""
+    for found in sorted(pkgutil.iter_modules(api.__path__), key=lambda module: module.name):
+        module = importlib.import_module(f"{api.__name__}.{found.name}")
+        yield Routes(found.name, getattr(module, "router", None), getattr(module, "root", None))
+
+
 def make_app(service: Service) -> FastAPI:
-    """Return the application. It keeps nothing between requests that is not in the database."""
-    app = FastAPI(title="Kivnun", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = service
-    for module in sorted(pkgutil.iter_modules(api.__path__), key=lambda found: found.name):
-        router = cast(APIRouter, importlib.import_module(f"{api.__name__}.{module.name}").router)
-        for prefix, dialect in PREFIXES.items():
-            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1", tags=[dialect])
-    app.middleware("http")(_named)
+    """Return the application. It keeps nothing between requests that is not in the database, but for the minute's limits."""
+    app = FastAPI(title="Kivnun", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    telemetry = Telemetry(service.db, service.clock)
+    app.state.service, app.state.telemetry = service, telemetry
+    described: dict[str, list[APIRouter]] = {"/v1": [], "": []}
+    for found in routes():
+        if found.router is not None:
+            for prefix in PREFIXES:
+                app.include_router(found.router, prefix=prefix, include_in_schema=prefix == "/v1", tags=[found.name])
+            described["/v1"].append(found.router)
+        if found.root is not None:
+            app.include_router(found.root, tags=[found.name])
+            described[""].append(found.root)
+    add_pages(app)
+    app.add_middleware(Frame, service=service, telemetry=telemetry)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _routed_nowhere)
+    app.add_exception_handler(HTTPException, _by_framework)
     app.add_exception_handler(KivnunError, _failed)
-    app.add_exception_handler(Exception, _broken)
+    openapi.describe(app, described)
     return app
-
-
-async def _named(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Give every answer a name that its client can quote."""
-    request.state.id = f"req_{secrets.token_hex(16)}"
-    response = await answer(request)
-    response.headers["x-request-id"] = request.state.id
-    response.headers["openai-version"] = "2020-10-01"
-    return response
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -62,31 +80,26 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return await _refused(request, ApiError(400, "the body is no JSON", code="invalid_json"))
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    missing = first["type"] == "missing"
-    code = (
-        "missing_required_parameter" if missing else "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-    )
+    code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(first["type"], "invalid_value")
     return await _refused(request, ApiError(400, f"{where or 'the body'}: {first['msg']}", code=code, param=where or None))
 
 
-async def _routed_nowhere(request: Request, error: Exception) -> Response:
+async def _by_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = (
-        f"there is nothing at {request.method} {request.url.path[:200]}" if error.status_code in (404, 405) else str(error.detail)
-    )
-    return await _refused(request, ApiError(error.status_code, message, code=code))
+    status = error.status_code
+    code = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "request_too_large"}.get(status, "invalid_request")
+    message = str(error.detail)
+    if status in (404, 405):
+        message = f"there is nothing at {request.method} {request.url.path[:200]}"
+    return await _refused(request, ApiError(status, message, code=code, headers=error.headers))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, KivnunError)
-    if isinstance(error, DatabaseDown | StoreDown):
-        return await _refused(request, ApiError(503, error.message, code=error.code, type="server_error"))
-    return await _broken(request, error)
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error, extra={"action": "request_failed", "request": request.state.id})
-    body = ApiError(500, "the request failed; the server's log says why", code="internal_error", type="server_error")
-    return await _refused(request, body)
+    if not isinstance(error, DatabaseDown | StoreDown):
+        raise error  # the frame writes it down and answers 500
+    logger.error("a part of the service is down", exc_info=error, extra={"action": "down", "request": request.state.id})
+    return await _refused(request, ApiError(503, error.message, code=error.code, type="server_error"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.database import Database
 from kivnun.jobs.ids import NewId, new_id
+from kivnun.service.limits import RateLimits
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Service:
     scratch: Path  # a folder of this process alone, for what is being received
     clock: Callable[[], float]
     new_id: NewId = field(default=new_id)
+    limits: RateLimits = field(default_factory=lambda: RateLimits(time.monotonic))
 
 
 def service_of(connection: HTTPConnection) -> Service:

@@ -12,5 +12,5 @@ PREFIXES: dict[str, Dialect] = {"/v1": "openai", "/openai/v1": "azure", "/openai
 
 
 def dialect_of(connection: HTTPConnection) -> Dialect:
-    """Return the dialect of a request's path."""
-    return "azure" if connection.url.path.startswith("/openai") else "openai"
+    """Return the dialect of a request's path; Azure's control plane is under `/subscriptions`."""
+    return "azure" if connection.scope["path"].startswith(("/openai", "/subscriptions")) else "openai"

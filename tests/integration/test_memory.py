@@ -44,7 +44,7 @@ print(json.dumps(psutil.Process().memory_info().rss - before))
 """
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
 def test_packs_of_many_sizes_leave_no_kernels_behind(kernels: str) -> None:
     """oneDNN, which multiplies where no kernels of ours do, keeps what it makes for each number of rows: 64 sizes, each by itself,
     came to some 800 MiB."""

@@ -123,8 +123,17 @@ def test_the_shared_run_computes_its_system_prompt_once(whole: Callable[[str, in
     assert sum(step.computed_tokens for step in steps) < 0.7 * sum(step.tokens for step in steps)
 
 
-@pytest.mark.parametrize("every_steps", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = {("lora", 1), ("dora", 2), ("full_bf16_muon", 3), ("dpo", 1)}  # the others take minutes: `make test-slow`
+
+
+@pytest.mark.parametrize(
+    ("kind", "every_steps"),
+    [
+        pytest.param(kind, every_steps, marks=() if (kind, every_steps) in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for every_steps in (1, 2, 3)
+    ],
+)
 def test_killed_at_every_step(whole: Callable[[str, int], Whole], tmp_path: Path, kind: str, every_steps: int) -> None:
     expected = whole(kind, every_steps)
     for step in range(1, expected.num_steps + 1):

@@ -112,7 +112,7 @@ def test_an_empty_reply_is_a_reply(tmp_path: Path) -> None:
         (chat(USER | {"name": 1}, REPLY), "messages[0].name must be a string, got a number"),
         (chat(USER, REPLY, mesages=[]), "unknown key 'mesages'; did you mean 'messages'?"),
         (chat(USER, REPLY, id="zebrafish"), "keys that would have no effect: 'id'; allowed: messages, tools"),
-        (chat(USER, REPLY, parallel_tool_calls=False), "keys that would have no effect: 'parallel_tool_calls'"),
+        (chat(USER, REPLY, parallel_tool_calls="no"), "parallel_tool_calls must be true or false, got a string"),
         (chat(USER, REPLY, tools={}), "tools must be a list of function schemas, got an object"),
         (chat(USER, REPLY, tools=[{"name": "f"}]), "tools[0].function must be an object, got null"),
         (chat(USER, REPLY, tools=[{"type": "function", "function": {}}]), "tools[0].function.name must be a string"),

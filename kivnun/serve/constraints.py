@@ -1,0 +1,129 @@
+"""Answers held to a form: what a request asks for becomes a grammar, or a refusal with the reason, before anything is queued.
+
+llguidance turns a JSON schema into which tokens may come next; regular expressions in it are matched in linear time. What a schema
+may cost is capped here in size and depth, and there in states. Loads no model. Next: `masks.py` (the grammar at work).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from kivnun.data.jsonl import as_object
+from kivnun.serve.parameters import bad, shown
+
+MAX_SCHEMA_BYTES = 64 << 10
+MAX_SCHEMA_DEPTH = 24
+MAX_SCHEMA_NODES = 4000
+MAX_CALLS = 8
+# Room to lay a document out, and none to fill an answer with blanks.
+WRITING: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
+# As training writes calls.
+CALLING: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def parser_limits() -> LLParserLimits:
+    """Return what a grammar may cost when it is read and at each token."""
+    return LLParserLimits(
+        initial_lexer_fuel=500_000, step_lexer_fuel=200_000, step_max_items=20_000, max_lexer_states=20_000,
+        max_grammar_size=50_000, verbose_errors=False,
+    )  # fmt: skip
+
+
+def grammar_of_format(given: Any) -> str | None:
+    """Return the grammar of a `response_format`; None for plain text. Raises Refusal."""
+    name = "response_format"
+    form = as_object(given)
+    kind = None if form is None else form.get("type")
+    if form is None or kind not in ("text", "json_object", "json_schema"):
+        raise bad(name, f"response_format.type must be text, json_object or json_schema, got {shown(kind)}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return schema_grammar({"type": "object"}, name)
+    wrapped = as_object(form.get("json_schema"))
+    if wrapped is None or not isinstance(wrapped.get("name"), str):
+        raise bad(name, "response_format.json_schema must be an object with name and schema")
+    schema = wrapped.get("schema", {"type": "object"})
+    return schema_grammar(schema, f"{name}.json_schema.schema")
+
+
+def schema_grammar(schema: Any, param: str) -> str:
+    """Return the grammar of a JSON schema. Raises Refusal with the reason for one that cannot be kept, or is too large."""
+    tree = as_object(schema)
+    if tree is None:
+        raise bad(param, f"{param} must be a JSON schema, an object, got {shown(schema)}", "invalid_json_schema")
+    _refuse_large(tree, param)
+    return checked_grammar(LLMatcher.grammar_from_json_schema(tree, overrides=WRITING), param)  # type: ignore[arg-type]
+
+
+def checked_grammar(grammar: str, param: str) -> str:
+    """Return a grammar that the library takes. Raises Refusal with its reason."""
+    reason = LLMatcher.validate_grammar(grammar, limits=parser_limits())
+    if reason and not reason.startswith("WARNING"):
+        raise bad(param, f"{param} cannot be kept to: {' '.join(reason.split())[:300]}", "invalid_json_schema")
+    return grammar
+
+
+def call_grammar(tools: Sequence[Mapping[str, Any]], marks: tuple[str, str] | None, special: bool, *, many: bool) -> str:
+    """Return the grammar of calls: a list of `{"name", "arguments"}`, of one call or of several, each as its function's schema
+    says, between marks where there are any (`special`: tokens of their own). Raises Refusal."""
+    param = "tools"
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, tool in enumerate(tools)
+    ]
+    schema = {
+        "x-guidance": CALLING,
+        "$defs": {str(number): _parameters_of(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)},
+        "type": "array",
+        "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
+        "minItems": 1,
+        "maxItems": MAX_CALLS if many else 1,
+    }
+    _refuse_large(schema, param)
+    opening, closing = ("", "") if marks is None else marks if special else (f'"{marks[0]}"', f'"{marks[1]}"')
+    lark = f"start: {opening} calls {closing}\ncalls: %json {json.dumps(schema)}\n"
+    return checked_grammar(LLMatcher.grammar_from_lark(lark), param)
+
+
+def _parameters_of(tool: Mapping[str, Any], place: str) -> Any:
+    """Return a function's schema as a part of another one: what it says of itself (`#/...`) is at `place` then."""
+    given = as_object(tool["function"].get("parameters")) or {}
+    _refuse_large(given, "tools")
+    return _moved({"type": "object", **given}, place)
+
+
+def _moved(value: Any, place: str) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: place + item[1:] if key == "$ref" and isinstance(item, str) and item.startswith("#") else _moved(item, place)
+            for key, item in value.items()
+        }
+    return [_moved(item, place) for item in value] if isinstance(value, list) else value
+
+
+def _refuse_large(schema: Mapping[str, Any], param: str) -> None:
+    """Refuse what would cost too much, without recursion: depth is what is being measured."""
+    nodes, level = 0, [schema]
+    for depth in range(MAX_SCHEMA_DEPTH + 1):
+        if not level:
+            break
+        nodes += len(level)
+        children: list[Any] = []
+        for node in level:
+            children += node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+        level = children
+        if nodes > MAX_SCHEMA_NODES or (level and depth == MAX_SCHEMA_DEPTH):
+            most = f"{MAX_SCHEMA_NODES} values, {MAX_SCHEMA_DEPTH} levels deep"
+            raise bad(param, f"{param} is too large: at most {most}", "invalid_json_schema")
+    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
+        raise bad(param, f"{param} is longer than {MAX_SCHEMA_BYTES} bytes", "invalid_json_schema")

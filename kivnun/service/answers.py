@@ -1,0 +1,245 @@
+"""Who answers: which model a name means, and the inference workers that can be asked about its base.
+
+A connection to a worker is kept and carries many answers at once. One that breaks ends the answers on it, with an error that says
+so; the next question looks into the records again and finds who answers now. Next: `answering.py`, `kivnun/serve/protocol.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from kivnun.errors import IntegrityError
+from kivnun.jobs.config import ServiceConfig
+from kivnun.jobs.database import Transaction
+from kivnun.jobs.schema import answerers, deployments, models
+from kivnun.serve.listening import Told
+from kivnun.serve.protocol import (
+    MAX_MESSAGE_BYTES,
+    AdapterName,
+    Ask,
+    Cancel,
+    Done,
+    Failed,
+    FromWorker,
+    Hello,
+    Message,
+    Welcome,
+    from_worker,
+    line,
+)
+from kivnun.service.errors import ApiError, bad_request
+
+CONNECT_S = 5.0
+SILENCE_S = 600.0  # how long an answer's next word may take
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a model's name means to a tenant: the base, and the adapter on it (None: the base as it is)."""
+
+    name: str
+    base: str
+    adapter: AdapterName | None
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an inference worker can be reached."""
+
+    id: str
+    where: str
+    secret: str = field(repr=False)
+
+
+# --- names -------------------------------------------------------------------------------------------------------------------
+
+
+def find_model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> Asked:
+    """Return what a name means: a base or another name of it, a tuned model or a checkpoint. Raises ApiError."""
+    base = config.base_id(name)
+    if base is not None:
+        return Asked(name, base, None)
+    if name in config.refused:
+        raise bad_request(f"{name} is not offered: {config.refused[name]}", "model", "model_not_supported")
+    query = sa.select(models).where(models.c.id == name, models.c.tenant == tenant, models.c.deleted_at.is_(None))
+    row = tx.execute(query).one_or_none()
+    if row is None:
+        raise ApiError(404, f"there is no model {name[:200]!r}", code="model_not_found", param="model")
+    if row.base not in config.bases:
+        raise bad_request(f"{name} was tuned from {row.base}, which is no longer offered", "model", "model_not_supported")
+    return Asked(name, row.base, AdapterName(manifest=row.manifest, content_hash=row.content_hash))
+
+
+def find_deployed(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> Asked:
+    """Return what a deployment answers with; where there is none of the name, the model of the name. Raises ApiError."""
+    query = sa.select(deployments.c.model).where(deployments.c.tenant == tenant, deployments.c.name == name)
+    model = tx.execute(query).scalar_one_or_none()
+    try:
+        return find_model(tx, config, tenant, name if model is None else model)
+    except ApiError as error:
+        if error.status == 404:
+            raise ApiError(404, f"there is no deployment {name[:200]!r}", code="DeploymentNotFound", param="model") from None
+        raise
+
+
+def addresses_of(tx: Transaction, base: str) -> list[Address]:
+    """Return the workers that answer for a base, the newest first."""
+    query = sa.select(answerers).where(answerers.c.base == base).order_by(answerers.c.created_at.desc())
+    return [Address(row.id, row.address, row.secret) for row in tx.execute(query)]
+
+
+# --- connections -------------------------------------------------------------------------------------------------------------
+
+
+class WorkerLost(Exception):
+    """The worker, or the way to it, is gone: no more of its answers will come."""
+
+
+class Link:
+    """A connection to a worker."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, welcome: Welcome) -> None:
+        self._reader, self._writer = reader, writer
+        self.version = welcome.version
+        self._numbers = itertools.count(1)
+        self._open: dict[int, asyncio.Queue[Told | None]] = {}
+        self.is_lost = False
+        self._task = asyncio.create_task(self._read())
+
+    @classmethod
+    async def to(cls, address: Address, base: str) -> Link:
+        """Return a connection. Raises WorkerLost where nobody is there, or another than the records say."""
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                reader, writer = await _connect(address.where)
+                writer.write(line(Hello(secret=address.secret)))
+                welcome = await _next(reader)
+        except (OSError, TimeoutError, IntegrityError) as error:
+            raise WorkerLost from error
+        if not isinstance(welcome, Welcome) or welcome.base != base:
+            writer.close()
+            raise WorkerLost
+        return cls(reader, writer, welcome)
+
+    @property
+    def answering(self) -> int:
+        """Return how many answers are on their way."""
+        return len(self._open)
+
+    def ask(self, question: Callable[[int], Ask]) -> Heard:
+        """Put a question, made for the number that it gets."""
+        number = next(self._numbers)
+        heard = self._open[number] = asyncio.Queue[Told | None]()
+        if self.is_lost:
+            heard.put_nowait(None)
+        else:
+            self._send(question(number))
+        return Heard(self, number, heard)
+
+    def forget(self, number: int) -> None:
+        """Cancel an answer that has not ended."""
+        if self._open.pop(number, None) is not None and not self.is_lost:
+            self._send(Cancel(id=number))
+
+    def close(self) -> None:
+        self._task.cancel()
+        self._lose()
+
+    def _send(self, message: Message) -> None:
+        self._writer.write(line(message))
+
+    async def _read(self) -> None:
+        try:
+            while (said := await _next(self._reader)) is not None:
+                if isinstance(said, Welcome) or (heard := self._open.get(said.id)) is None:
+                    continue
+                if isinstance(said, Done | Failed):
+                    del self._open[said.id]
+                heard.put_nowait(said)
+        except (OSError, IntegrityError) as error:
+            logger.warning("a connection to a worker broke: %s", type(error).__name__, extra={"action": "answerer_lost"})
+        finally:
+            self._lose()
+
+    def _lose(self) -> None:
+        self.is_lost = True
+        self._writer.close()
+        for heard in self._open.values():
+            heard.put_nowait(None)
+        self._open.clear()
+
+
+@dataclass(slots=True)
+class Heard:
+    """What a worker says to one question."""
+
+    link: Link
+    number: int
+    _queue: asyncio.Queue[Told | None]
+
+    async def next(self) -> Told:
+        """Return the next thing said. Raises WorkerLost."""
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                said = await self._queue.get()
+        except TimeoutError:
+            self.cancel()
+            raise WorkerLost from None
+        if said is None:
+            raise WorkerLost
+        return said
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the answer; of no effect on one that has ended."""
+        self.link.forget(self.number)
+
+
+class Links:
+    """The connections of one event loop, by worker."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, Link] = {}
+        self._opening: dict[str, asyncio.Lock] = {}
+
+    async def best(self, base: str, addresses: Sequence[Address]) -> Link | None:
+        """Return a connection to the worker with the fewest answers of ours on their way; None where none can be reached."""
+        found = [link for address in addresses if (link := await self._to(base, address)) is not None]
+        return min(found, key=lambda link: link.answering, default=None)
+
+    async def _to(self, base: str, address: Address) -> Link | None:
+        link = self._links.get(address.id)
+        if link is not None and not link.is_lost:
+            return link
+        async with self._opening.setdefault(address.id, asyncio.Lock()):
+            link = self._links.get(address.id)
+            if link is None or link.is_lost:
+                self._links.pop(address.id, None)
+                with contextlib.suppress(WorkerLost):
+                    link = self._links[address.id] = await Link.to(address, base)
+                    return link
+                return None
+        return link
+
+
+async def _connect(where: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if where.startswith("unix:"):
+        return await asyncio.open_unix_connection(where.removeprefix("unix:"), limit=MAX_MESSAGE_BYTES)
+    host, _, port = where.rpartition(":")
+    return await asyncio.open_connection(host, int(port), limit=MAX_MESSAGE_BYTES)
+
+
+async def _next(reader: asyncio.StreamReader) -> FromWorker | None:
+    try:
+        raw = await reader.readline()
+    except ValueError:
+        raise IntegrityError("a worker's message is too long", hint="the API and its workers must be of one version") from None
+    return from_worker(raw) if raw.endswith(b"\n") else None

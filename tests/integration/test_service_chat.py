@@ -1,0 +1,292 @@
+"""Chats and completions of the hosted service, by OpenAI's own client in both dialects, on the toy base."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import sqlalchemy as sa
+
+from answer_parts import add_model, place_with, registered, until, worker, worker_process
+from kivnun.jobs.place import Place
+from kivnun.jobs.schema import deployments
+from kivnun.serve.toy import ToyTokens, toy_answer
+from service_parts import KEY, OTHER_KEY, api, service_at
+
+CONFIG = """
+version: 1
+bases: {toy: {trainer: toy}, slow: {trainer: toy}, nobody: {trainer: toy}}
+aliases: {gpt-4o-mini: toy}
+"""
+ASKED: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+PROMPT = ToyTokens().prompt_ids(ASKED)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    made = place_with(tmp_path_factory.mktemp("chat"), CONFIG)
+    for name in ("one", "two"):
+        folder = made.data / "made" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(name)
+        add_model(made, "toy", f"ft:toy:kivnun:{name}:abcdefgh", folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def url(place: Place) -> Iterator[str]:
+    with worker(place, "toy"), api(service_at(place, place.service_config())) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def azure(url: str) -> Iterator[openai.AzureOpenAI]:
+    with openai.AzureOpenAI(azure_endpoint=url, api_key=KEY, api_version="2024-10-21", max_retries=0) as made:
+        yield made
+
+
+def ask(client: openai.OpenAI, model: str = "toy", **more: Any) -> Any:
+    return client.chat.completions.create(model=model, messages=ASKED, **{"temperature": 0, **more})  # type: ignore[call-overload]
+
+
+def hash_of(place: Place, name: str) -> str:
+    from kivnun.artifacts import hash_folder
+
+    return hash_folder(place.data / "made" / name)
+
+
+def test_a_base_answers_and_says_what_it_used(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    assert answer.choices[0].message.content == toy_answer(None, PROMPT).decode()
+    assert (answer.object, answer.model, answer.choices[0].finish_reason) == ("chat.completion", "toy", "stop")
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert answer.usage.total_tokens == len(PROMPT) + answer.usage.completion_tokens
+    assert answer.system_fingerprint.startswith("kivnun-")
+    assert answer.x_adapter_hash is None
+    assert ask(client, "gpt-4o-mini").choices == answer.choices
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_tuned_model_answers_with_its_own_adapter(name: str, client: openai.OpenAI, place: Place) -> None:
+    answer = ask(client, f"ft:toy:kivnun:{name}:abcdefgh")
+    assert answer.x_adapter_hash == hash_of(place, name)
+    assert answer.choices[0].message.content == toy_answer(hash_of(place, name), PROMPT).decode()
+
+
+def test_streamed_pieces_joined_are_the_whole_answer(client: openai.OpenAI, azure: openai.AzureOpenAI) -> None:
+    for one in (client, azure):
+        chunks = list(ask(one, stream=True, n=2, stream_options={"include_usage": True}))
+        whole = ask(one, n=2)
+        for index in (0, 1):
+            mine = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+            assert mine[0].delta.role == "assistant"
+            assert "".join(choice.delta.content or "" for choice in mine) == whole.choices[index].message.content
+            assert mine[-1].finish_reason == "stop"
+        assert chunks[-1].usage == whole.usage
+        assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_asynchronous_clients_get_the_same(url: str, client: openai.OpenAI) -> None:
+    async def both() -> list[Any]:
+        answers: list[Any] = []
+        async with (
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY) as plain,
+            openai.AsyncAzureOpenAI(azure_endpoint=url, api_key=KEY, api_version="2024-10-21") as theirs,
+        ):
+            for one in (plain, theirs):
+                answers.append(await one.chat.completions.create(model="toy", messages=ASKED, temperature=0))  # type: ignore[arg-type]
+                stream = await one.chat.completions.create(model="toy", messages=ASKED, temperature=0, stream=True)  # type: ignore[arg-type]
+                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+                assert text == answers[0].choices[0].message.content
+        return answers
+
+    assert [answer.choices for answer in asyncio.run(both())] == [ask(client).choices] * 2
+
+
+def test_azure_answers_by_deployment_and_the_path_wins(place: Place, url: str, azure: openai.AzureOpenAI) -> None:
+    db = place.database()
+    values = {"tenant": "default", "name": "mine", "created_at": 1.0, "updated_at": 1.0, "body": {}}
+    db.write("deployment", lambda tx: tx.execute(sa.insert(deployments).values(**values, model="ft:toy:kivnun:one:abcdefgh")))
+    db.close()
+    assert ask(azure, "mine").x_adapter_hash == hash_of(place, "one")
+    assert ask(azure, "ft:toy:kivnun:two:abcdefgh").x_adapter_hash == hash_of(place, "two")
+    with openai.AzureOpenAI(
+        azure_endpoint=url, api_key=KEY, api_version="2024-10-21", azure_deployment="mine", max_retries=0
+    ) as fixed:
+        assert ask(fixed, "ft:toy:kivnun:two:abcdefgh").x_adapter_hash == hash_of(place, "one")
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(azure, "missing")
+    assert caught.value.code == "DeploymentNotFound"
+    with openai.OpenAI(base_url=f"{url}/openai/v1", api_key=KEY, max_retries=0) as newer:
+        assert ask(newer).choices
+
+
+def test_another_tenants_model_answers_the_same_404_as_none(url: str, client: openai.OpenAI) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
+        with pytest.raises(openai.NotFoundError) as foreign:
+            ask(other, "ft:toy:kivnun:one:abcdefgh")
+        with pytest.raises(openai.NotFoundError) as missing:
+            ask(other, "ft:toy:kivnun:one:abcdefgi")
+    assert (foreign.value.code, foreign.value.param) == ("model_not_found", "model")
+    assert foreign.value.message.replace("abcdefgh", "abcdefgi") == missing.value.message
+
+
+def test_a_seed_repeats_an_answer_and_without_one_answers_differ(client: openai.OpenAI) -> None:
+    def text(**more: Any) -> str:
+        return ask(client, temperature=1, **more).choices[0].message.content
+
+    assert text(seed=3) == text(seed=3) != text(seed=4)
+    assert text() != text()
+    several = ask(client, temperature=1, seed=3, n=3).choices
+    assert len({choice.message.content for choice in several}) == 3
+    assert several[0].message.content == text(seed=3)
+
+
+def test_limits_and_stop_strings_end_an_answer(client: openai.OpenAI) -> None:
+    whole = ask(client).choices[0].message.content
+    short = ask(client, max_completion_tokens=7).choices[0]
+    assert (short.message.content, short.finish_reason) == (whole[:7], "length")
+    stopped = ask(client, stop=[whole[20:23]]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (whole[: whole.index(whole[20:23])], "stop")
+
+
+def test_log_probabilities_come_in_both_shapes(client: openai.OpenAI) -> None:
+    answer = ask(client, logprobs=True, top_logprobs=1)
+    content = answer.choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == answer.choices[0].message.content
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == answer.choices[0].message.content
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in content)
+    streamed = [chunk.choices[0] for chunk in ask(client, logprobs=True, top_logprobs=1, stream=True)]
+    assert [entry for choice in streamed if choice.logprobs for entry in choice.logprobs.content] == content
+    legacy = client.completions.create(model="toy", prompt="abc", logprobs=1, echo=True, max_tokens=4, temperature=0).choices[0]
+    assert legacy.text == "abc" + toy_answer(None, list(b"abc")).decode()[:4]
+    assert legacy.logprobs is not None
+    assert legacy.logprobs.tokens == list(legacy.text)
+    assert legacy.logprobs.text_offset == list(range(7))
+
+
+def test_completions_take_text_and_tokens_one_or_many(client: openai.OpenAI) -> None:
+    def texts(prompt: Any, **more: Any) -> list[str]:
+        return [choice.text for choice in client.completions.create(model="toy", prompt=prompt, temperature=0, **more).choices]
+
+    assert texts("ab") == texts([97, 98]) == texts(["ab"]) == texts([[97, 98]])
+    assert texts(["ab", "c"]) == texts("ab") + texts("c")
+    assert len(texts("ab")[0]) == 16
+    assert texts("ab", max_tokens=0, echo=True) == ["ab"]
+    best = client.completions.create(model="toy", prompt="ab", n=1, best_of=3, seed=1).choices
+    assert len(best) == 1
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 65}, "n"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 100_000}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"seed": 1.5}, "seed"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"), ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"), ({"modalities": ["audio"]}, "modalities"),
+    ({"extra_body": {"made_up": 1}}, "made_up"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tool_choice": "required"}, "tool_choice"), ({"messages": []}, "messages"), ({"model": ""}, "model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "param"), REFUSED, ids=[f"{param}-{number}" for number, (_, param) in enumerate(REFUSED)])
+def test_what_cannot_be_done_is_refused_by_its_name(given: dict[str, Any], param: str, client: openai.OpenAI) -> None:
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+        client.chat.completions.create(**{"model": "toy", "messages": ASKED, **given})
+    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+
+
+def test_parameters_that_change_no_answer_are_taken(client: openai.OpenAI) -> None:
+    more: dict[str, Any] = {
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k",
+        "safety_identifier": "s", "response_format": {"type": "text"}, "frequency_penalty": 0, "tools": [],
+    }  # fmt: skip
+    assert ask(client, **more).choices == ask(client).choices
+
+
+JSON = "application/json"
+BODIES: list[tuple[bytes, str, int]] = [
+    (b"", JSON, 400), (b"{", JSON, 400), (b"[1]", JSON, 400), (b"\xff", JSON, 400),
+    (b'{"model": "toy", "model": "toy"}', JSON, 400),
+    (b"{}", "text/plain", 415), (b"[" * 100_000, JSON, 400), (b'"' + b"a" * (9 << 20) + b'"', JSON, 413),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "kind", "status"), BODIES, ids=[str(number) for number in range(len(BODIES))])
+def test_bodies_that_are_no_request_are_refused(body: bytes, kind: str, status: int, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", cast_to=object, content=body, options={"headers": {"content-type": kind}})
+    assert caught.value.status_code == status
+    assert ask(client).choices
+
+
+def test_a_base_without_a_worker_says_come_back(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "nobody")
+    assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+    assert caught.value.response.headers["retry-after-ms"]
+
+
+def test_a_worker_killed_in_the_middle_is_told_and_the_next_one_answers(place: Place, client: openai.OpenAI) -> None:
+    with worker_process(place, "slow", token_s=0.05) as process:
+        stream = ask(client, "slow", stream=True)
+        heard = [next(stream), next(stream)]
+        process.kill()
+        with pytest.raises(openai.APIError, match="the worker that wrote the answer is gone"):
+            heard += list(stream)
+        assert len(heard) < 40
+    with pytest.raises(openai.InternalServerError):
+        ask(client, "slow")
+    old = registered(place, "slow")
+    with worker(place, "slow"):
+        assert ask(client, "slow").choices[0].finish_reason == "stop"
+        assert not set(old) & set(registered(place, "slow"))  # the dead one's row is cleared
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place_at_the_worker(
+    stream: bool, place: Place, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kivnun.serve import toy
+
+    made: list[toy.ToyAnswerer] = []
+    begin = toy.ToyAnswerer.__init__
+
+    def remember(self: toy.ToyAnswerer, *args: Any) -> None:
+        made.append(self)
+        begin(self, *args)
+
+    monkeypatch.setattr(toy.ToyAnswerer, "__init__", remember)
+    with worker(place, "slow", token_s=0.3), openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        if stream:
+            answer = ask(client, "slow", stream=True)
+            next(answer)
+            until(lambda: made[0].answering == 1)
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                ask(client, "slow", timeout=0.5)
+        until(lambda: made[0].answering == 0, 2)  # the whole would take fourteen seconds
+
+
+def test_many_tenants_and_models_at_once_get_their_own_answers(place: Place, client: openai.OpenAI) -> None:
+    def one(number: int) -> None:
+        name = ("one", "two")[number % 2]
+        answer = ask(client, f"ft:toy:kivnun:{name}:abcdefgh", temperature=1, seed=number)
+        expected = toy_answer(hash_of(place, name), PROMPT, (number, 0)).decode()
+        assert answer.choices[0].message.content == expected
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(40)))
+    assert threading.active_count() < 100
