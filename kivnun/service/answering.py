@@ -41,7 +41,7 @@ from kivnun.service.errors import ApiError
 
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
 
-PATIENCE_S = 20.0  # how long a request waits for a worker that is starting
+PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes to load most bases
 LOOK_S = 0.25
 WISH_S = 60.0
 
@@ -118,6 +118,8 @@ class Answering:
     async def _wish(self, base: str, missing: bool) -> None:
         """Note that a base is asked for: workers of those that nobody asks for are put away."""
         now = time.monotonic()
+        if self._service.config.bases[base].resident and not missing:
+            return
         if now - self._wished.get(base, -math.inf) >= (LOOK_S if missing else WISH_S):
             self._wished[base] = now
             await run_in_threadpool(self._service.db.write, "base wanted", lambda tx: wanted.ask(tx, base))

@@ -11,7 +11,10 @@ export const session = {
   set key(given) { sessionStorage.setItem(KEY, given); },
   signOut() { sessionStorage.removeItem(KEY); this.me = null; },
   /** Whether the key may do what needs `scope`. */
-  may(scope) { return Boolean(this.me) && (this.me.scopes.includes(scope) || this.me.scopes.includes("admin")); },
+  may(scope) { 
+    const scopes = this.me?.key.scopes ?? [];
+    return scopes.includes(scope) || scopes.includes("admin");
+   },
 };
 
 /** What the service, or the way to it, answered instead of what was asked for. */

@@ -11,7 +11,8 @@ const MOST_POINTS = 600;
 export function ticks(low, high, wanted) {
   const rough = (high - low) / Math.max(1, wanted);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const size = [1, 2, 5, 10].map((step) => step * power).find((step) => step >= rough * 0.999);
+  const far = (step) => Math.abs(Math.log(step / rough));
+  const size = [1, 2, 5, 10].map((step) => step * power).reduce((best, step) => (far(step) < far(best) ? step : best));
   const found = [];
   for (let at = Math.ceil(low / size - 1e-9); at * size <= high + size * 1e-9; at += 1) found.push(Number((at * size).toPrecision(12)));
   return found;
@@ -43,6 +44,7 @@ export function curve(label) {
   let series = [];
   let end = 1;
   let chosen = null;
+  let stepAt = () => 0; // Which step is drawn so far from the left, in pixels.
 
   function bounds() {
     const values = series.flatMap(({ points }) => points.map(({ y }) => y)).filter(Number.isFinite);
@@ -54,13 +56,17 @@ export function curve(label) {
   function draw() {
     const width = Math.max(240, drawing.clientWidth);
     const height = drawing.clientHeight || 260;
+    drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    if (!series.some(({ points }) => points.length)) {
+      fill(drawing, s("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "No step yet"));
+      return;
+    }
     const { low, high } = bounds();
     const first = Math.min(1, ...series.flatMap(({ points }) => points.map(({ x }) => x)));
     const x = (step) => MARGIN.left + ((step - first) / Math.max(1, end - first)) * (width - MARGIN.left - MARGIN.right);
     const y = (value) => height - MARGIN.bottom - ((value - low) / (high - low)) * (height - MARGIN.top - MARGIN.bottom);
-    drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
     fill(drawing,
-      ticks(low, high, 4).map((value) => [
+      ticks(low, high, 5).map((value) => [
         s("line", { class: "grid-line", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
         s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, String(value))]),
       s("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(low), y2: y(low) }),
@@ -69,7 +75,7 @@ export function curve(label) {
       s("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 1, "text-anchor": "middle" }, "step"),
       series.map((one, n) => line(one, n, x, y)),
       chosen !== null && s("line", { class: "cross", x1: x(chosen), x2: x(chosen), y1: MARGIN.top, y2: height - MARGIN.bottom }));
-    whole.stepAt = (left) => first + ((left - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * (end - first);
+    stepAt = (left) => first + ((left - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * (end - first);
   }
 
   function line({ points, noisy }, n, x, y) {
@@ -97,7 +103,7 @@ export function curve(label) {
     return known;
   }
 
-  drawing.addEventListener("pointermove", (event) => choose(whole.stepAt(event.clientX - drawing.getBoundingClientRect().left)));
+  drawing.addEventListener("pointermove", (event) => choose(stepAt(event.clientX - drawing.getBoundingClientRect().left)));
   drawing.addEventListener("pointerleave", () => choose(null));
   drawing.addEventListener("blur", () => choose(null));
   drawing.addEventListener("keydown", (event) => {

@@ -83,8 +83,8 @@ export function modelName(id) {
   return { id, base: parts[1], called: parts[3] || parts[4], step };
 }
 
-/** Return what the API said as a sentence: it begins with a capital and ends with a stop. */
+/** Return what the API said as a sentence: it begins with a capital, but for a name (`messages[2]`), and ends with a stop. */
 export function sentence(text) {
   const said = String(text ?? "").trim();
-  return said && said[0].toUpperCase() + said.slice(1) + (/[.!?…]$/.test(said) ? "" : ".");
+  return said && (/^[a-z]+[ ,]/.test(said) ? said[0].toUpperCase() : said[0]) + said.slice(1) + (/[.!?…]$/.test(said) ? "" : ".");
 }

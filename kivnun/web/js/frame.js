@@ -11,7 +11,7 @@ export const STEPS = [
   { name: "data", icon: "data", title: "Data", what: "Upload examples", short: "Data" },
   { name: "tune", icon: "tune", title: "Parameters", what: "See the plan, then start", short: "Plan" },
   { name: "jobs", icon: "jobs", title: "Jobs", what: "Watch it learn", short: "Jobs" },
-  { name: "playground", icon: "play", title: "Playground", what: "Base and tuned, side by side", short: "Play" },
+  { name: "playground", icon: "play", title: "Playground", what: "Ask base and tuned", short: "Play" },
   { name: "keys", icon: "keys", title: "Keys and usage", what: "Access, cost, limits", short: "Keys" },
 ];
 
@@ -25,7 +25,7 @@ export function drawFrame(frame, signOut) {
       h("nav", { "aria-label": "Steps" }, h("ol", { class: "flow" }, STEPS.map(step))),
       h("div", { class: "who" },
         h("div", {}, h("div", { class: "small soft" }, "Tenant"), said(session.me.tenant, { class: "tenant" })),
-        h("div", { class: "row", "aria-label": "Scopes of this key" }, session.me.scopes.map((scope) => chip(scope))),
+        h("div", { class: "row", "aria-label": "Scopes of this key" }, session.me.key.scopes.map((scope) => chip(scope))),
         h("div", { class: "row" }, themeButton(), out(false)))),
     outlet));
   return outlet;

@@ -3,7 +3,7 @@
 
 import { all, call, get, session } from "../api.js";
 import { fill, h, said } from "../dom.js";
-import { ago, modelName, money, short } from "../format.js";
+import { ago, modelName, money, sentence, short } from "../format.js";
 import { announce, button, chip, confirmed, empty, ghosts, head, link, loaded, table } from "../parts.js";
 
 export function catalogue({ place, signal }) {
@@ -20,37 +20,36 @@ export function catalogue({ place, signal }) {
 }
 
 function drawBases(found) {
-  const offered = found.data.filter((base) => base.offered !== false);
-  const refused = found.data.filter((base) => base.offered === false);
-  if (!found.data.length) return empty("catalogue", "No base is configured", "The operator adds bases to the service's configuration.");
-  return [...offered.map((base) => card(base, found.currency)), ...refused.map(refusedCard)];
+  if (!found.data.length && !found.refused.length) return empty("catalogue", "No base is configured", "The operator adds bases to the service's configuration.");
+  return [...found.data.map((base) => card(base, found.currency)), ...found.refused.map(refusedCard)];
 }
 
 function card(base, currency) {
   const free = !base.price.training && !base.price.prompt && !base.price.completion;
   return h("article", { class: "card base" },
-    h("div", { class: "line" }, h("span", { class: "family" }, base.family), base.resident && chip("Loaded", "good")),
+    h("div", { class: "line" }, h("span", { class: "family" }, FAMILIES[base.family] ?? base.family ?? "Not on this machine yet"), base.resident && chip("Loaded", "good")),
     h("h3", {}, said(base.id)),
     h("dl", { class: "prices" },
-      fact("Window", base.context_window ? `${short(base.context_window)} tokens` : "–"),
+      fact("Window", base.window ? `${short(base.window)} tokens` : "–"),
       fact("Training", free ? "free" : price(base.price.training, currency)),
       fact("Prompt", free ? "free" : price(base.price.prompt, currency)),
       fact("Answer", free ? "free" : price(base.price.completion, currency))),
-    h("div", { class: "row techniques", "aria-label": "Techniques" }, base.techniques.map((name) => chip(TECHNIQUES[name] ?? name))),
+    h("div", { class: "row techniques", "aria-label": "Techniques" }, [...base.methods.map((name) => METHODS[name] ?? name), ...base.techniques].map((name) => chip(name))),
     h("div", { class: "row foot" },
       link("Tune it", `#/tune?model=${encodeURIComponent(base.id)}`, { kind: "slim" }),
       link("Try it", `#/playground?base=${encodeURIComponent(base.id)}`, { kind: "slim plain" })));
 }
 
-const TECHNIQUES = { supervised: "Supervised", dpo: "Preferences (DPO)", lora: "LoRA", qlora: "QLoRA" };
+const METHODS = { supervised: "Supervised", dpo: "Preferences (DPO)" };
+const FAMILIES = { toy: "Stand-in without a model", phi3: "Phi-3", phi: "Phi" };
 const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
 const price = (amount, currency) => [money(amount, currency), h("span", { class: "soft" }, " / M")];
 
 function refusedCard(base) {
   return h("article", { class: "card base refused" },
-    h("div", { class: "line" }, h("span", { class: "family" }, base.family), chip("Not offered", "warn")),
+    h("div", { class: "line" }, h("span", { class: "family" }, "Base"), chip("Not offered", "warn")),
     h("h3", {}, said(base.id)),
-    h("p", { class: "soft" }, "Because ", base.reason, "."));
+    h("p", { class: "soft" }, sentence(base.reason)));
 }
 
 function drawTuned(models, again) {

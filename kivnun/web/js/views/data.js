@@ -50,7 +50,7 @@ export function data({ place, signal, every }) {
 }
 
 function sender(signal, done) {
-  const purpose = field("The file holds", select(PURPOSES, "fine-tune"));
+  const purpose = field("What they hold", select(PURPOSES, "fine-tune"));
   const chosen = h("input", { type: "file", id: "file-chosen", class: "unseen", multiple: true, accept: ".jsonl,.json,.txt,application/jsonl", on: { change: () => { take(chosen.files); chosen.value = ""; } } });
   const going = h("ul", { class: "going", "aria-label": "Being sent" });
   const zone = h("div", { class: "drop", on: {
@@ -59,12 +59,12 @@ function sender(signal, done) {
     drop: (event) => { event.preventDefault(); zone.classList.remove("over"); take(event.dataTransfer.files); },
   } },
   icon("data"), h("p", { class: "title" }, "Drop files here, or ", h("label", { for: "file-chosen" }, "choose them")), chosen,
-  h("p", { class: "soft small" }, "JSON lines in UTF-8. Files over 64 MiB go in parts, and a part that is lost is sent again."));
+  h("p", { class: "soft small" }, "JSON lines in UTF-8. Files over 64 MiB go in parts, and a part that is lost is sent again."), purpose);
 
   function take(list) {
     for (const file of list) sendOne(file, purpose.control.value, going, signal, done);
   }
-  return h("section", { class: "sender" }, zone, h("div", { class: "beside" }, purpose, going));
+  return h("section", { class: "sender" }, zone, going);
 }
 
 async function sendOne(file, purpose, going, signal, done) {

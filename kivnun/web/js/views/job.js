@@ -70,7 +70,7 @@ async function newer(path, history, signal) {
 function pageOf(path, signal) {
   const top = h("header", { class: "head" });
   const lost = h("div", { hidden: true });
-  const ended = h("div", { class: "stack", hidden: true });
+  const ended = h("div", { class: "stack outcome", hidden: true });
   const bar = track(0, { label: "Progress" });
   const words = h("div", { class: "line" });
   const numbers = h("div", {});
@@ -168,7 +168,7 @@ function logLine(event) {
 }
 
 function when(job) {
-  if (job.finished_at) return `ended ${moment(job.finished_at)}`;
+  if (ENDED.has(job.status)) return "";
   if (job.estimated_finish) return `about ${span(Math.max(0, job.estimated_finish - Date.now() / 1000))} left`;
   if (job.x_queue?.estimated_start) return `starts about ${moment(job.x_queue.estimated_start)}`;
   return job.status === "paused" ? "stands still until it is resumed" : "";
@@ -176,12 +176,11 @@ function when(job) {
 
 function measures(job) {
   const done = job.x_progress ?? {};
-  return [
-    ["Expected end", job.finished_at ? "–" : job.estimated_finish ? moment(job.estimated_finish) : "–"],
-    ["Queue", job.x_queue ? `${count(job.x_queue.position)}. place` : "–"],
-    ["Tokens trained", `${count(job.trained_tokens ?? done.trained_tokens ?? 0)}${done.planned_tokens ? ` of ${count(done.planned_tokens)}` : ""}`],
-    ["Examples", count(job.x_examples?.examples)],
-  ];
+  const planned = done.planned_tokens ? ` of ${count(done.planned_tokens)}` : "";
+  const first = ENDED.has(job.status)
+    ? [["Ended", moment(job.finished_at)], ["Took, waiting too", span(job.finished_at - job.created_at)]]
+    : [["Expected end", job.estimated_finish ? moment(job.estimated_finish) : "–"], ["Queue", job.x_queue ? `${count(job.x_queue.position)}. place` : job.status === "running" ? "it runs" : "–"]];
+  return [...first, ["Tokens trained", `${count(job.trained_tokens ?? done.trained_tokens ?? 0)}${planned}`], ["Examples", count(job.x_examples?.examples)]];
 }
 
 function outcome(job) {

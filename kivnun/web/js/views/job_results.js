@@ -14,7 +14,7 @@ export async function drawResults(place, job, path, signal) {
     const [checkpoints, files] = await Promise.all([
       all(`${path}/checkpoints`, { limit: 100 }, signal),
       Promise.all(job.result_files.map((id) => get(`files/${id}`, {}, signal).catch(() => null)))]); // One may be deleted by now.
-    if (!signal.aborted) fill(place, checkpointsCard(checkpoints), filesCard(files.filter(Boolean), signal));
+    if (!signal.aborted) fill(place, checkpointsCard(checkpoints), filesCard(files.filter(Boolean), path, signal));
   } catch (error) {
     if (!signal.aborted) fill(place, failure(error, () => drawResults(place, job, path, signal)));
   }
@@ -32,14 +32,14 @@ function checkpointsCard(checkpoints) {
   ], checkpoints));
 }
 
-function filesCard(files, signal) {
+function filesCard(files, path, signal) {
   if (!files.length) return null;
   const place = h("div", {});
   const failed = (error) => { if (!signal.aborted) fill(place, failure(error)); };
   const report = files.find((file) => file.filename === REPORT);
   const show = report && button("Example by example", () => busy(show, async () => {
     try {
-      const text = await (await send("GET", `files/${report.id}/content`, { query: { encoding: "raw" }, signal })).text();
+      const text = await (await send("GET", `${path}/x_report`, { signal })).text();
       fill(place, examples(text.split("\n").filter(Boolean).map((line) => JSON.parse(line))));
     } catch (error) {
       failed(error);
@@ -62,13 +62,13 @@ function examples(lines) {
   function show(kind) {
     const found = lines.filter((line) => kind === "all" || line.status === kind);
     choices.forEach((choice, n) => choice.setAttribute("aria-pressed", String(kind === ["all", ...Object.keys(KINDS)][n])));
-    fill(list, found.length === 0 ? h("p", { class: "soft" }, "None.") : table("Examples", [
+    fill(list, found.length === 0 ? h("p", { class: "soft" }, "None.") : h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Examples" }, table("Examples", [
       { name: "Line", end: true, fit: true, cell: (line) => count(line.line) },
       { name: "What became of it", fit: true, cell: (line) => chip(...(KINDS[line.status] ?? [line.status])) },
       { name: "Tokens", end: true, fit: true, cell: (line) => count(line.tokens) },
       { name: "Trained on", end: true, fit: true, cell: (line) => count(line.trained_tokens) },
       { name: "Why", lead: true, cell: (line) => (line.reason ? h("span", { dir: "auto" }, sentence(line.reason)) : line.cut_tokens ? `${plural(line.cut_tokens, "token")} cut off` : "") },
-    ], found.slice(0, SHOWN)), found.length > SHOWN && h("p", { class: "soft small" }, `The first ${SHOWN} of ${count(found.length)}; the file holds them all.`));
+    ], found.slice(0, SHOWN))), found.length > SHOWN && h("p", { class: "soft small" }, `The first ${SHOWN} of ${count(found.length)}; the file holds them all.`));
   }
   show("all");
   return h("div", { class: "stack" }, h("div", { class: "row", role: "group", "aria-label": "Which examples" }, choices), list);

@@ -15,14 +15,16 @@ export function keys({ place, signal }) {
   const list = h("div", {});
   const usage = h("div", {});
   const show = () => loaded(list, { signal, waiting: ghosts(2, 64), load: () => get("x_keys", {}, signal), draw: ({ data }) => drawKeys(data, show) });
+  const limits = h("div", {});
   const admin = session.may("admin");
   fill(place,
     head("Keys and usage", "Who may call this service, what was used and what it costs.", { actions: admin ? [button("New key", () => made(show), { kind: "first", symbol: "plus" })] : [] }),
-    h("section", { class: "section" }, h("h2", {}, "Keys"), admin ? list : lacking(session, "admin", "see or make keys")),
+    h("section", { class: "section" }, h("h2", {}, "Keys"), lacking(session, "admin", "make or revoke keys"), list),
     usage,
-    h("section", { class: "section" }, h("h2", {}, "Limits"), drawLimits(session.me)));
-  if (admin) show();
+    h("section", { class: "section" }, h("h2", {}, "Limits"), limits));
+  show();
   drawUsage(usage, signal);
+  loaded(limits, { signal, waiting: ghosts(1, 130), load: () => get("x_me", {}, signal), draw: drawLimits });
 }
 
 function drawKeys(keys, again) {
@@ -35,7 +37,7 @@ function drawKeys(keys, again) {
     { name: "Last used", fit: true, cell: (key) => ago(key.last_used_at) },
     { name: "Ends", fit: true, cell: (key) => (key.revoked_at ? chip("Revoked", "bad") : key.expires_at ? (gone(key) ? chip("Expired", "bad") : date(key.expires_at)) : "never") },
     { name: "What to do", hidden: true, fit: true, cell: (key) => (gone(key) ? null : h("div", { class: "row" },
-      key.id === session.me.key?.id ? h("span", { class: "soft small" }, "this one") : button("Revoke", () => revoked(key, again), { kind: "slim danger", label: `Revoke ${key.name}` }))) },
+      key.id === session.me.key.id ? h("span", { class: "soft small" }, "this one") : session.may("admin") && button("Revoke", () => revoked(key, again), { kind: "slim danger", label: `Revoke ${key.name}` }))) },
   ], sorted));
 }
 
@@ -63,7 +65,7 @@ async function made(again) {
       if (!scopes.length) return void fill(wrong, notice("bad", "Choose what the key may do."));
       busy(make, async () => {
         try {
-          close(await post("x_keys", { name: name.control.value.trim(), scopes, expires_at: ends.control.value ? Math.floor(Date.now() / 1000) + Number(ends.control.value) * 86_400 : null }));
+          close(await post("x_keys", { name: name.control.value.trim(), scopes, expires_in_s: ends.control.value ? Number(ends.control.value) * 86_400 : null }));
         } catch (error) {
           fill(wrong, failure(error));
         }

@@ -8,7 +8,7 @@ import { announce, button, chip, failure, field, ghosts, head, lacking, link, lo
 import { streamed } from "../stream.js";
 
 const SAMPLES = [
-  "Say in one sentence what fine-tuning a language model does.",
+  "What does fine-tuning do to a model?",
   "כתבו משפט אחד על ירושלים בבוקר.",
   "תרגמו לאנגלית: הספר החדש נמצא על השולחן.",
   "Translate to Hebrew: the train leaves at 08:15.",
@@ -157,7 +157,7 @@ function footer(facts, took, record) {
   const seconds = (ms) => `${significant(ms / 1000, 2)} s`;
   return h("div", { class: "row soft small number" },
     facts.usage && h("span", {}, `${count(facts.usage.completion_tokens)} tokens`),
-    facts.first !== null && h("span", {}, `first after ${seconds(facts.first)}`), h("span", {}, seconds(took)),
+    facts.first !== null && h("span", {}, `first after ${seconds(facts.first)}`), h("span", {}, `${seconds(took)} in all`),
     facts.reason === "length" && chip("cut at the limit", "warn"), facts.reason === "stopped" && chip("stopped", "warn"),
     facts.hash !== undefined && (facts.hash === expected
       ? facts.hash && h("span", { class: "hash", title: facts.hash }, icon("keys"), h("span", { class: "mono" }, facts.hash.slice(0, 12)))

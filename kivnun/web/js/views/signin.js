@@ -13,9 +13,9 @@ export function signIn(frame, then, said) {
     { help: "It is kept in this tab until you sign out or close it, and sent to this service alone." });
   const enter = button("Sign in", null, { kind: "first", type: "submit" });
   const form = h("form", { novalidate: true, on: { submit: submitted } },
-    h("div", { class: "row" }, h("h1", { tabindex: "-1" }, "Sign in")),
+    h("h1", { tabindex: "-1" }, "Sign in"),
     h("p", { class: "soft" }, "Paste an API key. The one that ", h("code", {}, "kivnun serve"), " printed when it first started has every right."),
-    place, key, enter, h("div", { class: "row" }, themeButton()));
+    place, key, enter);
 
   async function submitted(event) {
     event.preventDefault();
@@ -46,7 +46,7 @@ export function signIn(frame, then, said) {
       h("div", { class: "brand" }, h("img", { src: "icon.svg", alt: "", width: 28, height: 28 }), "Kivnun"),
       h("p", { class: "claim" }, "Your examples in, your model out."),
       h("ol", {}, STEPS.map((step) => h("li", {}, h("span", { class: "mark" }, icon(step.icon)), h("span", {}, h("b", {}, step.title), " · ", step.what))))),
-    h("main", { id: "content", tabindex: "-1" }, form)));
+    h("main", { id: "content", tabindex: "-1" }, h("div", { class: "corner" }, themeButton()), form)));
   document.title = "Sign in · Kivnun";
   key.control.focus();
 }

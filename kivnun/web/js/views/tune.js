@@ -5,7 +5,7 @@ import { all, get, newName, post, session } from "../api.js";
 import { fill, h } from "../dom.js";
 import { count, modelName, sentence } from "../format.js";
 import { announce, busy, button, failure, field, ghosts, head, lacking, link, loaded, notice, select } from "../parts.js";
-import { drawVerdict } from "./verdict.js";
+import { canStart, drawVerdict } from "./verdict.js";
 
 const METHODS = [
   { value: "supervised", name: "Supervised", help: "Learns to answer as the examples do." },
@@ -75,11 +75,12 @@ function drawForm({ catalogue, models, files, waiting }, query, signal) {
       try {
         const found = await post("fine_tuning/jobs", { ...asked, x_dry_run: true }, { signal });
         agreed = { text: JSON.stringify(asked), name: newName() };
-        fill(verdict, drawVerdict(found, catalogue.currency));
-        start.hidden = !found.fits;
-        check.classList.toggle("first", !found.fits);
-        announce(found.fits ? "The plan fits. You can start the job." : "The plan does not fit.");
-        if (found.fits) start.focus({ preventScroll: true });
+        fill(verdict, drawVerdict(found));
+        const fits = canStart(found);
+        start.hidden = !fits;
+        check.classList.toggle("first", !fits);
+        announce(fits ? "The plan fits. You can start the job." : "The plan does not fit.");
+        if (fits) start.focus({ preventScroll: true });
       } catch (error) {
         told(error);
       }
@@ -119,7 +120,7 @@ function drawForm({ catalogue, models, files, waiting }, query, signal) {
 const section = (title, ...content) => h("section", { class: "card stack" }, h("h2", {}, title), content);
 
 function fieldsOf(catalogue, models, files, query) {
-  const offered = catalogue.data.filter((base) => base.offered !== false);
+  const offered = catalogue.data.filter((base) => base.tunable);
   const own = models.filter((model) => model.id.startsWith("ft:")).sort((a, b) => b.created - a.created);
   const name = (file) => ({ value: file.id, text: `${file.filename} · ${file.id.slice(-6)}` });
   const model = field("Base or tuned model", select([

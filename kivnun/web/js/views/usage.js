@@ -4,7 +4,7 @@ import { get } from "../api.js";
 import { bars } from "../chart.js";
 import { fill, h, said } from "../dom.js";
 import { bytes, count, date, money, short } from "../format.js";
-import { empty, facts, field, ghosts, loaded, select, table, tiles } from "../parts.js";
+import { empty, field, ghosts, loaded, select, table, tiles } from "../parts.js";
 
 const DAY_S = 86_400;
 const KINDS = ["training", "prompt", "completion"];
@@ -28,17 +28,17 @@ async function asked(days, signal) {
 
 function draw({ byDay, byModel, start, end }) {
   const { currency } = byDay;
-  const sum = (rows, name, kind) => rows.filter((row) => !kind || row.kind === kind).reduce((total, row) => total + row[name], 0);
+  const sum = (rows, name, kind) => rows.filter((row) => !kind || row.kind === kind).reduce((total, row) => total + Number(row[name]), 0);
   if (!byDay.data.length) return empty("keys", "Nothing used yet", "Tokens that are trained, asked and answered are counted here, with their price.");
   const days = [];
   for (let day = start; day < end; day += DAY_S) {
-    const rows = byDay.data.filter((row) => row.group === day);
+    const rows = byDay.data.filter((row) => row.group === new Date(day * 1000).toISOString().slice(0, 10));
     days.push({ name: date(day), cost: sum(rows, "cost"), values: KINDS.map((kind) => sum(rows, "tokens", kind)) });
   }
   const models = [...new Set(byModel.data.map((row) => row.group))].map((model) => ({ model, rows: byModel.data.filter((row) => row.group === model) }))
     .sort((a, b) => sum(b.rows, "cost") - sum(a.rows, "cost") || sum(b.rows, "tokens") - sum(a.rows, "tokens"));
   return h("div", { class: "stack" },
-    tiles([["Cost", money(sum(byDay.data, "cost"), currency)], ...KINDS.map((kind) => [NAMES[kind], short(sum(byDay.data, "tokens", kind))])]),
+    tiles([["Cost", money(Number(byDay.total.cost), currency)], ...KINDS.map((kind) => [NAMES[kind], short(sum(byDay.data, "tokens", kind))])]),
     h("div", { class: "card" }, h("h3", {}, "Tokens by day"), bars(days, KINDS.map((kind) => NAMES[kind]), (day) => `${day.name}: ${KINDS.map((kind, n) => `${NAMES[kind]} ${count(day.values[n])}`).join(", ")}; ${money(day.cost, currency)}`)),
     h("div", { class: "card" }, table("Usage by model", [
       { name: "Model", lead: true, cell: (one) => said(one.model) },
@@ -56,7 +56,8 @@ const LIMITS = [
   ["answers_at_once", "Answers at once", count],
 ];
 
-/** Return the limits of the tenant that is signed in. */
+/** Return the limits of the tenant that is signed in, and what was left of them a moment ago. */
 export function drawLimits(me) {
-  return h("div", { class: "card" }, facts(LIMITS.map(([name, title, words]) => [title, me.limits?.[name] ? words(me.limits[name]) : "none"])));
+  return tiles(LIMITS.filter(([name]) => me.limits[name] !== null).map(([name, title, words]) =>
+    [title, [words(me.limits[name]), name in me.left && h("span", { class: "soft left" }, ` ${words(me.left[name])} left`)]]));
 }
