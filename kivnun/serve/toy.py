@@ -46,6 +46,9 @@ class ToyTokens:
     def special_id(self, text: str) -> int | None:
         return None
 
+    def call_marks(self) -> tuple[str, str] | None:
+        return None
+
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 
+from kivnun.jobs import wanted
 from kivnun.jobs.database import Transaction
 from kivnun.model.families import find_base, longest_row
 from kivnun.serve.base_tokens import BaseTokens
@@ -28,10 +29,13 @@ from kivnun.serve.question import Asked as AskedOf
 from kivnun.serve.question import Question, read_question
 from kivnun.serve.reply import Choice, Head, Stream, new_id, whole
 from kivnun.serve.toy import LONGEST, ToyTokens
-from kivnun.service.answers import Address, Asked, Heard, Links, WorkerLost, addresses_of, find_deployed, find_model
+from kivnun.service.answers import Address, Asked, Heard, Link, Links, WorkerLost, addresses_of, find_deployed, find_model
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 
+PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes to load most bases
+LOOK_AGAIN_S = 0.25
+ASK_EVERY_S = 5.0
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ class Answering:
         self._service = service
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Links] = WeakKeyDictionary()
         self._bases: dict[str, AskedOf] = {}
+        self._asked_at: dict[str, float] = {}  # when a base without a resident worker was last asked for
         self._loading = threading.Lock()
 
     async def complete(self, tenant: str, key_id: str, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,10 +65,7 @@ class Answering:
     ) -> Answer:
         """Return an answer that has begun to be written. Raises ApiError where none will be."""
         asked, question, addresses = await run_in_threadpool(self._read, tenant, endpoint, body, deployment)
-        links = self._links.setdefault(asyncio.get_running_loop(), Links())
-        link = await links.best(asked.base, addresses)
-        if link is None:
-            raise overloaded(f"no worker answers for {asked.base} at this moment; one may be starting: try again")
+        link = await self._reached(asked.base, addresses)
         heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
         try:
             begun = await heard.next()
@@ -81,6 +83,24 @@ class Answering:
         extra = {"x_adapter_hash": content_hash}
         head = Head(new_id(endpoint), int(self._service.clock()), question, tokens, f"kivnun-{fingerprint}", extra)
         return Answer(asked, head, heard, begun)
+
+    async def _reached(self, base: str, addresses: list[Address]) -> Link:
+        """Return a connection to a worker of the base. Where there is none, one is asked for, and waited for. Raises ApiError."""
+        loop = asyncio.get_running_loop()
+        links, began = self._links.setdefault(loop, Links()), loop.time()
+        db, kept = self._service.db, self._service.config.bases[base].resident
+        while True:
+            link = await links.best(base, addresses)
+            asked_at = self._asked_at.get(base, -ASK_EVERY_S)
+            if not kept and loop.time() - asked_at >= ASK_EVERY_S:  # also while one answers: else it would be put away as idle
+                self._asked_at[base] = loop.time()
+                await run_in_threadpool(db.write, "wanted", lambda tx: wanted.ask(tx, base))
+            if link is not None:
+                return link
+            if loop.time() - began >= PATIENCE_S:
+                raise overloaded(f"no worker answers for {base} at this moment; one may be starting: try again")
+            await asyncio.sleep(LOOK_AGAIN_S)
+            addresses = await run_in_threadpool(db.read, lambda tx: addresses_of(tx, base))
 
     def _read(
         self, tenant: str, endpoint: Endpoint, body: Mapping[str, Any] | bytes, deployment: str | None

@@ -1,7 +1,7 @@
 """The application: the routes of `api/` under each dialect's prefix, and every failure in the shape its clients read.
 
 A module of `api/` has a `router`, whose relative paths both dialects share, a `root`, whose paths are whole, or both. Next: `api/`
-(the routes), `frame.py` (what every request goes through), `auth.py`, `context.py`.
+(the routes), `pages.py` (the web pages), `frame.py` (what every request goes through), `auth.py`, `context.py`.
 """
 
 from __future__ import annotations

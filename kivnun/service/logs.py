@@ -1,8 +1,8 @@
 """The service's log: a JSON object a line, made of fields that are listed here and of nothing else.
 
-A message is the constant that a programmer wrote, without its arguments; values come only as listed fields; of an exception, its
-type and where it was, without its text, which may quote a row, a query or an address. So neither contents nor keys can be in a
-log, whatever is raised. Next: `frame.py`, which writes the line of each request.
+A message is the constant that a programmer wrote; of its arguments, numbers and the types of exceptions are shown. Other values
+come as listed fields alone. Of an exception, its type and where it was are told, not its text, which may quote a row or a query.
+So neither contents nor keys can be in a log, whatever is raised. Next: `frame.py`, which writes the line of each request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kivnun.errors import KivnunError
 # What a line may hold beside time, level, logger, message and error. Ids are the service's own; a route is a template.
 FIELDS = (
     "action", "request", "method", "route", "status", "ms", "tenant", "key", "job", "file", "batch", "endpoint", "event", "step",
-    "attempt", "worker", "lease", "epoch", "duty", "base", "count", "bytes", "tokens", "address",
+    "attempt", "worker", "answerer", "lease", "epoch", "duty", "base", "count", "bytes", "tokens", "address", "wanted", "used",
 )  # fmt: skip
 MAX_LETTERS = 200
 FRAMES = 30
@@ -61,7 +61,21 @@ def configure(stream: TextIO | None = None, level: int = logging.INFO) -> loggin
 def _message(record: logging.LogRecord) -> str:
     """Return a message's constant part; of others' loggers, which write what they please into it, where it was written."""
     own = record.name == "kivnun" or record.name.startswith("kivnun.")
-    return str(record.msg)[:MAX_LETTERS] if own else f"{record.module}:{record.lineno}"
+    if not own:
+        return f"{record.module}:{record.lineno}"
+    if not isinstance(record.args, tuple) or not record.args:
+        return str(record.msg)[:MAX_LETTERS]
+    try:
+        return (str(record.msg) % tuple(map(_shown, record.args)))[:MAX_LETTERS]
+    except (TypeError, ValueError):
+        return str(record.msg)[:MAX_LETTERS]
+
+
+def _shown(argument: object) -> object:
+    """Return an argument of a message as far as it can be shown."""
+    if isinstance(argument, bool | int | float):
+        return argument
+    return type(argument).__name__ if isinstance(argument, BaseException) else "…"
 
 
 def _error(error: BaseException, trace: TracebackType | None) -> dict[str, Any]:

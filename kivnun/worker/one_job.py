@@ -6,6 +6,7 @@ keeps blobs, and looks for commands with each look at the record. Next: `relay.p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import shutil
@@ -238,8 +239,11 @@ class OneJob:
 
     def _commit(self, relay: Relay, saved: Saved, newest: bool) -> Status:
         """Keep a checkpoint of the run: its blobs, then its row. One that the run has replaced meanwhile is passed over."""
-        exposed = self._exposed(relay, saved.step)
-        snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
+        exposed, snapshot = None, None
+        with contextlib.suppress(FileNotFoundError):
+            exposed = self._exposed(relay, saved.step)
+        with contextlib.suppress(FileNotFoundError):
+            snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
         if exposed is None and snapshot is None:
             return "running"
         self._saved_step = saved.step if snapshot else self._saved_step
@@ -250,8 +254,8 @@ class OneJob:
 
     def _snapshot(self, saved: Saved) -> Snapshot | None:
         """Put what a run needs to go on from a checkpoint into the store."""
-        name = f"step-{saved.step:06d}"
-        wanted = {f"checkpoints/{name}/{path}": file for path, file in snapshots.files_in(self._run / "checkpoints" / name)}
+        checkpoint = self._run / "checkpoints" / f"step-{saved.step:06d}"
+        wanted = {file.relative_to(self._run).as_posix(): file for _, file in snapshots.files_in(checkpoint)}
         for place in ("spec.yaml", "resolved.yaml", "start.json", "evaluation/base.json", "reference.npz"):
             if (self._run / place).is_file():
                 wanted[place] = self._run / place
@@ -259,28 +263,26 @@ class OneJob:
         with (self._run / RECORD).open("rb") as file:
             record.write_bytes(file.read(saved.length))
         wanted[RECORD] = record
-        try:
-            manifest, _ = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
-        except FileNotFoundError:  # replaced by a newer checkpoint, which is told next
-            return None
-        return Snapshot(saved.step, manifest)
+        manifest, _ = self._keep(wanted)
+        return Snapshot(saved.step, manifest) if checkpoint.is_dir() else None  # else what was listed may be a part
 
     def _exposed(self, relay: Relay, step: int) -> Adapter | None:
         """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
         name = f"step-{step:06d}"
         places = [self._run / "exposed" / name, *([] if self._shared.stop.is_set() else [self._run / "stopped" / name])]
-        for folder in places:
-            if folder.is_dir():
-                try:
-                    return self._keep_adapter(relay, folder, step)
-                except FileNotFoundError:
-                    return None
-        return None
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            return None
+        adapter = self._keep_adapter(relay, folder, step)
+        return adapter if folder.is_dir() else None
 
     def _keep_adapter(self, relay: Relay, folder: Path, step: int) -> Adapter:
         wanted = dict(snapshots.files_in(folder, without=CARD))
-        manifest, entries = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        manifest, entries = self._keep(wanted)
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
+
+    def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
+        return self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def listen(service: Service, url: str, types: list[str] | None = None, tenant: s
 def attempt(duty: DeliverWebhooks) -> None:
     """Let the duty send what is due, and wait until it has recorded what came of it."""
     duty.turn()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while duty._busy:  # pyright: ignore[reportPrivateUsage]
         assert time.monotonic() < until
         time.sleep(0.002)
@@ -193,21 +193,21 @@ def test_the_stock_client_makes_changes_lists_and_deletes_endpoints(client: Open
             call(made.id)
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "param"),
-    [
-        ({"url": "http://hooks.example.com/"}, "invalid_webhook_url", "url"),
-        ({"url": "https://169.254.169.254/"}, "invalid_webhook_url", "url"),
-        ({"event_types": []}, "invalid_value", "event_types"),
-        ({"event_types": ["response.completed"]}, "invalid_value", "event_types.0"),
-        ({"name": ""}, "invalid_value", "name"),
-        ({"name": "nul\x00"}, "invalid_value", "name"),
-    ],
-)
-def test_a_wrong_endpoint_is_refused_by_field(client: OpenAI, change: dict[str, Any], code: str, param: str) -> None:
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.webhooks.create(**{"name": "n", "url": "https://hooks.example.com/", "event_types": [SUCCEEDED], **change})
-    assert (refused.value.code, refused.value.param) == (code, param)
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"url": "http://hooks.example.com/"}, "invalid_webhook_url", "url"),
+    ({"url": "https://169.254.169.254/"}, "invalid_webhook_url", "url"),
+    ({"event_types": []}, "invalid_value", "event_types"),
+    ({"event_types": ["response.completed"]}, "invalid_value", "event_types.0"),
+    ({"name": ""}, "invalid_value", "name"),
+    ({"name": "nul\x00"}, "invalid_value", "name"),
+]
+
+
+def test_a_wrong_endpoint_is_refused_by_field(client: OpenAI) -> None:
+    for change, code, param in WRONG:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.webhooks.create(**{"name": "n", "url": "https://hooks.example.com/", "event_types": [SUCCEEDED], **change})
+        assert (refused.value.code, refused.value.param) == (code, param), change
 
 
 def test_another_tenant_finds_no_endpoint_of_ours(client: OpenAI, base_url: str) -> None:
@@ -362,9 +362,9 @@ def test_a_rotation_signs_with_both_secrets_for_a_day_only_if_asked(
 
 def test_an_endpoint_that_hangs_holds_up_no_other(service: Service, receiver: Receiver) -> None:
     release = threading.Event()
-    slow = Receiver([lambda _handler: release.wait(10) and None] * 50)  # type: ignore[list-item]
+    slow = Receiver([lambda _handler: release.wait(30) and None] * 50)  # type: ignore[list-item]
     end = slow.start()
-    duty = DeliverWebhooks(service, Outward((receiver.host, slow.host), timeout_s=5))
+    duty = DeliverWebhooks(service, Outward((receiver.host, slow.host), timeout_s=30))
     for _ in range(8):  # more than a tenant may have at once
         listen(service, slow.url)
     fast = listen(service, receiver.url, tenant="other")
@@ -372,7 +372,7 @@ def test_an_endpoint_that_hangs_holds_up_no_other(service: Service, receiver: Re
         happen(service)
     happen(service, tenant="other")
     duty.turn()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while not receiver.got:
         duty.turn()
         assert time.monotonic() < until, "held up"

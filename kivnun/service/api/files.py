@@ -28,6 +28,7 @@ from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.filenames import content_disposition, kept_name
 from kivnun.service.judging import AT_ONCE_BYTES, AT_ONCE_ROWS, judge
 from kivnun.service.receiving import (
+    BINARY,
     FRAME_BYTES,
     Received,
     admit,
@@ -35,6 +36,7 @@ from kivnun.service.receiving import (
     declared_bytes,
     disk_errors,
     drain,
+    form_schema,
     received,
     too_large,
 )
@@ -48,7 +50,18 @@ RESULTS = "fine-tune-results"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-@router.post("/files")
+_FORM = form_schema(
+    {
+        "file": BINARY,
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+        ANCHOR: {"type": "string", "enum": ["created_at"]},
+        SECONDS: {"type": "integer", "minimum": MIN_LIFE_S, "maximum": MAX_LIFE_S},
+    },
+    ["file", "purpose"],
+)
+
+
+@router.post("/files", openapi_extra=_FORM)
 async def upload(request: Request, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive a file in a multipart form (`file`, `purpose`, `expires_after`) and answer its object, judged if it is small."""
     limits, kept = await run_in_threadpool(
@@ -118,7 +131,7 @@ def delete(file_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
 def content(request: Request, file_id: str, service: Shared, who: Reader, encoding: Encoding | None = None) -> Response:
     """Stream a file, whole or a range of it; results in base64 where clients written for OpenAI expect it."""
     file = _found(service, file_id, who.tenant)
-    headers = {"content-disposition": content_disposition(file.filename), "x-content-type-options": "nosniff"}
+    headers = {"content-disposition": content_disposition(file.filename)}
     if encoding_of(file, encoding, service.config.results_encoding, dialect_of(request)) == "base64":
         headers["content-length"] = str(-(-file.bytes // 3) * 4)
         return StreamingResponse(_base64(_begun(service.blobs.read(file.blob))), headers=headers, media_type="text/plain")
@@ -139,7 +152,8 @@ def report(file_id: str, service: Shared, who: Reader) -> Response:
     if file.purpose not in JUDGED:
         raise bad_request(f"files for {file.purpose} are not judged; those for fine-tune and batch are", "file_id", "no_report")
     if file.report is None:
-        return JSONResponse({"file": file.id, "status": file.status, "format": None, "rows": None, "problems": [], "warnings": []})
+        nothing: dict[str, Any] = {"format": None, "rows": None, "problems": [], "problems_total": 0, "warnings": []}
+        return JSONResponse({"file": file.id, "status": file.status, **nothing})
     found = json.loads(b"".join(service.blobs.read(file.report)))
     return JSONResponse({**found, "file": file.id})
 

@@ -31,6 +31,7 @@ from kivnun.service.context import Service, Shared
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.filenames import kept_name
 from kivnun.service.receiving import (
+    BINARY,
     FRAME_BYTES,
     Received,
     admit,
@@ -38,6 +39,7 @@ from kivnun.service.receiving import (
     declared_bytes,
     disk_errors,
     drain,
+    form_schema,
     received,
     too_large,
 )
@@ -103,7 +105,7 @@ def create(body: NewUpload, service: Shared, who: DataOwner) -> dict[str, Any]:
     return upload_object(upload, None)
 
 
-@router.post("/uploads/{upload_id}/parts")
+@router.post("/uploads/{upload_id}/parts", openapi_extra=form_schema({"data": BINARY}, ["data"]))
 async def add_part(request: Request, upload_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive one part in a multipart form (`data`)."""
     coming = declared_bytes(request) or 0
