@@ -45,6 +45,7 @@ PICTURES: dict[str, tuple[str, int, int, str]] = {
     "playground-phone": ("#/playground", 390, 1400, "dark"),
     "usage": ("#/keys", 1440, 1300, "light"),
 }
+ROWS = 960  # of which it has seen each once after 60 steps
 QUESTION = "Write in Hebrew: November 20, 2032"
 
 
@@ -109,7 +110,9 @@ def write_rows(folder: Path) -> Rows:
     """Write dates, amounts and measures, English to Hebrew, as chats; and a draft of the file that has three lines wrong."""
     cldr.write(folder)
     good = (folder / "train.jsonl").rename(folder / "dates-he.jsonl")
-    lines = good.read_text(encoding="utf-8").splitlines()[:40]
+    lines = good.read_text(encoding="utf-8").splitlines()[:ROWS]
+    good.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = lines[:40]
     lines[6] = lines[6].replace('"assistant"', '"bot"')
     lines[18] = lines[18][:-12]
     lines[22] = lines[22].replace('"content"', '"text"', 1)
