@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kivnun.errors import KivnunError, StorageError
 from kivnun.jobs import files, models, tuning
@@ -48,17 +49,22 @@ class _Sources:
     start: str | None
 
 
+LARGE_BYTES = 64 << 20  # of a training file: reading it takes a minute or so
+
+
 @dataclass
 class ValidateJobs:
-    """A duty of the clerk."""
+    """A duty of the clerk: every job, or in two lanes, so that nobody waits behind a large file."""
 
     service: Service
+    lane: Literal["all", "small", "large"] = "all"
     machine: Machine = this_machine_asked
-    name: str = "validate-jobs"
+    name: str = "validate_jobs"
 
     def turn(self) -> bool:
         """Validate the oldest job that waits for it; return whether there was one."""
-        job = self.service.db.read(tuning.to_validate)
+        bounds = {"all": (0, None), "small": (0, LARGE_BYTES), "large": (LARGE_BYTES, None)}[self.lane]
+        job = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds))
         if job is None:
             return False
         self.validate(job)

@@ -57,7 +57,7 @@ class World:
         return self.client.fine_tuning.jobs.create(model=model, training_file=training, **given).id
 
     def validate(self) -> None:
-        duty = ValidateJobs(self.service, as_foretold)
+        duty = ValidateJobs(self.service, machine=as_foretold)
         while duty.turn():
             pass
 
@@ -195,13 +195,24 @@ def test_a_job_waits_for_the_judgement_of_its_files_and_one_cancelled_meanwhile_
     def cancelled_meanwhile(question: Question) -> Question:
         raise AssertionError("toys have no plan")
 
-    duty = ValidateJobs(world.service, cancelled_meanwhile)
+    duty = ValidateJobs(world.service, machine=cancelled_meanwhile)
     seen = world.service.db.read(tuning.to_validate)
     assert seen is not None
     world.client.fine_tuning.jobs.cancel(job_id)
     duty.validate(seen)
     assert world.job(job_id).status == "cancelled"
     assert world.messages(job_id)[-1] == "Job cancelled"
+
+
+def test_a_job_of_a_large_file_keeps_no_other_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.service.validating.LARGE_BYTES", 4096)
+    large = world.create(uploaded(world.client, conversations(100)))
+    small = world.create(uploaded(world.client, conversations(12)))
+    lanes = {lane: ValidateJobs(world.service, lane, as_foretold) for lane in ("small", "large")}
+    assert (lanes["small"].turn(), lanes["small"].turn()) == (True, False)
+    assert (world.job(large).status, world.job(small).status) == ("validating_files", "queued")
+    assert (lanes["large"].turn(), lanes["large"].turn()) == (True, False)
+    assert world.job(large).status == "queued"
 
 
 def mark(world: World, file_id: str, status: str) -> None:
