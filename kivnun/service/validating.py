@@ -33,6 +33,7 @@ from kivnun.service.planning import (
     JobRefused,
     Machine,
     Outlook,
+    check_quota,
     outlook,
     this_machine_asked,
 )
@@ -97,19 +98,10 @@ class ValidateJobs:
             fetch_folder(self.service.blobs, sources.start, folder / START)
         with (folder / REPORT_FILE).open("x", encoding="utf-8") as report:
             found = outlook(job, self.service.config, folder, report, self.machine)
-        self._check_quota(job, found)
+        limits = self.service.db.read(lambda tx: limits_of(tx, job.tenant, self.service.config.limits))
+        check_quota(found, limits.training_tokens)
         kept = self._kept_report(job, folder)
         self.service.db.write("validate job", lambda tx: _queue(tx, self.service, job, found, kept))
-
-    def _check_quota(self, job: Job, found: Outlook) -> None:
-        most = self.service.db.read(lambda tx: limits_of(tx, job.tenant, self.service.config.limits)).training_tokens
-        if most is not None and found.planned_tokens > most:
-            raise JobRefused(
-                "exceeded_quota",
-                f"the job would train {found.planned_tokens:,} tokens, and {most:,} are allowed in one job: ask for "
-                "fewer epochs, or send fewer examples",
-                "training_file",
-            )
 
     def _fail(self, job: Job, refused: JobRefused, folder: Path) -> None:
         kept = self._kept_report(job, folder)
