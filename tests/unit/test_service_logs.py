@@ -43,7 +43,8 @@ def test_listed_fields_are_written_and_others_are_not() -> None:
     ("message", "args", "written"),
     [
         ("%s of %d", (SECRET, 3), "… of 3"), ("%s", (SpecError(SECRET, hint=SECRET),), "SpecError"),
-        ("%s", ("SpecError",), "SpecError"), ("%s", ([SECRET],), "…"), ("%(a)s", ({"a": SECRET},), "%(a)s"), ("%d", (SECRET,), "%d"), ("%s %s", (1,), "%s %s"), ("100 %", (), "100 %"),
+        ("%s", ("SpecError",), "SpecError"), ("%s", ([SECRET],), "…"), ("%(a)s", ({"a": SECRET},), "%(a)s"),
+        ("%d", (SECRET,), "%d"), ("%s %s", (1,), "%s %s"), ("100 %", (), "100 %"),
     ],
 )  # fmt: skip
 def test_of_a_message_s_arguments_numbers_and_types_of_errors_are_shown(
