@@ -61,6 +61,7 @@ const PATHS = {
   bin: "M4 6h12M8 6V4h4v2M6 6l.7 10.5h6.6L14 6M8.7 9v5M11.3 9v5",
   arrow: "M4 10h11M11 6l4 4-4 4",
   plus: "M10 4.5v11M4.5 10h11",
+  check: "M4.5 10.5 8 14l7.5-8",
   stop: "M6 6h8v8H6z",
   send: "M4 10h11M10 5l5 5-5 5",
 };

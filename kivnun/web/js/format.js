@@ -99,6 +99,14 @@ export function modelName(id) {
   return { id, base: parts[1], called: parts[3] || parts[4], step };
 }
 
+/** Return the tuned models of a list, the newest first; of a job's, the model itself before its checkpoints. */
+export function tunedOf(models) {
+  const isCheckpoint = (model) => Number(modelName(model.id).step !== null);
+  return models
+    .filter((model) => model.id.startsWith("ft:"))
+    .sort((a, b) => b.created - a.created || isCheckpoint(a) - isCheckpoint(b));
+}
+
 /** Return what the API said as a sentence: it begins with a capital, but for a name (`messages[2]`), and ends with a stop. */
 export function sentence(text) {
   const said = String(text ?? "").trim();

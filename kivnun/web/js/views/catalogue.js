@@ -3,7 +3,7 @@
 
 import { all, call, get, session } from "../api.js";
 import { fill, h, said } from "../dom.js";
-import { ago, modelName, money, sentence, short } from "../format.js";
+import { ago, modelName, money, sentence, short, tunedOf } from "../format.js";
 import { announce, button, chip, confirmed, empty, ghosts, head, link, loaded, table } from "../parts.js";
 
 export function catalogue({ place, signal }) {
@@ -83,7 +83,7 @@ function refusedCard(base) {
 }
 
 function drawTuned(models, again) {
-  const own = models.filter((model) => model.id.startsWith("ft:")).sort((a, b) => b.created - a.created);
+  const own = tunedOf(models);
   if (!own.length) {
     return empty(
       "tune",

@@ -3,7 +3,7 @@
 
 import { get, session } from "../api.js";
 import { fill, h, icon, said } from "../dom.js";
-import { count, modelName, significant } from "../format.js";
+import { count, modelName, significant, tunedOf } from "../format.js";
 import { announce, button, chip, failure, field, ghosts, head, lacking, link, loaded, select } from "../parts.js";
 import { streamed } from "../stream.js";
 
@@ -33,7 +33,7 @@ export function playground({ place, query, signal }) {
 }
 
 function draw(models, query, signal) {
-  const tuned = models.filter(({ id }) => id.startsWith("ft:")).sort((a, b) => b.created - a.created);
+  const tuned = tunedOf(models);
   const bases = models.filter(({ id }) => !id.startsWith("ft:"));
   const chosen = tuned.find(({ id }) => id === query.get("tuned")) ?? (query.get("base") ? null : tuned[0]);
   const base = query.get("base") ?? chosen?.x_base ?? bases[0]?.id;
@@ -271,7 +271,7 @@ function footer(facts, took, record) {
     facts.hash !== undefined &&
       (facts.hash === expected
         ? facts.hash &&
-          h("span", { class: "hash", title: facts.hash }, icon("keys"), h("span", { class: "mono" }, facts.hash.slice(0, 12)))
+          h("span", { class: "hash", title: facts.hash }, icon("check"), h("span", { class: "mono" }, facts.hash.slice(0, 12)))
         : chip("answered by another adapter", "bad")),
   );
 }

@@ -3,7 +3,7 @@
 
 import { all, get, newName, post, session } from "../api.js";
 import { fill, h } from "../dom.js";
-import { count, modelName, sentence } from "../format.js";
+import { count, modelName, sentence, tunedOf } from "../format.js";
 import { announce, busy, button, failure, field, ghosts, head, lacking, link, loaded, notice, select } from "../parts.js";
 import { drawVerdict } from "./verdict.js";
 
@@ -174,7 +174,7 @@ const section = (title, ...content) => h("section", { class: "card stack" }, h("
 
 function fieldsOf(catalogue, models, files, query) {
   const offered = catalogue.data.filter((base) => base.tunable);
-  const own = models.filter((model) => model.id.startsWith("ft:")).sort((a, b) => b.created - a.created);
+  const own = tunedOf(models);
   const name = (file) => ({ value: file.id, text: `${file.filename} · ${file.id.slice(-6)}` });
   const model = field(
     "Base or tuned model",
