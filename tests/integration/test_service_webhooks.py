@@ -210,11 +210,22 @@ def test_a_wrong_endpoint_is_refused_by_field(client: OpenAI) -> None:
         assert (refused.value.code, refused.value.param) == (code, param), change
 
 
+def test_a_create_that_is_sent_again_shows_the_same_endpoint_and_its_secret(client: OpenAI) -> None:
+    def create(retry: str) -> tuple[str, str]:
+        made = client.webhooks.create(
+            name="n", url="https://hooks.example.com/", event_types=[SUCCEEDED], extra_headers={"x-stainless-retry-count": retry}
+        )
+        return made.id, made.signing_secret
+
+    assert create("0") == create("1") == create("2")
+    assert len(client.webhooks.list().data) == 1
+
+
 def test_another_tenant_finds_no_endpoint_of_ours(client: OpenAI, base_url: str) -> None:
     ours = client.webhooks.create(name="n", url="https://hooks.example.com/", event_types=[SUCCEEDED]).id
     with OpenAI(base_url=base_url, api_key=OTHER_KEY, max_retries=0) as other:
         answers: list[Any] = []
-        for endpoint_id in (ours, "whep_none", "whep_%00"):
+        for endpoint_id in (ours, "whep_none", "whep_é"):
             calls: list[Callable[[], Any]] = [
                 lambda i=endpoint_id: other.webhooks.retrieve(i),
                 lambda i=endpoint_id: other.webhooks.update(i, name="x"),
