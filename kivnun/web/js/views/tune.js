@@ -5,7 +5,7 @@ import { all, get, newName, post, session } from "../api.js";
 import { fill, h } from "../dom.js";
 import { count, modelName, sentence } from "../format.js";
 import { announce, busy, button, failure, field, ghosts, head, lacking, link, loaded, notice, select } from "../parts.js";
-import { canStart, drawVerdict } from "./verdict.js";
+import { drawVerdict } from "./verdict.js";
 
 const METHODS = [
   { value: "supervised", name: "Supervised", help: "Learns to answer as the examples do." },
@@ -76,11 +76,10 @@ function drawForm({ catalogue, models, files, waiting }, query, signal) {
         const found = await post("fine_tuning/jobs", { ...asked, x_dry_run: true }, { signal });
         agreed = { text: JSON.stringify(asked), name: newName() };
         fill(verdict, drawVerdict(found));
-        const fits = canStart(found);
-        start.hidden = !fits;
-        check.classList.toggle("first", !fits);
-        announce(fits ? "The plan fits. You can start the job." : "The plan does not fit.");
-        if (fits) start.focus({ preventScroll: true });
+        start.hidden = !found.fits;
+        check.classList.toggle("first", !found.fits);
+        announce(found.fits ? "The plan fits. You can start the job." : "The plan does not fit.");
+        if (found.fits) start.focus({ preventScroll: true });
       } catch (error) {
         told(error);
       }
