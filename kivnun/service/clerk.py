@@ -8,6 +8,7 @@ that was only asleep changes nothing any more. Next: `delivering.py`, `batching.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import threading
@@ -63,7 +64,8 @@ Maker = Callable[[Service], Duty]
 
 DUTIES: Mapping[str, Maker] = {
     "files": JudgeFiles,
-    "jobs": ValidateJobs,
+    "jobs": functools.partial(ValidateJobs, lane="small"),
+    "large_jobs": functools.partial(ValidateJobs, lane="large"),
     "batches": lambda service: RunBatches(service, Answering(service)),
     "webhooks": DeliverWebhooks,
     "sweep": Sweep,

@@ -19,7 +19,7 @@ from typing import Literal
 from kivnun.errors import KivnunError, StorageError
 from kivnun.jobs import files, models, tuning
 from kivnun.jobs.database import Transaction
-from kivnun.jobs.errors import DatabaseDown, StoreDown
+from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
 from kivnun.jobs.results import REPORT_FILE
 from kivnun.jobs.snapshots import fetch_folder
@@ -76,8 +76,8 @@ class ValidateJobs:
         with self._folder() as folder:
             try:
                 self._validate(job, folder)
-            except (DatabaseDown, StoreDown, StorageError):
-                raise  # of the machine, not of the job: it is tried again
+            except (DatabaseDown, StoreDown, StorageError, StaleLease):
+                raise  # of the machine or the clerk, not of the job: it is tried again
             except JobRefused as refused:
                 self._fail(job, refused, folder)
             except KivnunError as error:
