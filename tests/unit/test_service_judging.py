@@ -218,7 +218,7 @@ JSON = st.recursive(
 LINES = st.lists(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40), max_size=6).map(b"\n".join)
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=60, deadline=2000)
 @given(content=LINES, purpose=st.sampled_from(["fine-tune", "batch"]))
 def test_whatever_the_lines_hold_there_is_a_verdict(tmp_path_factory: pytest.TempPathFactory, content: bytes, purpose: str) -> None:
     findings = found(tmp_path_factory.getbasetemp() / "any.jsonl", content, purpose)
