@@ -204,11 +204,14 @@ def test_a_batch_of_requests_is_processed(path: Path) -> None:
     assert codes(found(path, b"", "batch")) == ["empty_file"]
 
 
+KEYS = (
+    "messages", "role", "content", "tool_calls", "function", "weight", "prompt", "completion", "input", "custom_id", "body",
+)  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "assistant", "tool"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
-        st.sampled_from(["messages", "role", "content", "tool_calls", "function", "weight", "prompt", "completion", "input", "custom_id", "body"])
+        st.sampled_from(KEYS)
         | st.text(max_size=4),
         inner,
         max_size=4,
