@@ -38,6 +38,7 @@ from kivnun.worker.trainer import Outcome, Trainer, Trainers
 T = TypeVar("T")
 CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
 RECORD = "events.jsonl"
+CRASH_WAIT_S = 0.5  # before a trainer that was killed is started again; twice as long each time
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
@@ -143,7 +144,7 @@ class OneJob:
         self._fetch_start()
         for snapshot in self._read(lambda tx: running.newest(tx, self._job.id)):
             try:
-                self._patiently(lambda s=snapshot: snapshots.fetch_folder(self._shared.blobs, s.manifest, self._run))
+                self._fetch_folder(snapshot.manifest, self._run)
                 self._saved_step = snapshot.step
                 return
             except IntegrityError as error:
@@ -171,14 +172,15 @@ class OneJob:
         row = self._read(lambda tx: tx.execute(query).one_or_none())
         if row is None:
             return
-        start = self._folder / "start"
-
-        def fetch() -> list[snapshots.Entry]:
-            shutil.rmtree(start, ignore_errors=True)
-            return snapshots.fetch_folder(self._shared.blobs, row.manifest, start)
-
-        if snapshots.content_hash(self._patiently(fetch)) != row.content_hash:
+        if snapshots.content_hash(self._fetch_folder(row.manifest, self._folder / "start")) != row.content_hash:
             raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
+
+    def _fetch_folder(self, manifest: str, folder: Path) -> list[snapshots.Entry]:
+        def fetch() -> list[snapshots.Entry]:
+            shutil.rmtree(folder, ignore_errors=True)  # what a try that failed left
+            return snapshots.fetch_folder(self._shared.blobs, manifest, folder)
+
+        return self._patiently(fetch)
 
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
@@ -333,12 +335,14 @@ class OneJob:
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""
-        log.warning("a trainer ended unexpectedly", extra={"action": "crash", "job": self._job.id})
+        where = self._trainer.where_it_ended() if self._trainer is not None else ""
+        log.warning("a trainer ended unexpectedly: %s", where, extra={"action": "crash", "job": self._job.id})
         count = self._write("crash", lambda tx: running.crashed(tx, self.lease, self._job.id))
         if count > running.MAX_CRASHES:
             what = f"the training process ended unexpectedly {count} times at the same place"
             self._fail("worker_crashed", f"{what}; nothing is charged")
             return True
+        self._lost.wait(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
         self._start()
         return False
 
