@@ -21,7 +21,10 @@ MARKS = (("<|tool_call|>", "<|/tool_call|>"), ("<tool_call>", "</tool_call>"))
 """What stands around a list of calls: Phi-4-mini's own tokens, and plain text for bases without them."""
 
 _PROBE = "Qz7Kivnun0Tool7zQ"
-_PROBED = {"type": "function", "function": {"name": _PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}}
+_PROBED: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": _PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}},
+}
 _USER = {"role": "user", "content": "a"}
 _INTRODUCTION = (
     'You may call these functions:\n{tools}\nTo call, answer with nothing but {open}[{{"name": ..., "arguments": {{...}}}}]{close}'

@@ -19,6 +19,7 @@ MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 24
 MAX_SCHEMA_NODES = 4000
 MAX_CALLS = 8
+_OPEN = frozenset(("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"))
 # Room to lay a document out, and none to fill an answer with blanks.
 WRITING: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
 # As training writes calls.
@@ -103,11 +104,15 @@ def _parameters_of(tool: Mapping[str, Any], place: str) -> Any:
 
 
 def _moved(value: Any, place: str) -> Any:
+    """Return a part of a schema at its new place. Objects that do not say so take no other properties than they list: a schema
+    that allows any would let a weak model write for ever."""
     if isinstance(value, Mapping):
-        return {
+        moved = {
             key: place + item[1:] if key == "$ref" and isinstance(item, str) and item.startswith("#") else _moved(item, place)
             for key, item in value.items()
         }
+        closed = isinstance(value.get("properties"), Mapping) and value.get("type") == "object" and not _OPEN.intersection(value)
+        return {**moved, "additionalProperties": False} if closed else moved
     return [_moved(item, place) for item in value] if isinstance(value, list) else value
 
 

@@ -25,7 +25,7 @@ from kivnun.model.adapters import Adapter
 from kivnun.model.attention import KVCache
 from kivnun.model.generate import Row, decode_step, likeliest, new_row, prefill, prompt_log_probs, take_next
 from kivnun.model.load import Base
-from kivnun.model.sampling import ROWS_AT_ONCE
+from kivnun.model.sampling import LIKELY_TOKENS, ROWS_AT_ONCE
 from kivnun.model.sites import Site
 from kivnun.serve.adapters import AdapterCache
 from kivnun.serve.base_tokens import BaseTokens
@@ -33,8 +33,6 @@ from kivnun.serve.listening import Tell
 from kivnun.serve.masks import GrammarForm
 from kivnun.serve.protocol import Ask, Begun, Done, Failed, Piece, TokenLogprobs
 from kivnun.serve.writing import Writing
-
-LIKELY_TOKENS = 2048  # of an answer without a limit of its own
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +300,9 @@ class Scheduler:
 
     def _tell_piece(self, choice: _Choice, text: str, tokens: list[TokenLogprobs]) -> None:
         if text or tokens:
-            choice.job.tell(Piece(id=choice.job.question.id, choice=choice.place, text=text, tokens=tokens))
+            choice.job.tell(
+                Piece(id=choice.job.question.id, choice=choice.place, text=text, tokens=tokens, written=choice.writing.count)
+            )
 
     # --- ends ----------------------------------------------------------------------------------------------------------------
 

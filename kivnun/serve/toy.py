@@ -126,7 +126,7 @@ class ToyAnswerer:
                     text, token = row.step()
                     if text or token is not None:
                         tokens = [] if token is None or question.logprobs is None else [_scored(token)]
-                        tell(Piece(id=question.id, choice=row.place, text=text, tokens=tokens))
+                        tell(Piece(id=question.id, choice=row.place, text=text, tokens=tokens, written=row.written))
         tell(Done(id=question.id, reasons=[row.reason for row in rows], tokens=[row.written for row in rows], adapter=adapter))  # type: ignore[misc]
 
 
