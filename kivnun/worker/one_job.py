@@ -20,7 +20,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from kivnun.artifacts import make_folder
-from kivnun.errors import IntegrityError, RunFolderError, StorageError
+from kivnun.errors import IntegrityError, KivnunError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import Price, ServiceConfig
@@ -113,6 +113,7 @@ class OneJob:
             log.warning("lost the job to another worker", extra={"action": "lost", "job": job})
         except GivenUp:
             log.warning("left the job to another worker", extra={"action": "left", "job": job})
+            self._let_go()
         except (Unusable, IntegrityError) as error:
             log.error("a job cannot be run: %s", error, extra={"action": "unusable", "job": job})
             self._fail("internal_error", "the service could not prepare the training; nothing is charged")
@@ -128,6 +129,12 @@ class OneJob:
                 self._trainer.kill()
             self.done.set()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _let_go(self) -> None:
+        """Put the job back into its line where that can be done at once; else its lease runs out."""
+        now, new_id = self._shared.clock(), self._shared.new_id
+        with contextlib.suppress(KivnunError):
+            self._shared.db.write("hand back", lambda tx: running.hand_back(tx, self.lease, self._job.id, now, new_id))
 
     # --- before -------------------------------------------------------------------------------------------------------------
 
@@ -156,13 +163,7 @@ class OneJob:
         blob = self._read(lambda tx: tx.execute(query).scalar_one_or_none())
         if blob is None:
             raise Unusable(f"the file {file_id} is not there")
-        target = self._folder / name
-
-        def fetch() -> None:
-            target.unlink(missing_ok=True)
-            self._shared.blobs.fetch(blob, target)
-
-        self._patiently(fetch)
+        self._patiently(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
 
     def _fetch_start(self) -> None:
         """Fetch the adapter that the job goes on with, where its model is a tuned one."""
@@ -176,11 +177,7 @@ class OneJob:
             raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
 
     def _fetch_folder(self, manifest: str, folder: Path) -> list[snapshots.Entry]:
-        def fetch() -> list[snapshots.Entry]:
-            shutil.rmtree(folder, ignore_errors=True)  # what a try that failed left
-            return snapshots.fetch_folder(self._shared.blobs, manifest, folder)
-
-        return self._patiently(fetch)
+        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._patiently)
 
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
@@ -296,7 +293,7 @@ class OneJob:
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
 
     def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
-        return self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._patiently)
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
