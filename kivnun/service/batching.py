@@ -14,14 +14,14 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from kivnun.jobs import batches, files, tenants
+from kivnun.jobs import batches, deployments, files, tenants
 from kivnun.jobs.batches import Batch, Ending, LineAnswer
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
@@ -65,6 +65,7 @@ class _Run:
 
     batch: Batch
     share: int  # of its lines, being answered at once
+    deployed: Mapping[str, str]  # the models that its tenant's deployments name
     path: Path
     lines: Iterator[Request]
     again: list[_Asked] = field(default_factory=list[_Asked])
@@ -216,10 +217,14 @@ class RunBatches:
         if path is None:
             return None
         service = self._service
-        done, limits = service.db.read(
-            lambda tx: (batches.answered(tx, batch.id), tenants.limits_of(tx, batch.tenant, service.config.limits))
+        done, limits, deployed = service.db.read(
+            lambda tx: (
+                batches.answered(tx, batch.id),
+                tenants.limits_of(tx, batch.tenant, service.config.limits),
+                {deployment.name: deployment.model for deployment in deployments.all_of(tx, batch.tenant)},
+            )
         )
-        return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), path, requests_of(path, done))
+        return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), deployed, path, requests_of(path, done))
 
     def _end(self, run: _Run) -> None:
         """Ask nothing more of a batch; whatever is under way is cut off."""
@@ -327,7 +332,9 @@ class RunBatches:
         batch, endpoint = run.batch, canonical(run.batch.endpoint)
         assert endpoint is not None
         try:
-            work = self._answering.complete(batch.tenant, batch.api_key, endpoint, asked.request.body)
+            model = asked.request.body["model"]
+            body = {**asked.request.body, "model": run.deployed.get(model, model)}
+            work = self._answering.complete(batch.tenant, batch.api_key, endpoint, body)
             answer: dict[str, Any] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
         except Exception as error:
             answer = error

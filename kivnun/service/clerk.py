@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 import time
 import traceback
@@ -24,7 +25,13 @@ from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.leases import BEAT_S, Lease
 from kivnun.jobs.place import Place
+from kivnun.service.answering import Answering
+from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
+from kivnun.service.delivering import DeliverWebhooks
+from kivnun.service.judging import JudgeFiles
+from kivnun.service.sweeping import Sweep
+from kivnun.service.validating import ValidateJobs
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +61,31 @@ class Closing(Protocol):
 Maker = Callable[[Service], Duty]
 
 
-def duties() -> dict[str, Maker]:
-    """Return the duties of a clerk by the names of their leases."""
-    return {}
+DUTIES: Mapping[str, Maker] = {
+    "files": JudgeFiles,
+    "jobs": ValidateJobs,
+    "batches": lambda service: RunBatches(service, Answering(service)),
+    "webhooks": DeliverWebhooks,
+    "sweep": Sweep,
+}
+"""By the names of their leases."""
 
 
 def run(
     place: Place,
     stop: threading.Event,
     watch: Watch = unwatched,
-    makers: Mapping[str, Maker] | None = None,
+    makers: Mapping[str, Maker] = DUTIES,
     term_s: float = leases.TERM_S,
 ) -> None:
     """Do every duty that no other clerk does, until `stop` is set. Returns when the portions in progress are done."""
-    scratch = place.data / "scratch" / new_id("clerk_")
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch = place.data / "scratch" / new_id("clerk-")
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     service = Service(place.database(watch), place.blobs(watch), place.service_config(), scratch, time.time)
     office = _Office(service, stop, new_id("clerk_"), leases.Watcher(time.monotonic, term_s))
     threads = [
         threading.Thread(target=_serve, args=(office, name, maker), name=f"duty:{name}", daemon=True)
-        for name, maker in (duties() if makers is None else makers).items()
+        for name, maker in makers.items()
     ]
     beater = threading.Thread(target=_beat, args=(office,), name="beat", daemon=True)
     for thread in (*threads, beater):
@@ -83,6 +95,7 @@ def run(
     for thread in (*threads, beater):
         thread.join(max(0.0, until - time.monotonic()))
     service.db.close()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(slots=True)

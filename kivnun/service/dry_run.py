@@ -22,7 +22,7 @@ from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.tuning import Job
 from kivnun.plan.verdict import Plan
 from kivnun.service.context import Service
-from kivnun.service.creating import wished
+from kivnun.service.creating import telling_problems, wished
 from kivnun.service.planning import (
     START,
     TRAINING,
@@ -52,7 +52,8 @@ class _Sources:
 def dry_run(service: Service, tenant: str, body: CreateJob, machine: Machine = this_machine_asked) -> dict[str, Any]:
     """Return what a create would come to. Raises ApiError as the create would."""
     now = service.clock()
-    sources = service.db.read(lambda tx: _sources(tx, service, tenant, body, now))
+    with telling_problems(service):
+        sources = service.db.read(lambda tx: _sources(tx, service, tenant, body, now))
     job = sources.job
     folder = Path(tempfile.mkdtemp(prefix="dry-run-", dir=service.scratch))
     try:

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 
@@ -240,6 +240,7 @@ def _planned(
         first = hyperparameters.resolve(job.method["type"], _asked(job), examples.examples, None)
         question = question_with(_read(_tree(job, entry, model, first, examples, reader), folder), device_here(), files, rows)
         found = hyperparameters.resolve(job.method["type"], _asked(job), examples.examples, question.facts.base_parameters)
+        _check_targets(job, question)
         tree = _tree(job, entry, model, found, examples, reader)
         plan = make_plan(machine(replace(question, spec=_read(tree, folder))))
     except SpecError as error:
@@ -250,6 +251,18 @@ def _planned(
     assert rows.trained_tokens is not None
     tokens = found.n_epochs * rows.trained_tokens
     return Outlook(found, examples, write_yaml(tree), plan.steps.count, tokens, seconds, plan, rows.counted)
+
+
+def _check_targets(job: Job, question: Question) -> None:
+    """Raise JobRefused for a module that the base has not, where its layers are known."""
+    wanted = (job.extensions.get("x_lora") or {}).get("targets")
+    if question.sizes is None or not isinstance(wanted, list):
+        return
+    linears = question.sizes.linears
+    for name in cast("list[str]", wanted):
+        if not any(linear == name or linear.endswith(f".{name}") for linear in linears):
+            known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in linears))
+            raise JobRefused("invalid_value", f"x_lora.targets names {name!r}, and {job.base} has {known}", "x_lora.targets")
 
 
 def _read(tree: Mapping[str, object], folder: Path) -> Any:

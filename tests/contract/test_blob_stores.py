@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from kivnun.errors import IntegrityError, SpecError
 from kivnun.jobs.blobs import PIECE_BYTES, BlobStore, FolderBlobs
 from kivnun.jobs.errors import StoreDown
 from kivnun.jobs.place import Place
 from kivnun.jobs.s3 import S3Blobs
+from service_parts import KEY, api, place, service_at
 
 BUCKET = "kivnun-blobs"
 SERVER = """
@@ -204,7 +208,48 @@ def test_a_bucket_that_is_not_there_is_an_outage_that_loses_nothing(s3_url: str)
         S3Blobs(s3_url.replace(BUCKET, "no-such-bucket")).put_bytes("t", b"x")
 
 
+def test_address_and_credentials_may_be_those_of_the_environment(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url.partition("endpoint=")[2].partition("&")[0])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    name = S3Blobs(f"s3://{BUCKET}").put_bytes("environment", b"x")
+    assert name in [listed for listed, _ in S3Blobs(f"s3://{BUCKET}").names()]
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "s3://bucket?endpont=http://x"])
 def test_a_wrong_url_is_refused_with_what_is_right(url: str) -> None:
     with pytest.raises(SpecError, match="--store"):
         S3Blobs(url)
+
+
+# --- the API over a bucket -------------------------------------------------------------------------------------------------------
+
+
+def test_files_live_in_a_bucket_as_in_a_folder_and_an_outage_is_a_503_that_may_be_retried(tmp_path: Path, s3_url: str) -> None:
+    made = place(tmp_path)
+    row = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+    service = service_at(replace(made, store_url=s3_url))
+    headers = {"authorization": f"Bearer {KEY}"}
+    with api(service) as url, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        file = client.files.create(file=("a.jsonl", row), purpose="fine-tune")
+        assert file.status == "processed"
+        assert client.files.content(file.id).read() == row
+        assert httpx.get(f"{url}/v1/files/{file.id}/content", headers={**headers, "range": "bytes=2-9"}).content == row[2:10]
+        assert httpx.get(f"{url}/v1/files/{file.id}/x_report", headers=headers).json()["rows"] == 1
+        upload = client.uploads.upload_file_chunked(
+            file=row, filename="a", bytes=len(row), mime_type="text/plain", purpose="user_data", part_size=40
+        )
+        assert upload.file is not None
+        assert client.files.content(upload.file.id).read() == row
+    assert not list(service.scratch.iterdir())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"endpoint=http://127.0.0.1:{taken.getsockname()[1]}&"
+        down = service_at(replace(made, store_url=re.sub(r"endpoint=[^&]*&", endpoint, s3_url)))
+        with api(down) as url:
+            answer = httpx.get(f"{url}/v1/files/{file.id}/content", headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+    assert int(answer.headers["retry-after-ms"]) > 0
+    service.db.close()
+    down.db.close()

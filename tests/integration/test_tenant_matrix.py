@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kivnun.jobs import deployments, files, models, tuning, uploads, webhooks
+from kivnun.jobs import batches, deployments, files, models, tuning, uploads, webhooks
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.tenants import SCOPES, add_key, new_key
 from kivnun.service.context import Service
@@ -72,10 +72,22 @@ def _endpoint(service: Service, tenant: str) -> str:
     return made.id
 
 
+def _batch(service: Service, tenant: str) -> str:
+    made = batches.Batch(new_id("batch_"), tenant, service.clock(), "/v1/chat/completions", "key_1", "file-1", "24h")
+    service.db.write("batch", lambda tx: batches.create(tx, made))
+    return made.id
+
+
+def _batch_file(service: Service, tenant: str) -> str:
+    made = files.File(new_id("file-"), tenant, 1.0, "batch", "f.jsonl", 3, service.blobs.put_bytes(tenant, b"{}\n"), "processed")
+    service.db.write("file", lambda tx: files.add(tx, made))
+    return made.id
+
+
 # How to make what a path's parameter names, for a tenant: an id, live and its own.
 MAKERS: dict[str, Callable[[Service, str], str]] = {
     "model": _model, "name": _deployment, "key_id": _key, "job_id": _job, "file_id": _file, "upload_id": _upload,
-    "endpoint_id": _endpoint,
+    "endpoint_id": _endpoint, "batch_id": _batch,
 }  # fmt: skip
 # Parameters that name nothing of anybody's.
 FREE = {"subscription": "s", "group": "g", "account": "a", "rest": "anything", "deployment": "d"}
@@ -84,8 +96,8 @@ OPERATORS = {"GET /v1/x_tenants/{tenant}", "POST /v1/x_tenants/{tenant}"}
 # What a route must be sent, so that it looks for what is named.
 BODIES: dict[str, dict[str, Any]] = {
     f"PUT {DEPLOYMENT}": {"json": {"properties": {"model": {"name": "toy"}}}},
-    "POST /v1/deployments/{name:path}/chat/completions": {"json": {"messages": [{"role": "user", "content": "hi"}]}},
-    "POST /v1/deployments/{name:path}/completions": {"json": {"prompt": "hi"}},
+    "POST /v1/deployments/{name:path}/chat/completions": {"json": {"messages": "wrong"}},  # which is seen
+    "POST /v1/deployments/{name:path}/completions": {"json": {"prompt": {}}},  # after the model is found
     "POST /v1/uploads/{upload_id}/parts": {"files": {"data": ("upload", b"{}\n")}},
     "POST /v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part_1"]}},
     "POST /v1/webhook_endpoints/{endpoint_id}": {"json": {"name": "another"}},
@@ -177,11 +189,16 @@ NAMED: list[tuple[str, str, dict[str, Any], str, Callable[[Service, str], str]]]
     ("POST", "/v1/chat/completions", {"messages": _MESSAGES}, "model", _deployment),
     ("POST", "/v1/completions", {"prompt": "hi"}, "model", _model),
     ("GET", "/v1/files", {}, "after", _file), ("GET", "/v1/fine_tuning/jobs", {}, "after", _job),
-    ("GET", "/v1/webhook_endpoints", {}, "after", _endpoint),
+    ("GET", "/v1/webhook_endpoints", {}, "after", _endpoint), ("GET", "/v1/batches", {}, "after", _batch),
+    ("POST", "/v1/batches", {"endpoint": "/v1/chat/completions", "completion_window": "24h"}, "input_file_id", _batch_file),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "path", "rest", "field", "make"), NAMED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("method", "path", "rest", "field", "make"),
+    NAMED,
+    ids=[f"{method} {path} {field} {make.__name__}" for method, path, _, field, make in NAMED],
+)
 def test_a_foreign_id_in_a_body_or_a_query_answers_as_one_that_there_is_not(
     service: Service, client: httpx.Client, method: str, path: str, rest: dict[str, Any], field: str, make: Callable[..., str]
 ) -> None:

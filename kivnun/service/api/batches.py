@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from kivnun.jobs import batches, files
 from kivnun.jobs.batches import Batch
+from kivnun.jobs.retries import KeyReused, accept
 from kivnun.service.auth import Caller, Chatter, Reader
 from kivnun.service.batch_files import ENDPOINTS, canonical
 from kivnun.service.context import Shared
 from kivnun.service.errors import ApiError, bad_request, not_found
+from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
 
@@ -44,7 +46,7 @@ class NewBatch(_Body):
 
 
 @router.post("/batches")
-def create_batch(body: NewBatch, who: Chatter, service: Shared) -> dict[str, Any]:
+def create_batch(body: NewBatch, came: Received, who: Chatter, service: Shared) -> dict[str, Any]:
     """Ask for the answers to a file of requests. It is answered at once, and validated afterwards."""
     if canonical(body.endpoint) is None:
         raise bad_request(f"endpoint must be one of {', '.join(ENDPOINTS)}", "endpoint", "invalid_endpoint")
@@ -55,7 +57,7 @@ def create_batch(body: NewBatch, who: Chatter, service: Shared) -> dict[str, Any
         body.metadata, after,
     )  # fmt: skip
 
-    def create(tx: batches.Transaction) -> Batch:
+    def make(tx: batches.Transaction) -> str:
         file = files.find(tx, body.input_file_id, who.tenant)
         if file is None:
             raise bad_request(f"there is no file {body.input_file_id!r}", "input_file_id", "invalid_file")
@@ -67,9 +69,16 @@ def create_batch(body: NewBatch, who: Chatter, service: Shared) -> dict[str, Any
                 headers={"x-should-retry": "false"},
             )  # fmt: skip
         batches.create(tx, made)
-        return _found(tx, made.id, who)
+        return made.id
 
-    return _shown(service.db.write("create batch", create))
+    def create(tx: batches.Transaction) -> Batch:
+        batch_id, _ = accept(tx, who.tenant, "batches", came.sent, now, service.new_id, lambda: make(tx))
+        return _found(tx, batch_id, who)
+
+    try:
+        return _shown(service.db.write("create batch", create))
+    except KeyReused:
+        raise key_reused() from None
 
 
 @router.get("/batches")

@@ -11,12 +11,14 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from kivnun.jobs import webhooks
+from kivnun.jobs.retries import KeyReused, accept
 from kivnun.jobs.webhooks import EVENT_TYPES, Delivery, DeliveryStatus, Endpoint, EventType
 from kivnun.service.auth import Caller, Reader, Tuner
 from kivnun.service.context import Service, Shared
 from kivnun.service.delivering import body_of, signed
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.outward import Outward, RefusedAddress, Unreachable, target_of
+from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
 
@@ -63,33 +65,32 @@ def list_event_types(who: Reader) -> dict[str, Any]:
 
 
 @router.post("/webhook_endpoints")
-def create_endpoint(body: NewEndpoint, who: Tuner, service: Shared) -> dict[str, Any]:
+def create_endpoint(body: NewEndpoint, came: Received, who: Tuner, service: Shared) -> dict[str, Any]:
     """Make an endpoint. The answer shows its secret, once."""
     _check_url(service, body.url)
     now = service.clock()
-    secret = webhooks.new_secret()
     made = Endpoint(
-        service.new_id("whep_"),
-        who.tenant,
-        now,
-        now,
-        body.name,
-        body.url,
-        _once(body.event_types),
-        [{"secret": secret, "until": None}],
-    )
+        service.new_id("whep_"), who.tenant, now, now, body.name, body.url, _once(body.event_types),
+        [{"secret": webhooks.new_secret(), "until": None}],
+    )  # fmt: skip
 
-    def create(tx: webhooks.Transaction) -> bool:
+    def make(tx: webhooks.Transaction) -> str:
         if webhooks.count(tx, who.tenant) >= MAX_ENDPOINTS:
-            return False
+            raise bad_request(
+                f"there are {MAX_ENDPOINTS} webhook endpoints already; delete one first", code="too_many_webhook_endpoints"
+            )
         webhooks.create(tx, made)
-        return True
+        return made.id
 
-    if not service.db.write("create endpoint", create):
-        raise bad_request(
-            f"there are {MAX_ENDPOINTS} webhook endpoints already; delete one first", code="too_many_webhook_endpoints"
-        )
-    return {**_shown(made), "signing_secret": secret}
+    def create(tx: webhooks.Transaction) -> Endpoint:
+        endpoint_id, _ = accept(tx, who.tenant, "webhook_endpoints", came.sent, now, service.new_id, lambda: make(tx))
+        return _found(tx, endpoint_id, who)
+
+    try:
+        created = service.db.write("create endpoint", create)
+    except KeyReused:
+        raise key_reused() from None
+    return {**_shown(created), "signing_secret": created.secrets[0]["secret"]}
 
 
 @router.get("/webhook_endpoints")
