@@ -277,7 +277,8 @@ def _checked(value: Any, annotation: Any, name: str) -> Any:
     if kind in (list, tuple) and origin is tuple and len(value) == len(parts):
         return tuple(_checked(entry, part, name) for entry, part in zip(value, parts, strict=True))
     if annotation is float and (kind is int or issubclass(kind, float) or (kind is str and value in _NON_FINITE)):
-        return float(value)
+        number = float(value)
+        return math.nan if math.isnan(number) else number  # the one NaN, so that an event read back equals the one written
     if annotation is object or kind is annotation or (origin is Literal and value in parts):
         return value
     wanted = annotation.__name__ if isinstance(annotation, type) else annotation

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from kivnun.artifacts import hash_folder
+from kivnun.jobs import models, tuning
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place, place_in
-from kivnun.jobs.schema import answerers, jobs, models
+from kivnun.jobs.schema import answerers
 from kivnun.worker.answer import serve
 from service_parts import fill
 
@@ -96,27 +98,11 @@ def add_model(place: Place, base: str, name: str, folder: Path, tenant: str = "d
     manifest = blobs.put_bytes(tenant, json.dumps({"files": files}).encode())
     found = hash_folder(folder)
 
+    job = f"ftjob-{name}"
+
     def write(tx: Transaction) -> None:
-        job = f"ftjob-{name}"
-        columns: Mapping[str, object] = {
-            "id": job, "tenant": tenant, "created_at": 1.0, "status": "succeeded", "model": base, "base": base,
-            "training_file": "file-1", "method": {}, "seed": 1, "extensions": {}, "hyperparameters": {}, "step": 1,
-            "trained_tokens": 1, "num_events": 0, "result_files": [],
-        }  # fmt: skip
-        tx.execute(sa.insert(jobs).values(**columns))
-        tx.execute(
-            sa.insert(models).values(
-                id=name,
-                tenant=tenant,
-                created_at=2.0,
-                job=job,
-                base=base,
-                step=1,
-                metrics={},
-                manifest=manifest,
-                content_hash=content_hash or found,
-            )
-        )
+        tuning.create(tx, tuning.Job(job, tenant, 1.0, base, base, "file-1", {}, 1, status="succeeded"), new_id)
+        models.add(tx, models.Model(name, tenant, 2.0, job, base, 1, manifest, content_hash or found))
 
     db.write("model", write)
     db.close()

@@ -50,9 +50,16 @@ def toy_place(folder: Path, db_url: str | None = None) -> Place:
 
 
 def queue_job(
-    place: Place, tenant: str = "default", spec: ToySpec | None = None, *, held_out: bool = False, rows: int = 12, **columns: Any
+    place: Place,
+    tenant: str = "default",
+    spec: ToySpec | None = None,
+    *,
+    spec_text: str | None = None,
+    held_out: bool = False,
+    rows: int = 12,
+    **columns: Any,
 ) -> str:
-    """Make a job that is queued, with its file; return its id."""
+    """Make a job that is queued, with its file; return its id. `spec_text` is a spec that is no toy's."""
     spec = spec or ToySpec(seed=3, epochs=3, batch_rows=4)
     content = "\n".join(ROWS[n % len(ROWS)] for n in range(rows)).encode() + b"\n"
     db, blobs = place.database(), place.blobs()
@@ -67,6 +74,9 @@ def queue_job(
         method={"type": "supervised"}, seed=spec.seed, status="queued", queued_at=now, spec=spec.to_yaml(),
         total_steps=spec.steps_of(rows), planned_tokens=planned_tokens(spec, rows_of(content)),
     )  # fmt: skip
+    if spec_text is not None:
+        made: dict[str, Any] = yaml.safe_load(spec_text)
+        columns |= {"spec": spec_text, "total_steps": made["schedule"]["epochs"] * -(-rows // made["schedule"]["batch_rows"])}
     job = replace(job, **columns)
     db.write("job", lambda tx: tuning.create(tx, job, new_id))
     db.close()

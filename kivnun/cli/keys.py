@@ -37,7 +37,7 @@ def create(name: str, scopes: tuple[str, ...], tenant: str | None, days: float |
     if tenant is not None:
         body["tenant"] = tenant
     if days is not None:
-        body["expires_at"] = int(time.time() + days * 86_400)
+        body["expires_in_s"] = max(1, round(days * 86_400))
     made = remote(url).post("/x_keys", body)
     if as_json:
         print_json(made)
@@ -52,7 +52,7 @@ def list_keys(url: str, as_json: bool) -> None:
     """List the keys that the caller may see, revoked ones too. Of a key only the last four letters are known."""
     from kivnun.cli.screen import print_json, table
 
-    found = list(remote(url).pages("/x_keys", None))
+    found = remote(url).get("/x_keys")["data"]
     if as_json:
         print_json({"keys": found})
         return
@@ -76,6 +76,22 @@ def revoke(key_id: str, url: str, as_json: bool) -> None:
         print_json(revoked)
     else:
         stdout().print(f"{key_id} is revoked")
+
+
+@keys.command(short_help="Put a new key in a key's place.")
+@click.argument("key_id", metavar="ID")
+@click.option("--grace-hours", type=click.FloatRange(0, 168), default=0.0, help="Hours that the old one stays good.")
+@remote_options
+@click.option("--json", "as_json", is_flag=True, help="Print the new key's record with the key itself as one JSON object.")
+def rotate(key_id: str, grace_hours: float, url: str, as_json: bool) -> None:
+    """Put a new key, with the same scopes, in the place of the key with this ID. It is shown this once."""
+    from kivnun.cli.screen import print_json, stdout
+
+    made = remote(url).post(f"/x_keys/{part(key_id)}/rotate", {"grace_s": round(grace_hours * 3600)})
+    if as_json:
+        print_json(made)
+    else:
+        stdout().print(f"{made['id']}, shown this once: {made['key']}")
 
 
 def when(seconds: float | None) -> str:

@@ -35,7 +35,7 @@ LOOK_S = 1.0  # how often it is asked which bases are wanted
 @place_options
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Jobs that are trained at the same time.")
 @click.option(
-    "--drain-s", type=click.FloatRange(1, 600), default=25.0, show_default=True, help="Seconds that SIGTERM leaves the parts."
+    "--drain-s", type=click.FloatRange(1, 600), default=28.0, show_default=True, help="Seconds that SIGTERM leaves the parts."
 )
 @click.option("--tls-cert", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="The certificate, in PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="The certificate's key, in PEM.")

@@ -44,8 +44,12 @@ def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | N
 @worker.command(short_help="Answer for one base and everything tuned from it.")
 @place_options
 @click.option("--base", required=True, help="The base's id in the configuration.")
-def answer(data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str) -> None:
-    """Keep one base in memory and answer chats and completions of it and of the models tuned from it."""
+@click.option("--listen", "listen_at", metavar="HOST:PORT", help="Where APIs of other machines reach it; else only this one's.")
+def answer(data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str, listen_at: str | None) -> None:
+    """Keep one base in memory and answer chats and completions of it and of the models tuned from it.
+
+    What APIs on other machines send to --listen is not encrypted: it belongs in a network of the service's own.
+    """
     place = place_of(data, db_url, store_url, config)
     known = place.service_config().bases
     if base not in known:
@@ -58,7 +62,7 @@ def answer(data: Path, db_url: str | None, store_url: str | None, config: Path |
     from kivnun.worker.answer import serve
 
     configure()
-    serve(place, base, stop)
+    serve(place, base, stop, listen_at)
 
 
 @worker.command(short_help="Judge files, deliver webhooks, run batches.")

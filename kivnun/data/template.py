@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kivnun.data.rendering import PINNED_DATE, ChatTemplate, Message
 from kivnun.data.rows import ChatRecord
 from kivnun.data.tokenizer import StreamDecoder, Tokenizer
+from kivnun.data.tool_text import ToolText, tool_text, uses_tools
 from kivnun.errors import BaseModelError, DataError, RowProblem
 
 __all__ = ["ChatTokenizer", "StreamDecoder", "load_tokenizer"]
@@ -63,6 +64,7 @@ class ChatTokenizer:
         self.eos_id = tokens.eos_id
         self.vocab_size = tokens.vocab_size
         self.has_template = bool(templates)
+        self._tool_texts: dict[str, ToolText | None] = {}
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the ids of plain text, without EOS; see `Tokenizer.encode`."""
@@ -215,7 +217,22 @@ class ChatTokenizer:
                 f"the base has no default chat template, only {', '.join(sorted(self._templates))}",
                 hint="give one with data.template",
             )
-        return _Conversation(self._templates[name], messages, tools, self.tokens)
+        lead: Sequence[Message] = ()
+        if uses_tools(messages, tools) and (words := self._tool_text(name)) is not None:
+            lead, messages = words.conversation(messages, tools)
+            tools = None
+        return _Conversation(self._templates[name], messages, tools, self.tokens, lead)
+
+    def call_marks(self) -> tuple[str, str] | None:
+        """Return what stands around calls of functions where they are put in words; None where the template renders them."""
+        name = "tool_use" if "tool_use" in self._templates else "default"
+        words = self._tool_text(name) if name in self._templates else None
+        return None if words is None else words.marks
+
+    def _tool_text(self, name: str) -> ToolText | None:
+        if name not in self._tool_texts:
+            self._tool_texts[name] = tool_text(self._templates[name], self.tokens.added_tokens)
+        return self._tool_texts[name]
 
     @cached_property
     def _probed(self) -> Turn | None:
@@ -230,8 +247,11 @@ class ChatTokenizer:
 class _Conversation:
     """The renderings of one conversation's beginnings, each made once."""
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Tools, tokens: Tokenizer) -> None:
+    def __init__(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Tools, tokens: Tokenizer, lead: Sequence[Message] = ()
+    ) -> None:
         self._template = template
+        self._lead = lead  # rendered before all others, and not counted
         self._messages = messages
         self._tools = tools
         self._tokens = tokens
@@ -242,7 +262,7 @@ class _Conversation:
         """Return the rendering of the first `count` messages."""
         key = (count, add_generation_prompt)
         if key not in self._texts:
-            messages = self._messages[:count]
+            messages = [*self._lead, *self._messages[:count]]
             self._texts[key] = self._template.render(messages, self._tools, add_generation_prompt=add_generation_prompt)
         return self._texts[key]
 
@@ -303,7 +323,7 @@ class _Conversation:
 
     def _around_reply(self, number: int) -> tuple[str, str] | None:
         """Return the text before and after a reply at place `number`, None where the template does not show it once."""
-        probe = [*self._messages[:number], {"role": "assistant", "content": _PROBE}]
+        probe = [*self._lead, *self._messages[:number], {"role": "assistant", "content": _PROBE}]
         try:
             text = self._template.render(probe, self._tools, add_generation_prompt=False)
         except DataError:

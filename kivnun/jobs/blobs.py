@@ -7,12 +7,13 @@ young again, so that what is about to be named is not taken for garbage. Next: `
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -22,7 +23,6 @@ from kivnun.jobs.effects import Watch, unwatched
 
 PIECE_BYTES = 1 << 20
 PARTIAL = ".partial-"
-DOOMED = ".doomed"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}/[0-9a-f]{64}")
 
 
@@ -157,16 +157,11 @@ class FolderBlobs:
 
     def erase(self, name: str, before: float) -> bool:
         path = self._path(name)
-        doomed = path.with_name(f"{path.name}{DOOMED}")
-        with storage_errors(path):
-            if path.is_file() and path.stat().st_mtime < before:
-                # Looked at once more under a name that no writer knows: one that came in between made it young, or writes anew.
-                os.rename(path, doomed)
-                if doomed.stat().st_mtime >= before:
-                    os.rename(doomed, path)
-                    return False
-                doomed.unlink()
-            return not path.is_file()
+        with storage_errors(path), suppress(FileNotFoundError), _locked(path.parent, fcntl.LOCK_EX):
+            if path.stat().st_mtime >= before:
+                return False
+            path.unlink()
+        return True
 
     def names(self) -> Iterator[tuple[str, float]]:
         with storage_errors(self.folder):
@@ -179,11 +174,10 @@ class FolderBlobs:
 
     def clear_leftovers(self, before: float) -> None:
         with storage_errors(self.folder):
-            for pattern in (f"*/??/{PARTIAL}*", f"*/??/*{DOOMED}"):
-                for path in self.folder.glob(pattern):
-                    with suppress(FileNotFoundError):
-                        if path.stat().st_mtime < before:
-                            path.unlink()
+            for path in self.folder.glob(f"*/??/{PARTIAL}*"):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before:
+                        path.unlink()
 
     def _path(self, name: str) -> Path:
         tenant, digest = checked_name(name).split("/")
@@ -197,8 +191,10 @@ class FolderBlobs:
 
     def _renewed(self, name: str) -> bool:
         """Return whether the blob is there; if so, it is as young as one just written."""
+        path = self._path(name)
         try:
-            os.utime(self._path(name))
+            with _locked(path.parent, fcntl.LOCK_SH):
+                os.utime(path)
         except FileNotFoundError:
             return False
         return True
@@ -209,7 +205,8 @@ class FolderBlobs:
     def _give_name(self, name: str, source: Path) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(source, path)
+        with _locked(path.parent, fcntl.LOCK_SH):
+            os.rename(source, path)
         for folder in (path.parent, path.parent.parent, self.folder):
             sync_folder(folder)
 
@@ -229,6 +226,17 @@ class FolderBlobs:
             Path(partial).unlink(missing_ok=True)
             raise
         self._watch("after blob")
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    """Hold a folder's lock: whoever erases looks and unlinks while nobody renews or adds. A process that dies lets go of it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_digest(name: str, digest: str) -> None:

@@ -28,7 +28,9 @@ Work = Callable[[Transaction], T]
 BUSY_S = 30.0  # how long a writer waits for another
 TRIES = 12
 _OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-_SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
+# Serialization failure, deadlock, and a key that another transaction took between this one's look and its write: PostgreSQL tells
+# the last as a duplicate, even to transactions that could not see it. Run again, they see it.
+_SERIALIZATION = ("40001", "40P01", "23505")
 
 
 def sqlite_url(path: Path) -> str:
@@ -94,7 +96,7 @@ class Database:
 
 
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_S})
+    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_S})
 
     @event.listens_for(engine, "connect")
     def _opened(connection: Any, _record: Any) -> None:
@@ -116,6 +118,7 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
     return sa.create_engine(
         url,
         isolation_level="SERIALIZABLE",
+        hide_parameters=True,  # an error's text is logged, and rows hold what tenants say
         pool_size=8,
         max_overflow=8,
         pool_pre_ping=True,

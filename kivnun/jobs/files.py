@@ -118,10 +118,10 @@ def user_of(tx: Transaction, file_id: str, tenant: str) -> str | None:
 
 
 def delete(tx: Transaction, file_id: str, tenant: str, now: float) -> None:
-    """Let nobody find a file any more. Whoever calls asks `user_of` before, in the same transaction."""
-    tx.execute(
-        sa.update(files).where(files.c.id == file_id, files.c.tenant == tenant, files.c.deleted_at.is_(None)).values(deleted_at=now)
-    )
+    """Let nobody find a file any more, and forget its name and what was found in it. Whoever calls asks `user_of` before, in the
+    same transaction."""
+    gone = sa.update(files).where(files.c.id == file_id, files.c.tenant == tenant, files.c.deleted_at.is_(None))
+    tx.execute(gone.values(deleted_at=now, filename="", status_details=None, facts=None))
 
 
 def storage_of(tx: Transaction, tenant: str) -> Storage:

@@ -12,7 +12,7 @@ have jobs waiting, what each got over its weight differs by no more than the lar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -23,7 +23,7 @@ from kivnun.jobs.schema import jobs, tenants
 from kivnun.jobs.states import ACTIVE
 from kivnun.jobs.tenants import limits_of
 
-RECENT = 20  # steps that say how fast the next ones will be
+RECENT = 50  # steps that say how fast the next ones will be: enough that one stall is not taken for the rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,10 @@ class Line:
 
     def place_of(self, job_id: str) -> Place | None:
         """Return where a waiting job stands, None where it does not wait. Uses the line up."""
+        return next((place for job, place in self.places() if job == job_id), None)
+
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Yield the waiting jobs in the order in which they begin, and where each stands. Uses the line up."""
         ahead = sum(job.tokens for job in self._running)
         position = 0
         while any(self._waiting.values()):
@@ -110,15 +114,13 @@ class Line:
             if job is None:  # all who wait have as many jobs running as they may: one of these has to end
                 busy = next((job for job in self._running if self._waiting.get(job.tenant)), None)
                 if busy is None:
-                    return None
+                    return
                 self.finish(busy)
                 continue
             position += 1
-            if job.id == job_id:
-                return Place(position, ahead)
+            yield job.id, Place(position, ahead)
             self.begin(job)
             ahead += job.tokens
-        return None
 
 
 def left_of(planned: int | None, trained: int) -> int:
@@ -184,4 +186,5 @@ def seconds_left(
     last step: the adapter is written and the held-out rows are scored once more."""
     if not step_seconds:
         return None
-    return (statistics.median(step_seconds[-RECENT:]) + other_seconds_per_step) * steps_left + at_the_end
+    # The mean and not the median: rows are of many lengths, and the long steps are part of what is left.
+    return (statistics.fmean(step_seconds[-RECENT:]) + other_seconds_per_step) * steps_left + at_the_end

@@ -95,9 +95,10 @@ class S3Blobs:
         return self._meta(name) is not None
 
     def delete(self, name: str) -> None:
+        key = checked_name(name)
         try:
-            with _outages(checked_name(name)):
-                obstore.delete(self._store, name)
+            with _outages(key):
+                obstore.delete(self._store, key)
         except IntegrityError:
             return
 
@@ -121,9 +122,10 @@ class S3Blobs:
         """Do nothing: parts of an object that never became whole are cleared by the bucket's lifecycle rule."""
 
     def _meta(self, name: str) -> ObjectMeta | None:
+        key = checked_name(name)
         try:
-            with _outages(checked_name(name)):
-                return obstore.head(self._store, name)
+            with _outages(key):
+                return obstore.head(self._store, key)
         except IntegrityError:
             return None
 

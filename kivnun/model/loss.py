@@ -67,14 +67,18 @@ class GraphHead:
         return dh_CD.mul_(factor), [grad.float().mul_(factor) for grad in grads]
 
 
-def weighted_nll(head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_nll(
+    head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, likeliest_S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the sum of weights * NLL (nats, float32 scalar, differentiable) and each position's NLL [S] (float32, detached).
 
     The head's trained tensors (its weight, or an adapter's) get their exact gradient too. The caller's weights already hold the
-    division by the step's total, so nothing is averaged here. They may come on the CPU: their largest is asked for.
+    division by the step's total, so nothing is averaged here. They may come on the CPU: their largest is asked for. Into
+    `likeliest_S` (bool [S]), where it is given, goes whether no token is likelier than the target.
     """
     largest = float(weights_S.abs().max()) if weights_S.any() else 1.0
-    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S.to(h_SD.device), largest, *head.parameters)
+    weights_S = weights_S.to(h_SD.device)
+    loss, nll_S = _ChunkedNll.apply(head, h_SD, targets_S, weights_S, largest, likeliest_S, *head.parameters)
     return loss, nll_S
 
 
@@ -88,7 +92,16 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, head: Head, h_SD: Tensor, targets_S: Tensor, weights_S: Tensor, largest: float, *parameters: Tensor):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        head: Head,
+        h_SD: Tensor,
+        targets_S: Tensor,
+        weights_S: Tensor,
+        largest: float,
+        likeliest_S: Tensor | None,
+        *parameters: Tensor,
+    ):
         dh_SD = torch.empty_like(h_SD)
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         nll_S = torch.empty(len(h_SD), dtype=torch.float32, device=h_SD.device)
@@ -99,6 +112,8 @@ class _ChunkedNll(torch.autograd.Function):
                 logits_CV = head(h_CD)
             # A graph may keep its logits (soft-capping, DoRA): there the gradient gets memory of its own.
             room_CV = logits_CV if isinstance(head, FrozenHead) else _wide_copy(logits_CV)
+            if likeliest_S is not None:  # before the gradient takes the logits' place
+                likeliest_S[at] = _likeliest(room_CV, targets_S[at])
             nll_S[at], dlogits_CV = head.kernels.nll_(room_CV, targets_S[at], shares_S[at], h_SD.dtype)
             dh_CD, grads = head.backward(h_CD, logits_CV, dlogits_CV, largest)
             dh_SD[at] = dh_CD[: len(targets_S[at])]
@@ -111,7 +126,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _dnll: Tensor):  # type: ignore[override]
         dh_SD, *dparameters = ctx.saved_tensors
-        return None, dh_SD * dloss.to(dh_SD.dtype), None, None, None, *[d * dloss.to(d.dtype) for d in dparameters]
+        return None, dh_SD * dloss.to(dh_SD.dtype), None, None, None, None, *[d * dloss.to(d.dtype) for d in dparameters]
 
 
 @torch.no_grad()
@@ -131,6 +146,12 @@ def are_likeliest(head: Head, h_SD: Tensor, targets_S: Tensor) -> Tensor:
         logits_CV = head(padded(h_SD[at], head.kernels))
         out_S[at] = logits_CV[: len(targets_S[at])].argmax(dim=-1) == targets_S[at]
     return out_S
+
+
+def _likeliest(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Return whether no logit is larger than the target's (bool [C]). The maximum alone is half the price of its place."""
+    logits_CV = logits_CV[: len(targets_C)]
+    return logits_CV.gather(1, targets_C[:, None])[:, 0] >= logits_CV.amax(dim=1)
 
 
 def _chunks(h_SD: Tensor) -> list[slice]:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 # Rows decoded together. More rows make better use of matrix products, and hold more cache.
 ROWS_AT_ONCE = 64
 
+# Of an answer that was not limited: what it is taken to need before it is known.
+LIKELY_TOKENS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

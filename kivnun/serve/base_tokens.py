@@ -37,6 +37,9 @@ class BaseTokens:
     def special_id(self, text: str) -> int | None:
         return self.chat.tokens.added_tokens.get(text)
 
+    def call_marks(self) -> tuple[str, str] | None:
+        return self.chat.call_marks()
+
     def bytes_of(self, token: int) -> bytes:
         return self.spelling.decode_bytes([token]) if token < self.vocab_size else b""
 

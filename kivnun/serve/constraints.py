@@ -19,8 +19,11 @@ MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 24
 MAX_SCHEMA_NODES = 4000
 MAX_CALLS = 8
+_OPEN = frozenset(("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"))
 # Room to lay a document out, and none to fill an answer with blanks.
 WRITING: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
+# As training writes calls.
+CALLING: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def parser_limits() -> LLParserLimits:
@@ -66,9 +69,10 @@ def checked_grammar(grammar: str, param: str) -> str:
     return grammar
 
 
-def call_grammar(tools: Sequence[Mapping[str, Any]], param: str, *, many: bool) -> str:
+def call_grammar(tools: Sequence[Mapping[str, Any]], marks: tuple[str, str] | None, special: bool, *, many: bool) -> str:
     """Return the grammar of calls: a list of `{"name", "arguments"}`, of one call or of several, each as its function's schema
-    says. Raises Refusal."""
+    says, between marks where there are any (`special`: tokens of their own). Raises Refusal."""
+    param = "tools"
     calls = [
         {
             "type": "object",
@@ -79,13 +83,17 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], param: str, *, many: bool) 
         for number, tool in enumerate(tools)
     ]
     schema = {
+        "x-guidance": CALLING,
         "$defs": {str(number): _parameters_of(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)},
         "type": "array",
         "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
         "minItems": 1,
         "maxItems": MAX_CALLS if many else 1,
     }
-    return schema_grammar(schema, param)
+    _refuse_large(schema, param)
+    opening, closing = ("", "") if marks is None else marks if special else (f'"{marks[0]}"', f'"{marks[1]}"')
+    lark = f"start: {opening} calls {closing}\ncalls: %json {json.dumps(schema)}\n"
+    return checked_grammar(LLMatcher.grammar_from_lark(lark), param)
 
 
 def _parameters_of(tool: Mapping[str, Any], place: str) -> Any:
@@ -96,11 +104,15 @@ def _parameters_of(tool: Mapping[str, Any], place: str) -> Any:
 
 
 def _moved(value: Any, place: str) -> Any:
+    """Return a part of a schema at its new place. Objects that do not say so take no other properties than they list: a schema
+    that allows any would let a weak model write for ever."""
     if isinstance(value, Mapping):
-        return {
+        moved = {
             key: place + item[1:] if key == "$ref" and isinstance(item, str) and item.startswith("#") else _moved(item, place)
             for key, item in value.items()
         }
+        closed = isinstance(value.get("properties"), Mapping) and value.get("type") == "object" and not _OPEN.intersection(value)
+        return {**moved, "additionalProperties": False} if closed else moved
     return [_moved(item, place) for item in value] if isinstance(value, list) else value
 
 

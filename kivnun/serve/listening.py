@@ -56,40 +56,48 @@ class Answerer(Protocol):
 
 
 @asynccontextmanager
-async def listening(answerer: Answerer, where: str, secret: str) -> AsyncIterator[str]:
-    """Answer callers at `unix:PATH` or `HOST:PORT` (port 0: a free one); give the address."""
-    door = _Door(answerer, secret)
+async def listening(answerer: Answerer, where: str, secret: str) -> AsyncIterator[Door]:
+    """Answer callers at `unix:PATH` or `HOST:PORT` (port 0: a free one)."""
+    door = Door(answerer, secret)
     if where.startswith("unix:"):
         path = Path(where.removeprefix("unix:"))
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         server = await asyncio.start_unix_server(door.converse, path, limit=MAX_MESSAGE_BYTES)
         path.chmod(0o600)
-        address = where
+        door.address = where
     else:
         host, _, port = where.rpartition(":")
         server = await asyncio.start_server(door.converse, host, int(port), limit=MAX_MESSAGE_BYTES)
-        address = f"{host}:{server.sockets[0].getsockname()[1]}"
+        door.address = f"{host}:{server.sockets[0].getsockname()[1]}"
     try:
-        yield address
+        yield door
     finally:
         server.close()
         door.close()
-        if address.startswith("unix:"):
-            Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+        if door.address.startswith("unix:"):
+            Path(door.address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
-class _Door:
+class Door:
+    """Where callers come in. `address` is where it can be reached."""
+
     def __init__(self, answerer: Answerer, secret: str) -> None:
         self._answerer, self._secret = answerer, secret
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._callers: dict[_Caller, asyncio.StreamWriter] = {}
+        self.address = ""
+
+    @property
+    def answering(self) -> int:
+        """Return how many questions have not ended."""
+        return sum(caller.open for caller in self._callers)
 
     def close(self) -> None:
-        for writer in list(self._writers):
+        for writer in list(self._callers.values()):
             writer.close()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
         caller = _Caller(self._answerer, writer)
+        self._callers[caller] = writer
         try:
             hello = await asyncio.wait_for(_next(reader), HELLO_S)
             if not isinstance(hello, Hello) or not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
@@ -102,7 +110,7 @@ class _Door:
             logger.warning("a caller's connection ends: %s", error, extra={"action": "answerer_connection"})
         finally:
             caller.leave()
-            self._writers.discard(writer)
+            del self._callers[caller]
             with contextlib.suppress(OSError):
                 writer.close()
 
@@ -114,6 +122,10 @@ class _Caller:
         self._answerer, self._writer = answerer, writer
         self._loop = asyncio.get_running_loop()
         self._open: dict[int, Cancelling] = {}
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
 
     def hear(self, said: FromCaller) -> None:
         match said:

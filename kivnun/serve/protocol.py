@@ -110,12 +110,14 @@ class Begun(Message):
 
 
 class Piece(Message):
-    """What a choice goes on with: text, and the tokens that it is made of where log-probabilities are asked for."""
+    """What a choice goes on with: text, and the tokens that it is made of where log-probabilities are asked for. `written` counts
+    all its tokens so far."""
 
     type: Literal["piece"] = "piece"
     id: int
     choice: int
     text: str
+    written: int
     tokens: list[TokenLogprobs] = Field(default_factory=list[TokenLogprobs])
 
 

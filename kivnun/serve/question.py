@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kivnun.data.chat_shape import Message, Sentences, check_prompt_messages
 from kivnun.data.jsonl import as_list, as_object, type_name
 from kivnun.errors import DataError
-from kivnun.model.sampling import ROWS_AT_ONCE
+from kivnun.model.sampling import LIKELY_TOKENS, ROWS_AT_ONCE
 from kivnun.serve.constraints import grammar_of_format
 from kivnun.serve.parameters import (
     DEFAULT_COMPLETION_TOKENS,
@@ -78,6 +78,7 @@ class Tokens(Protocol):
         """Return the id of a special token; None where the base has none of this text."""
         ...
 
+    def call_marks(self) -> tuple[str, str] | None: ...
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes that a token stands for."""
         ...
@@ -127,9 +128,9 @@ class Question:
         return sum(map(len, self.prompts))
 
     @property
-    def most_tokens(self) -> int:
-        """Return how many tokens the answer can take, prompts and all that may be written."""
-        return self.prompt_tokens + sum(self.limits) * self.best_of
+    def likely_tokens(self) -> int:
+        """Return how many tokens the answer may come to, prompts and what is written, as far as that can be said before."""
+        return self.prompt_tokens + sum(min(limit, LIKELY_TOKENS) for limit in self.limits) * self.best_of
 
     def ask(self, number: int, tenant: str, adapter: AdapterName | None) -> Ask:
         """Return it as it is put to a worker."""

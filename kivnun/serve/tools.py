@@ -1,8 +1,8 @@
 """Functions that a model may call: which are offered, whether one must be called, and the calls in what was written.
 
-The functions are rendered as training renders them (`data/template.py`). A call is written as a JSON list of
-`{"name", "arguments"}` between two marks: the base's own where its tokenizer has them, plain text otherwise. An answer that must be
-a call is held to that list by a grammar, so that its arguments are JSON of the function's schema whatever the model is.
+The functions are rendered as training renders them (`data/template.py`, `data/tool_text.py`). An answer that must be a call is held
+by a grammar to a list of `{"name", "arguments"}`, between the marks of training, so that its arguments are JSON of the function's
+schema whatever the model is. Otherwise what it wrote is read: between marks, or where all of it is a call.
 Next: `constraints.py`, `question.py`, `reply.py`.
 """
 
@@ -22,8 +22,11 @@ from kivnun.serve.parameters import bad, flag, shown
 MAX_TOOLS = 128
 
 
-class SpecialTokens(Protocol):
+class CallTokens(Protocol):
     def special_id(self, text: str) -> int | None: ...
+    def call_marks(self) -> tuple[str, str] | None:
+        """Return what stands around calls in training's rows; None where the template alone knows."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Call:
     arguments: str
 
 
-def tool_use(body: Mapping[str, Any], tokens: SpecialTokens) -> ToolUse | None:
+def tool_use(body: Mapping[str, Any], tokens: CallTokens) -> ToolUse | None:
     """Return how functions are to be used; None where there are none, or none may be. Raises Refusal."""
     tools = _offered(body)
     choice = body.get("tool_choice", "auto" if tools else "none")
@@ -69,7 +72,9 @@ def tool_use(body: Mapping[str, Any], tokens: SpecialTokens) -> ToolUse | None:
     if not chosen:
         raise bad("tool_choice", f"tool_choice names {shown(_named(choice))}, which is not among tools")
     one = choice != "required" or not many
-    return ToolUse(tools, not one, call_grammar(chosen, "tools", many=not one), spelt)
+    marks = tokens.call_marks()
+    special = marks is not None and tokens.special_id(marks[0]) is not None
+    return ToolUse(tools, not one, call_grammar(chosen, marks, special, many=not one), spelt)
 
 
 def _offered(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:

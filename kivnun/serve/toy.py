@@ -46,6 +46,9 @@ class ToyTokens:
     def special_id(self, text: str) -> int | None:
         return None
 
+    def call_marks(self) -> tuple[str, str] | None:
+        return None
+
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 
@@ -123,7 +126,7 @@ class ToyAnswerer:
                     text, token = row.step()
                     if text or token is not None:
                         tokens = [] if token is None or question.logprobs is None else [_scored(token)]
-                        tell(Piece(id=question.id, choice=row.place, text=text, tokens=tokens))
+                        tell(Piece(id=question.id, choice=row.place, text=text, tokens=tokens, written=row.written))
         tell(Done(id=question.id, reasons=[row.reason for row in rows], tokens=[row.written for row in rows], adapter=adapter))  # type: ignore[misc]
 
 

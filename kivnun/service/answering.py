@@ -11,15 +11,22 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 
+from kivnun.jobs import usage, wanted
+from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.errors import DatabaseDown
+from kivnun.jobs.tenants import limits_of
 from kivnun.model.families import find_base, longest_row
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required
@@ -28,11 +35,15 @@ from kivnun.serve.question import Asked as AskedOf
 from kivnun.serve.question import Question, read_question
 from kivnun.serve.reply import Choice, Head, Stream, new_id, whole
 from kivnun.serve.toy import LONGEST, ToyTokens
-from kivnun.service.answers import Address, Asked, Heard, Links, WorkerLost, addresses_of, find_deployed, find_model
+from kivnun.service.answers import Asked, Heard, Link, Links, WorkerLost, addresses_of, find_deployed, find_model
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
+
+PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes to load most bases
+LOOK_S = 0.25
+WISH_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +55,10 @@ class Answering:
         self._service = service
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Links] = WeakKeyDictionary()
         self._bases: dict[str, AskedOf] = {}
-        self._loading = threading.Lock()
+        self._wished: dict[str, float] = {}
+        self._lock = threading.Lock()
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole answer to a body for `/v1/chat/completions` or `/v1/completions`. Raises ApiError."""
         if endpoint not in ENDPOINTS:
             raise ApiError(400, f"endpoint must be one of {', '.join(ENDPOINTS)}", code="invalid_value", param="endpoint")
@@ -56,56 +68,85 @@ class Answering:
         return await answer.whole()
 
     async def begin(
-        self, tenant: str, key_id: str, endpoint: Endpoint, body: Mapping[str, Any] | bytes, deployment: str | None = None
+        self,
+        tenant: str,
+        key_id: str | None,
+        endpoint: Endpoint,
+        body: Mapping[str, Any] | bytes,
+        deployment: str | None = None,
     ) -> Answer:
         """Return an answer that has begun to be written. Raises ApiError where none will be."""
-        asked, question, addresses = await run_in_threadpool(self._read, tenant, endpoint, body, deployment)
-        links = self._links.setdefault(asyncio.get_running_loop(), Links())
-        link = await links.best(asked.base, addresses)
-        if link is None:
-            raise overloaded(f"no worker answers for {asked.base} at this moment; one may be starting: try again")
-        heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
+        asked, limits, question = await run_in_threadpool(self._read, tenant, endpoint, body, deployment)
+        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question)
         try:
-            begun = await heard.next()
-            if not isinstance(begun, Begun):
-                raise _not_answered(begun)
-            check_adapter(asked, begun.adapter)
-        except WorkerLost:
-            raise overloaded("the worker that was asked is gone; try again") from None
+            link = await self._link(asked.base)
+            heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
+            try:
+                begun = await heard.next()
+                if not isinstance(begun, Begun):
+                    raise _not_answered(begun)
+                check_adapter(asked, begun.adapter)
+            except WorkerLost:
+                raise overloaded("the worker that was asked is gone; try again") from None
+            except BaseException:
+                heard.cancel()
+                raise
         except BaseException:
-            heard.cancel()
+            bill.withdraw()
             raise
         content_hash = None if asked.adapter is None else asked.adapter.content_hash
         fingerprint = hashlib.sha256(f"{link.version} {content_hash}".encode()).hexdigest()[:12]
-        tokens = self._bases[asked.base].tokens
         extra = {"x_adapter_hash": content_hash}
+        tokens = self._bases[asked.base].tokens
         head = Head(new_id(endpoint), int(self._service.clock()), question, tokens, f"kivnun-{fingerprint}", extra)
-        return Answer(asked, head, heard, begun)
+        return Answer(asked, head, heard, begun, bill)
+
+    async def _link(self, base: str) -> Link:
+        """Return a connection to a worker of a base, waiting a little for one that is starting. Raises ApiError."""
+        links = self._links.setdefault(asyncio.get_running_loop(), Links())
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            addresses = await run_in_threadpool(self._service.db.read, lambda tx: addresses_of(tx, base))
+            link = await links.best(base, addresses)
+            await self._wish(base, missing=link is None)
+            if link is not None:
+                return link
+            if time.monotonic() >= end:
+                raise overloaded(f"no worker answers for {base} at this moment; one may be starting: try again")
+            await asyncio.sleep(LOOK_S)
+
+    async def _wish(self, base: str, missing: bool) -> None:
+        """Note that a base is asked for: workers of those that nobody asks for are put away."""
+        now = time.monotonic()
+        if self._service.config.bases[base].resident and not missing:
+            return
+        if now - self._wished.get(base, -math.inf) >= (LOOK_S if missing else WISH_S):
+            self._wished[base] = now
+            await run_in_threadpool(self._service.db.write, "base wanted", lambda tx: wanted.ask(tx, base))
 
     def _read(
         self, tenant: str, endpoint: Endpoint, body: Mapping[str, Any] | bytes, deployment: str | None
-    ) -> tuple[Asked, Question, list[Address]]:
-        """Return whom a request is put to, the question in it, and who may answer. Raises ApiError."""
+    ) -> tuple[Asked, Limits, Question]:
+        """Return whom a request is put to, what its tenant may have, and the question in it. Raises ApiError."""
         try:
             given = object_in(body if isinstance(body, bytes) else json.dumps(body).encode())
             name = deployment if deployment is not None else required(given, "model")
             if not isinstance(name, str):
                 raise Refusal(400, "model must be a string", param="model", code="invalid_value")
 
-            def look(tx: Transaction) -> tuple[Asked, list[Address]]:
+            def look(tx: Transaction) -> tuple[Asked, Limits]:
                 find = find_model if deployment is None else find_deployed
-                asked = find(tx, self._service.config, tenant, name)
-                return asked, addresses_of(tx, asked.base)
+                return find(tx, self._service.config, tenant, name), limits_of(tx, tenant, self._service.config.limits)
 
-            asked, addresses = self._service.db.read(look)
+            asked, limits = self._service.db.read(look)
             of = self._of(asked.base)
-            return asked, read_question(given, endpoint, AskedOf(name, of.tokens, of.longest, of.constrains)), addresses
+            return asked, limits, read_question(given, endpoint, AskedOf(name, of.tokens, of.longest, of.constrains))
         except Refusal as refusal:
             raise ApiError(refusal.status, refusal.message, code=refusal.code or "invalid_value", param=refusal.param) from None
 
     def _of(self, base: str) -> AskedOf:
         """Return a base's tokenizer and longest row, read once."""
-        with self._loading:
+        with self._lock:
             if base not in self._bases:
                 entry = self._service.config.bases[base]
                 if entry.trainer == "toy":
@@ -116,6 +157,67 @@ class Answering:
             return self._bases[base]
 
 
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """Whose minute and whose places an answer takes."""
+
+    tenant: str
+    limits: Limits
+
+
+class Bill:
+    """What an answer costs: charged to the minute when it is taken on, corrected and written down once when it ends.
+
+    Raises ApiError 429 when it is made where the tenant has used up its minute or its places."""
+
+    def __init__(self, service: Service, payer: Payer, key_id: str | None, asked: Asked, question: Question) -> None:
+        self._service, self._payer, self._key_id, self._asked = service, payer, key_id, asked
+        self._charged, self._prompt = question.likely_tokens, question.prompt_tokens
+        self._open = True
+        self._place = ExitStack()
+        self._place.enter_context(service.limits.answering(payer))
+        try:
+            service.limits.charge_tokens(payer, self._charged)
+        except ApiError:
+            self._place.close()
+            raise
+
+    def withdraw(self) -> None:
+        """Nothing was written: nothing is paid."""
+        if self._close(0):
+            self._open = False
+
+    async def settle(self, written: int) -> None:
+        """The answer has ended, with so many tokens written. Only the first time counts."""
+        if self._close(self._prompt + written):
+            self._open = False
+            await run_in_threadpool(self._record, written)
+
+    def _close(self, used: int) -> bool:
+        if self._open:
+            self._place.close()
+            self._service.limits.settle_tokens(self._payer, self._charged, used)
+        return self._open
+
+    def _record(self, written: int) -> None:
+        asked, now = self._asked, self._service.clock()
+        price = self._service.config.bases[asked.base].price
+        kinds: list[tuple[usage.Kind, int, float]] = [
+            ("prompt", self._prompt, price.prompt),
+            ("completion", written, price.completion),
+        ]
+
+        def write(tx: Transaction) -> None:
+            for kind, tokens, rate in kinds:
+                usage.record(tx, self._payer.tenant, kind, asked.base, asked.model, tokens, rate, now, api_key=self._key_id)
+
+        try:
+            self._service.db.write("answer used", write)
+        except DatabaseDown as error:  # the answer is there, and its reader waits
+            fields = {"action": "usage_lost", "tenant": self._payer.tenant, "prompt": self._prompt, "completion": written}
+            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
+
+
 @dataclass(slots=True)
 class Answer:
     """An answer that is being written: read it whole, or as chunks, once."""
@@ -124,7 +226,9 @@ class Answer:
     head: Head
     _heard: Heard
     _begun: Begun
-    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _bill: Bill
+    _written: dict[int, int] = field(default_factory=dict[int, int])
+    _settling: asyncio.Task[None] | None = None
 
     async def whole(self) -> dict[str, Any]:
         """Return the body. Raises ApiError; cancelled, it cancels the answer."""
@@ -156,9 +260,10 @@ class Answer:
                 if self.head.question.include_usage:
                     yield stream.counts(sum(said.tokens))
 
-    def cancel(self) -> None:
-        """Say that nobody waits for it; of no effect on one that has ended."""
+    def leave(self) -> None:
+        """Say that nobody reads on. What was written until then is paid; of no effect on an answer that has ended."""
         self._heard.cancel()
+        self._settling = asyncio.create_task(self._bill.settle(sum(self._written.values())))
 
     async def _said(self) -> AsyncIterator[Piece | Done]:
         try:
@@ -169,13 +274,15 @@ class Answer:
                 assert not isinstance(said, Begun)
                 if isinstance(said, Done):
                     check_adapter(self.asked, said.adapter)
-                yield said
-                if isinstance(said, Done):
+                    await self._bill.settle(sum(said.tokens))
+                    yield said
                     return
+                self._written[said.choice] = said.written
+                yield said
         except WorkerLost:
             raise overloaded("the worker that wrote the answer is gone; try again") from None
         finally:
-            self._heard.cancel()
+            self.leave()
 
 
 def check_adapter(asked: Asked, used: str | None) -> None:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from kivnun.errors import IntegrityError
+from kivnun.jobs import models
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.database import Transaction
-from kivnun.jobs.schema import answerers, deployments, models
+from kivnun.jobs.deployments import find_deployment
+from kivnun.jobs.schema import answerers
 from kivnun.serve.listening import Told
 from kivnun.serve.protocol import (
     MAX_MESSAGE_BYTES,
@@ -44,9 +46,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a model's name means to a tenant: the base, and the adapter on it (None: the base as it is)."""
+    """What a model's name means to a tenant: the base, and the adapter on it (None: the base as it is). `model` is the tuned
+    model's own name, or the base's."""
 
-    name: str
+    model: str
     base: str
     adapter: AdapterName | None
 
@@ -67,24 +70,22 @@ def find_model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -
     """Return what a name means: a base or another name of it, a tuned model or a checkpoint. Raises ApiError."""
     base = config.base_id(name)
     if base is not None:
-        return Asked(name, base, None)
+        return Asked(base, base, None)
     if name in config.refused:
         raise bad_request(f"{name} is not offered: {config.refused[name]}", "model", "model_not_supported")
-    query = sa.select(models).where(models.c.id == name, models.c.tenant == tenant, models.c.deleted_at.is_(None))
-    row = tx.execute(query).one_or_none()
+    row = models.find(tx, name, tenant)
     if row is None:
         raise ApiError(404, f"there is no model {name[:200]!r}", code="model_not_found", param="model")
     if row.base not in config.bases:
         raise bad_request(f"{name} was tuned from {row.base}, which is no longer offered", "model", "model_not_supported")
-    return Asked(name, row.base, AdapterName(manifest=row.manifest, content_hash=row.content_hash))
+    return Asked(row.id, row.base, AdapterName(manifest=row.manifest, content_hash=row.content_hash))
 
 
 def find_deployed(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> Asked:
     """Return what a deployment answers with; where there is none of the name, the model of the name. Raises ApiError."""
-    query = sa.select(deployments.c.model).where(deployments.c.tenant == tenant, deployments.c.name == name)
-    model = tx.execute(query).scalar_one_or_none()
+    found = find_deployment(tx, tenant, name)
     try:
-        return find_model(tx, config, tenant, name if model is None else model)
+        return find_model(tx, config, tenant, name if found is None else found.model)
     except ApiError as error:
         if error.status == 404:
             raise ApiError(404, f"there is no deployment {name[:200]!r}", code="DeploymentNotFound", param="model") from None

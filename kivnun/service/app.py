@@ -1,7 +1,7 @@
 """The application: the routes of `api/` under each dialect's prefix, and every failure in the shape its clients read.
 
 A module of `api/` has a `router`, whose relative paths both dialects share, a `root`, whose paths are whole, or both. Next: `api/`
-(the routes), `frame.py` (what every request goes through), `auth.py`, `context.py`.
+(the routes), `pages.py` (the web pages), `frame.py` (what every request goes through), `auth.py`, `context.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kivnun.service.context import Service
 from kivnun.service.dialect import PREFIXES, dialect_of
 from kivnun.service.errors import ApiError
 from kivnun.service.frame import Frame
+from kivnun.service.pages import add_pages
 from kivnun.service.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def make_app(service: Service) -> FastAPI:
         if found.root is not None:
             app.include_router(found.root, tags=[found.name])
             described[""].append(found.root)
+    add_pages(app)
     app.add_middleware(Frame, service=service, telemetry=telemetry)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

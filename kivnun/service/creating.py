@@ -6,7 +6,11 @@ Next: `validating.py` (what happens to the job then).
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
+from collections.abc import Iterator
+from typing import Any
 
 from kivnun.data.chat_shape import nearest
 from kivnun.jobs import files, models, retries, tuning
@@ -22,6 +26,7 @@ from kivnun.service.sent import key_reused
 from kivnun.service.tuning_request import MAX_SEED, CreateJob
 
 ROUTE = "fine_tuning.jobs"
+TOLD = 5  # problems of a file that an answer names
 
 
 def create_job(service: Service, tenant: str, body: CreateJob, sent: Sent) -> Job:
@@ -39,7 +44,8 @@ def create_job(service: Service, tenant: str, body: CreateJob, sent: Sent) -> Jo
         return found
 
     try:
-        return service.db.write("create job", work)
+        with telling_problems(service):
+            return service.db.write("create job", work)
     except KeyReused:
         raise key_reused() from None
 
@@ -82,9 +88,30 @@ def usable_file(tx: Transaction, tenant: str, file_id: str, param: str) -> File:
             "invalid_file",
         )
     if found.status == "error":
-        why = found.status_details or "its lines cannot be used"
-        raise bad_request(f"{param}: the file {file_id} was refused: {why}", param, "invalid_file")
+        raise _FileBroken(found, param)
     return found
+
+
+class _FileBroken(Exception):
+    """A file whose judgement found problems, which are in the store."""
+
+    def __init__(self, file: File, param: str) -> None:
+        super().__init__(file.id)
+        self.file, self.param = file, param
+
+
+@contextlib.contextmanager
+def telling_problems(service: Service) -> Iterator[None]:
+    """Turn a file that was refused into the answer that says why, by line."""
+    try:
+        yield
+    except _FileBroken as broken:
+        file, param = broken.file, broken.param
+        report: dict[str, Any] = {} if file.report is None else json.loads(b"".join(service.blobs.read(file.report)))
+        found = [f"line {it['line']}: {it['message']}" for it in report.get("problems", [])]
+        more = f"; {len(found) - TOLD} more are in GET /files/{file.id}/x_report" if len(found) > TOLD else ""
+        why = "; ".join(found[:TOLD]) or file.status_details or "its lines cannot be used"
+        raise bad_request(f"{param}: the file {file.id} cannot be used: {why}{more}", param, "invalid_file") from None
 
 
 def _made(tx: Transaction, service: Service, job: Job) -> str:

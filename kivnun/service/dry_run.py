@@ -22,7 +22,7 @@ from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.tuning import Job
 from kivnun.plan.verdict import Plan
 from kivnun.service.context import Service
-from kivnun.service.creating import wished
+from kivnun.service.creating import telling_problems, wished
 from kivnun.service.planning import (
     START,
     TRAINING,
@@ -52,7 +52,8 @@ class _Sources:
 def dry_run(service: Service, tenant: str, body: CreateJob, machine: Machine = this_machine_asked) -> dict[str, Any]:
     """Return what a create would come to. Raises ApiError as the create would."""
     now = service.clock()
-    sources = service.db.read(lambda tx: _sources(tx, service, tenant, body, now))
+    with telling_problems(service):
+        sources = service.db.read(lambda tx: _sources(tx, service, tenant, body, now))
     job = sources.job
     folder = Path(tempfile.mkdtemp(prefix="dry-run-", dir=service.scratch))
     try:
@@ -65,18 +66,20 @@ def dry_run(service: Service, tenant: str, body: CreateJob, machine: Machine = t
             found = outlook(job, service.config, folder, report, machine, whole)
     except JobRefused as refused:
         error = {"code": refused.code, "message": refused.message, "param": refused.param}
-        return {**_head(job), "verdict": "refused", "error": error, "warnings": []}
+        return {**_head(job), "verdict": "refused", "fits": False, "reason": refused.message, "error": error, "warnings": []}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     new = queue.Waiting(job.id, tenant, found.planned_tokens, now)
     place = service.db.read(lambda tx: queue.position_of_new(tx, new, service.config.limits))
-    price = service.config.bases[job.base].price.training
+    refusal = None if found.plan is None else found.plan.refusal()
     return {
-        **_head(job),
+        **_head(job, found),
         "verdict": "fits" if found.plan is None else found.plan.verdict,
+        "fits": refusal is None,
+        "reason": None if refusal is None else refusal.message,
         "error": None,
-        **_figures(found, price, service.config.currency),
-        "queue": None if place is None else _wait(found, place),
+        **_figures(found, service.config.bases[job.base].price.training, service.config.currency),
+        "queue": None if place is None else _wait(found, place, now),
         "warnings": list(_warnings(found, whole, sources.most_tokens)),
     }
 
@@ -91,53 +94,58 @@ def _sources(tx: Transaction, service: Service, tenant: str, body: CreateJob, no
     return _Sources(job, training, validation, None if model is None else model.manifest, most)
 
 
-def _head(job: Job) -> dict[str, Any]:
+def _head(job: Job, found: Outlook | None = None) -> dict[str, Any]:
+    kind = job.method["type"]
+    shown = job.method[kind]["hyperparameters"] if found is None else found.hyperparameters.shown()
     return {
         "object": "fine_tuning.job.dry_run",
         "model": job.model,
         "base": job.base,
-        "method": job.method["type"],
         "training_file": job.training_file,
         "validation_file": job.validation_file,
-        "seed": job.seed,
+        "method": {"type": kind, kind: {"hyperparameters": shown}},
+        "hyperparameters": shown,
     }
 
 
 def _figures(found: Outlook, price: float, currency: str) -> dict[str, Any]:
     rows, plan = found.examples.rows, found.plan
     assert rows is not None
+    epochs = found.hyperparameters.n_epochs
     return {
-        "hyperparameters": found.hyperparameters.shown(),
         "learning_rate": found.hyperparameters.learning_rate,
         "examples": found.examples.examples,
         "held_out": found.examples.held_out,
-        "tokens": rows.tokens,
-        "trained_tokens": found.planned_tokens,
         "longest_example": rows.longest,
         "truncated": found.examples.truncated,
+        "tokens": epochs * rows.tokens,
+        "trained_tokens": found.planned_tokens,
+        "counted": found.counted,
         "steps": found.total_steps,
         "seconds": None if found.seconds is None else round(found.seconds, 1),
-        "cost": {"currency": currency, "amount": round(found.planned_tokens * price / 1e6, 6), "per_million_tokens": price},
+        "cost": round(found.planned_tokens * price / 1e6, 6),
+        "currency": currency,
+        "price_per_million_tokens": price,
         "memory": None if plan is None else _memory(plan),
         "changes": [] if plan is None else _changes(plan),
-        "counted": found.counted,
     }
 
 
 def _memory(plan: Plan) -> dict[str, Any] | None:
     figures = plan.figures()
-    return None if figures is None else {"peak_bytes": figures["peak_bytes"], "limit_bytes": round(plan.limit)}
+    return None if figures is None else {"bytes": figures["peak_bytes"], "available": round(plan.limit)}
 
 
 def _changes(plan: Plan) -> list[dict[str, Any]]:
-    return [{"what": change.what, "peak_bytes": round(change.peak)} for change in plan.changes]
+    return [{"what": change.what, "bytes": round(change.peak)} for change in plan.changes]
 
 
-def _wait(found: Outlook, place: queue.Place) -> dict[str, Any]:
+def _wait(found: Outlook, place: queue.Place, now: float) -> dict[str, Any]:
     """Return where the job would stand, and how long the tokens ahead take at the speed that is foretold of it."""
     pace = None if found.seconds is None or not found.planned_tokens else found.seconds / found.planned_tokens
     seconds = None if pace is None else round(pace * place.tokens_ahead, 1)
-    return {"position": place.position, "tokens_ahead": place.tokens_ahead, "seconds": seconds}
+    start = None if seconds is None else int(now + seconds)
+    return {"position": place.position, "tokens_ahead": place.tokens_ahead, "seconds": seconds, "estimated_start": start}
 
 
 def _warnings(found: Outlook, whole: float, most_tokens: int | None) -> Iterator[str]:
@@ -150,7 +158,7 @@ def _warnings(found: Outlook, whole: float, most_tokens: int | None) -> Iterator
     if most_tokens is not None and found.planned_tokens > most_tokens:
         yield f"the job would be refused: it trains {found.planned_tokens:,} tokens, and {most_tokens:,} are allowed in one job"
     if found.plan is not None:
-        yield from found.plan.cautions
+        yield from found.plan.urgent
 
 
 def _fetch_beginning(blobs: BlobStore, file: File, target: Path) -> float:

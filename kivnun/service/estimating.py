@@ -1,20 +1,25 @@
-"""Tokens by the length of texts, for bases without a tokenizer at hand: toy bases, and bases that are not on this machine yet.
+"""Rows for bases without a tokenizer at hand: of bases that are not on this machine yet by the length of texts, of toy bases by the
+rule of toys (`jobs/toy.py`).
 
-It makes rows of the right shape, so that everything that counts rows counts these alike; the ids say nothing.
+They have the right shape, so that everything that counts rows counts these alike; their ids say nothing.
 Next: `examples_report.py`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from kivnun.data.rows import ChatRecord
-
-TOY_BYTES = 4.0
-TOY_LONGEST = 1 << 20
+from kivnun.artifacts import storage_errors
+from kivnun.data.opening import name_of
+from kivnun.data.rows import ChatRecord, PreferenceRecord, Record
+from kivnun.data.tokens import Draft
+from kivnun.jobs.toy import tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +46,24 @@ class EstimatingTokenizer:
             prompt_len = len(weights) if message["role"] == "assistant" else prompt_len
             weights += [float(trained)] * (len(self.encode(said)) + 1)  # and the token that ends a turn
         return [(np.zeros(len(weights), dtype=np.int32), np.asarray(weights, dtype=np.float32), prompt_len)]
+
+
+@dataclass(frozen=True)
+class ToyRows:
+    """The rows of toy bases: every token of a line is trained."""
+
+    _tokens: dict[str, array[int]] = field(default_factory=dict[str, "array[int]"])  # of each line, by the file's name
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> ToyRows:
+        """Read how long the lines of files are. Raises StorageError."""
+        found: dict[str, array[int]] = {}
+        for path in paths:
+            with storage_errors(path), path.open("rb") as lines:
+                found[name_of(path)] = array("q", (tokens_of(line.removesuffix(b"\n")) for line in lines))
+        return cls(found)
+
+    def drafts(self, record: Record) -> list[Draft]:
+        tokens = self._tokens[record.where.path][record.where.line - 1]
+        sides = (tokens - tokens // 2, tokens // 2) if isinstance(record, PreferenceRecord) else (tokens,)
+        return [Draft(np.zeros(side, dtype=np.int32), np.ones(side, dtype=np.float32), 0) for side in sides]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from kivnun.data.formats import UNKNOWN, stream_records
 from kivnun.data.repeats import fingerprint
 from kivnun.data.rows import PreferenceRecord, Record
-from kivnun.data.tokens import Draft, RowTokenizer, cut_drafts, make_drafts
+from kivnun.data.tokens import Draft, cut_drafts
 from kivnun.errors import DataError, RowProblem
 from kivnun.plan.rows import PROMPTS_LOOKED_AT, RunRows
 
@@ -91,12 +91,14 @@ class _File:
 
 @dataclass(frozen=True)
 class Reader:
-    """How files are read: with which tokenizer, up to which length of a row, and what happens to longer ones."""
+    """How files are read: what makes token rows of a record, up to which length, and what happens to longer ones.
 
-    tokenizer: RowTokenizer
+    `counted` is false where the rows are estimates."""
+
+    rows_of: Callable[[Record], list[Draft]]
     max_seq_len: int
     truncate: bool
-    counted: bool = True  # false: the tokenizer estimates
+    counted: bool = True
 
     def read(self, training: Path, validation: Path | None, report: TextIO) -> Examples:
         """Return what the files hold, and write a line of the report for each line of the training file.
@@ -137,7 +139,7 @@ class Reader:
     def _drafts(self, record: Record, file: _File, report: TextIO | None) -> list[Draft]:
         line = record.where.line
         try:
-            drafts = make_drafts(record, self.tokenizer)
+            drafts = self.rows_of(record)
         except DataError as error:
             file.refused.add(line, [problem.message for problem in error.problems] or [error.message])
             _tell(report, line, refused=error.message)

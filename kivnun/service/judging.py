@@ -45,7 +45,7 @@ MAX_REQUESTS = 50_000  # of a batch
 FEW_EXAMPLES = 10
 AT_ONCE_BYTES = 1 << 20
 AT_ONCE_ROWS = 20_000
-TRIES = 3
+TRIES = 5  # a clerk that is told to end in the middle counts as one
 
 Tick = Callable[[], None]
 """Called at every row, so that who judges can show that he lives."""
@@ -225,7 +225,7 @@ def _said(record: Record) -> tuple[object, ...]:
 
 
 class JudgeFiles:
-    """The duty that judges files whose upload was answered before. Each is judged under a lease of its own, three times at most:
+    """The duty that judges files whose upload was answered before. Each is judged under a lease of its own, a few times at most:
     one that ends every judge is marked as an error, so that no client waits for it for ever."""
 
     name = "judge_files"

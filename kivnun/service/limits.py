@@ -8,7 +8,6 @@ its bucket, and `frame.py`, which writes the headers.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from kivnun.jobs.config import Limits
 from kivnun.service.dialect import Dialect
 from kivnun.service.errors import ApiError
 
-MINUTE_S = 60.0
+MINUTE_NS = 60 * 10**9
 Kind = Literal["requests", "tokens"]
 
 
@@ -35,19 +34,32 @@ class Limited(Protocol):
 
 @dataclass(slots=True)
 class Bucket:
-    """What was taken and is not refilled yet. Holding what is spent, not what is left, lets a limit change at any moment."""
+    """What was taken and is not refilled yet, in whole numbers: whoever waits as long as it was told gets what it asked for.
 
-    spent: float = 0.0
-    at: float = 0.0
+    Holding what is spent, not what is left, lets a limit change at any moment. One request or token is MINUTE_NS units; each
+    nanosecond refills as many units as the limit of a minute."""
 
-    def settle_to(self, now: float, per_minute: int) -> None:
-        """Refill for the time that has passed."""
-        self.spent = max(0.0, self.spent - max(0.0, now - self.at) * per_minute / MINUTE_S)
+    spent: int = 0
+    at: int = 0
+
+    def refill(self, now: int, per_minute: int) -> None:
+        self.spent = max(0, self.spent - max(0, now - self.at) * per_minute)
         self.at = max(self.at, now)
 
-    def wait_s(self, amount: float, per_minute: int) -> float:
-        """Return how long until `amount` can be taken; 0 where it can be at once."""
-        return max(0.0, self.spent + amount - per_minute) * MINUTE_S / per_minute
+    def take(self, amount: int, per_minute: int) -> int:
+        """Take `amount` and return 0, or take nothing and return how many nanoseconds it will be until it can be taken."""
+        excess = self.spent + (amount - per_minute) * MINUTE_NS
+        if excess > 0:
+            return _up(excess, per_minute)
+        self.spent += amount * MINUTE_NS
+        return 0
+
+    def left(self, per_minute: int) -> int:
+        return max(0, (per_minute * MINUTE_NS - self.spent) // MINUTE_NS)
+
+    def reset(self, per_minute: int) -> int:
+        """Return how many nanoseconds it will be until nothing is spent."""
+        return _up(self.spent, per_minute)
 
 
 @dataclass(slots=True)
@@ -69,11 +81,9 @@ class RateLimits:
         """Count one request. Raises ApiError 429 where the minute's are used up."""
         with self._lock:
             account = self._refilled(caller)
-            wait_s = account.requests.wait_s(1, caller.limits.requests_per_minute)
-            if not wait_s:
-                account.requests.spent += 1
-        if wait_s:
-            raise _too_many("requests", caller.limits.requests_per_minute, 1, wait_s)
+            wait = account.requests.take(1, caller.limits.requests_per_minute)
+        if wait:
+            raise _too_many("requests", caller.limits.requests_per_minute, 1, wait)
 
     def charge_tokens(self, caller: Limited, tokens: int) -> None:
         """Count the tokens that a request may come to, before it begins; `settle_tokens` corrects them when it has ended.
@@ -83,17 +93,15 @@ class RateLimits:
         limit = caller.limits.tokens_per_minute
         with self._lock:
             account = self._refilled(caller)
-            wait_s = account.tokens.wait_s(tokens, limit)
-            if not wait_s:
-                account.tokens.spent += tokens
-        if wait_s:
-            raise _too_large(limit, tokens) if tokens > limit else _too_many("tokens", limit, tokens, wait_s)
+            wait = account.tokens.take(tokens, limit)
+        if wait:
+            raise _too_large(limit, tokens) if tokens > limit else _too_many("tokens", limit, tokens, wait)
 
     def settle_tokens(self, caller: Limited, charged: int, used: int) -> None:
         """Give back what was charged and not used; what was used beyond it is owed, and delays the next request."""
         with self._lock:
             tokens = self._refilled(caller).tokens
-            tokens.spent = max(0.0, tokens.spent + used - charged)
+            tokens.spent = max(0, tokens.spent + (used - charged) * MINUTE_NS)
 
     @contextmanager
     def answering(self, caller: Limited) -> Iterator[None]:
@@ -116,39 +124,37 @@ class RateLimits:
         """Return how many requests and tokens the tenant may still ask for at once."""
         with self._lock:
             account = self._refilled(caller)
-            return {
-                "requests": _whole(caller.limits.requests_per_minute - account.requests.spent),
-                "tokens": _whole(caller.limits.tokens_per_minute - account.tokens.spent),
-            }
+            return {kind: bucket.left(limit) for kind, bucket, limit in _buckets(account, caller.limits)}
 
     def headers(self, caller: Limited, dialect: Dialect) -> dict[str, str]:
         """Return the six headers that tell a client how it stands. A reset is when nothing of the bucket is spent any more."""
-        per_minute: dict[Kind, int] = {
-            "requests": caller.limits.requests_per_minute, "tokens": caller.limits.tokens_per_minute
-        }  # fmt: skip
-        left = self.left(caller)
-        with self._lock:
-            account = self._accounts[caller.tenant]
-            spent: dict[Kind, float] = {"requests": account.requests.spent, "tokens": account.tokens.spent}
         found: dict[str, str] = {}
-        for kind, limit in per_minute.items():
-            reset_s = spent[kind] * MINUTE_S / limit
-            found[f"x-ratelimit-limit-{kind}"] = str(limit)
-            found[f"x-ratelimit-remaining-{kind}"] = str(left[kind])
-            found[f"x-ratelimit-reset-{kind}"] = str(math.ceil(reset_s)) if dialect == "azure" else duration(reset_s)
+        with self._lock:
+            for kind, bucket, limit in _buckets(self._refilled(caller), caller.limits):
+                reset = bucket.reset(limit)
+                found[f"x-ratelimit-limit-{kind}"] = str(limit)
+                found[f"x-ratelimit-remaining-{kind}"] = str(bucket.left(limit))
+                found[f"x-ratelimit-reset-{kind}"] = str(_up(reset, 10**9)) if dialect == "azure" else duration(reset)
         return found
 
     def _refilled(self, caller: Limited) -> _Account:
         account = self._accounts.setdefault(caller.tenant, _Account())
-        now = self._clock()
-        account.requests.settle_to(now, caller.limits.requests_per_minute)
-        account.tokens.settle_to(now, caller.limits.tokens_per_minute)
+        now = round(self._clock() * 10**9)
+        for _, bucket, limit in _buckets(account, caller.limits):
+            bucket.refill(now, limit)
         return account
 
 
-def duration(seconds: float) -> str:
-    """Return a time as OpenAI's headers write it, rounded up: `0s`, `12ms`, `1s`, `1.5s`, `6m0s`, `1h0m0s`."""
-    millis = math.ceil(seconds * 1000 - 1e-6)
+def _buckets(account: _Account, limits: Limits) -> tuple[tuple[Kind, Bucket, int], ...]:
+    return (
+        ("requests", account.requests, limits.requests_per_minute),
+        ("tokens", account.tokens, limits.tokens_per_minute),
+    )
+
+
+def duration(nanoseconds: int) -> str:
+    """Return a time as OpenAI's headers write it, rounded up to milliseconds: `0s`, `12ms`, `1.5s`, `6m0s`, `1h0m0s`."""
+    millis = _up(nanoseconds, 10**6)
     if millis < 1000:
         return f"{millis}ms" if millis else "0s"
     minutes, rest = divmod(millis, 60_000)
@@ -157,16 +163,13 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes}m{written}" if hours else f"{minutes}m{written}" if minutes else written
 
 
-def _whole(left: float) -> int:
-    return max(0, math.floor(left + 1e-9))
+def _up(amount: int, divisor: int) -> int:
+    return -(-amount // divisor)
 
 
-def _too_many(kind: Kind, limit: int, asked: int, wait_s: float) -> ApiError:
-    millis = math.ceil(wait_s * 1000)
-    message = (
-        f"rate limit reached on {kind} per minute: the limit is {limit}, this needs {asked}; try again in {duration(millis / 1000)}"
-    )
-    headers = {"retry-after-ms": str(millis), "retry-after": str(math.ceil(wait_s))}
+def _too_many(kind: Kind, limit: int, asked: int, wait: int) -> ApiError:
+    message = f"rate limit reached on {kind} per minute: the limit is {limit}, this needs {asked}; try again in {duration(wait)}"
+    headers = {"retry-after-ms": str(_up(wait, 10**6)), "retry-after": str(_up(wait, 10**9))}
     return ApiError(429, message, code="rate_limit_exceeded", type=kind, headers=headers)
 
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from kivnun.jobs.files import PURPOSES
 from kivnun.service.auth import Needs
 
 DESCRIPTION = (
@@ -47,6 +48,44 @@ ERRORS = {
     "500": "The service failed.",
     "503": "A part of the service is down for now.",
 }
+WITH_BODY = ("408", "413", "415")
+IDEMPOTENT = ("/v1/fine_tuning/jobs", "/v1/batches")  # POSTs that a client may repeat under one Idempotency-Key
+REUSED = "The Idempotency-Key came with another body before."
+_IDEMPOTENCY = {
+    "name": "Idempotency-Key", "in": "header", "required": False, "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}  # fmt: skip
+_API_VERSION = {
+    "name": "api-version", "in": "query", "required": True, "description": "Any that Azure has or had; all mean the same.",
+    "schema": {"type": "string", "pattern": r"^(\d{4}-\d{2}-\d{2}(-preview)?|preview|latest|v1)$"}, "example": "2024-10-21",
+}  # fmt: skip
+
+
+def _form(field: str, **others: Any) -> dict[str, Any]:
+    properties = {field: {"type": "string", "format": "binary"}, **others}
+    schema = {"type": "object", "required": list(properties), "properties": properties}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    schema = {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": True}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+_MESSAGES = {
+    "type": "array", "minItems": 1, "items": {
+        "type": "object", "required": ["role"],
+        "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}, "content": {}},
+    },
+}  # fmt: skip
+# Bodies that handlers read themselves: forms that are streamed, and JSON that the answering code judges.
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/files": _form("file", purpose={"type": "string", "enum": list(PURPOSES)}),
+    "/v1/uploads/{upload_id}/parts": _form("data"),
+    "/v1/chat/completions": _object(model={"type": "string"}, messages=_MESSAGES),
+    "/v1/completions": _object(model={"type": "string"}, prompt={"type": "string"}),
+    "/v1/deployments/{name}/chat/completions": _object(messages=_MESSAGES),
+    "/v1/deployments/{name}/completions": _object(prompt={"type": "string"}),
+}  # fmt: skip
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "OpenAI's clients send a key so."},
     "api-key": {"type": "apiKey", "in": "header", "name": "api-key", "description": "Azure's clients send a key so."},
@@ -80,22 +119,36 @@ def _document(app: FastAPI, routers: dict[str, list[APIRouter]]) -> dict[str, An
         for route in (route for router in included for route in router.routes):
             if isinstance(route, APIRoute) and route.include_in_schema:
                 for method in route.methods or ():
-                    _complete(made["paths"][prefix + route.path_format][method.lower()], needs_of(route))
+                    path = prefix + route.path_format
+                    _complete(made["paths"][path][method.lower()], path, method, route)
     return made
 
 
-def _complete(operation: dict[str, Any], needs: Needs | None) -> None:
-    """Add to an operation its errors and what it asks of a key."""
+def _complete(operation: dict[str, Any], path: str, method: str, route: APIRoute) -> None:
+    """Add to an operation what FastAPI cannot know: its errors, its key, and what the frame or the handler itself reads."""
+    needs = needs_of(route)
+    operation["operationId"] = f"{operation['tags'][0]}_{route.name}"
+    parameters = operation.setdefault("parameters", [])
+    if path.startswith(("/openai/", "/subscriptions/")):
+        parameters.append(_API_VERSION)
+    told = dict(ERRORS)
+    if method == "POST":
+        if path in BODIES:
+            operation.setdefault("requestBody", BODIES[path])
+        if path in IDEMPOTENT:
+            parameters.append(_IDEMPOTENCY)
+            told["422"] = REUSED
+    dropped = set() if method in ("POST", "PUT") else set(WITH_BODY)
+    if needs is None:
+        dropped |= {"401", "403", "404", "429"}
+    else:
+        operation["security"] = [{"bearer": []}, {"api-key": []}]
+        operation["x-scope"] = needs.scope
     answers = operation["responses"]
     if "HTTPValidationError" in str(answers.get("422")):
         del answers["422"]
-    told = ERRORS if needs is not None else {status: ERRORS[status] for status in ("400", "408", "413", "415", "500", "503")}
     for status, description in told.items():
-        answers.setdefault(
-            status,
-            {"description": description, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}},
-        )
+        if status not in dropped:
+            schema = {"schema": {"$ref": "#/components/schemas/Error"}}
+            answers.setdefault(status, {"description": description, "content": {"application/json": schema}})
     operation["responses"] = dict(sorted(answers.items()))
-    if needs is not None:
-        operation["security"] = [{"bearer": []}, {"api-key": []}]
-        operation["x-scope"] = needs.scope

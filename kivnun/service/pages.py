@@ -1,4 +1,4 @@
-"""The web pages: the files of `kivnun/web`, each under an address of its own, with headers that let the pages do what they need alone.
+"""The web pages: the files of `kivnun/web`, each under an address of its own, with headers that let them do what they need alone.
 
 They are read when the application is made. No path of a request ever reaches the disk, and whatever is not one of them is the API's
 to answer. Next: `kivnun/web/js/main.js`.

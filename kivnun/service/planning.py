@@ -10,17 +10,18 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 
 from kivnun.data.template import load_tokenizer
-from kivnun.data.tokens import RowTokenizer
+from kivnun.data.tokens import RowTokenizer, make_drafts
 from kivnun.errors import BaseModelError, DataError, IntegrityError, SpecError
 from kivnun.jobs.config import BaseEntry, ServiceConfig
+from kivnun.jobs.toy import ToySpec
 from kivnun.jobs.tuning import Job
 from kivnun.plan.bases import BaseFiles, base_files
 from kivnun.plan.devices import Device, find_device, has_gpu, this_machine
@@ -29,7 +30,7 @@ from kivnun.plan.rows import LETTERS_A_TOKEN, RunRows
 from kivnun.plan.time import machine_speed
 from kivnun.plan.verdict import Plan, Question
 from kivnun.service import hyperparameters
-from kivnun.service.estimating import TOY_BYTES, TOY_LONGEST, EstimatingTokenizer
+from kivnun.service.estimating import EstimatingTokenizer, ToyRows
 from kivnun.service.examples_report import Examples, Reader
 from kivnun.service.hyperparameters import Hyperparameters
 from kivnun.spec import parse_spec, resolve
@@ -40,7 +41,8 @@ TRAINING, VALIDATION, START = "training.jsonl", "validation.jsonl", "start"
 FEWEST_EXAMPLES = 10
 SAVED_EVERY_S = 30.0
 CHECKPOINTS_SHOWN = 3
-TOY_TOKENS_A_SECOND = 100_000
+TOY_STEP_S = 0.001
+TOY_LONGEST = 1 << 20
 WANTED = {"supervised": "conversations (messages) or prompts with completions", "dpo": "preferences"}
 
 
@@ -94,7 +96,8 @@ def outlook(job: Job, config: ServiceConfig, folder: Path, report: TextIO, machi
     validation = folder / VALIDATION if job.validation_file is not None else None
     try:
         files = None if entry.trainer == "toy" else base_files(config.model_of(job.base), entry.revision)
-        reader = _reader(job, entry, files)
+        read = [folder / TRAINING, *([] if validation is None else [validation])]
+        reader = _toy_reader(job, entry, read) if files is None else _reader(job, entry, files)
         examples = reader.read(folder / TRAINING, validation, report)
     except DataError as error:
         raise JobRefused("invalid_training_file", error.message, "training_file") from None
@@ -130,14 +133,19 @@ def device_here() -> Device:
     return find_device("cuda") if has_gpu() else this_machine()
 
 
-def _reader(job: Job, entry: BaseEntry, files: BaseFiles | None) -> Reader:
-    truncate = job.extensions.get("x_over_long") == "truncate"
-    if files is None:
-        return Reader(EstimatingTokenizer(TOY_BYTES), entry.max_seq_len or TOY_LONGEST, truncate)
+def _reader(job: Job, entry: BaseEntry, files: BaseFiles) -> Reader:
     longest = min(entry.max_seq_len or longest_of(files), longest_of(files))
     tokenizer = _tokenizer(files)
-    counted = tokenizer is not None
-    return Reader(tokenizer or EstimatingTokenizer(LETTERS_A_TOKEN), longest, truncate, counted)
+    used = tokenizer or EstimatingTokenizer(LETTERS_A_TOKEN)
+    return Reader(lambda record: make_drafts(record, used), longest, _truncates(job), tokenizer is not None)
+
+
+def _toy_reader(job: Job, entry: BaseEntry, read: Sequence[Path]) -> Reader:
+    return Reader(ToyRows.of(read).drafts, entry.max_seq_len or TOY_LONGEST, _truncates(job))
+
+
+def _truncates(job: Job) -> bool:
+    return job.extensions.get("x_over_long") == "truncate"
 
 
 def _tokenizer(files: BaseFiles) -> RowTokenizer | None:
@@ -209,24 +217,11 @@ def _scaled(examples: Examples, whole: float) -> Examples:
 
 def _toy(job: Job, examples: Examples, rows: RunRows) -> Outlook:
     found = hyperparameters.resolve(job.method["type"], _asked(job), examples.examples, None)
-    steps = found.n_epochs * math.ceil(len(rows.lengths) / found.batch_size)
+    count = len(rows.lengths)
+    spec = ToySpec(seed=job.seed, epochs=found.n_epochs, batch_rows=found.batch_size, rows=count)
     assert rows.trained_tokens is not None
-    tokens = found.n_epochs * rows.trained_tokens
-    tree = {
-        "version": 1,
-        "toy": True,
-        "method": job.method["type"],
-        "seed": job.seed,
-        "epochs": found.n_epochs,
-        "batch_rows": found.batch_size,
-        "learning_rate": found.learning_rate,
-        "rows": len(rows.lengths),
-        "tokens": rows.trained_tokens,  # trained in one epoch
-        "steps": steps,
-        "validation_rows": len(rows.held_out),
-        "start": job.model != job.base and _continues(job),
-    }
-    return Outlook(found, examples, write_yaml(tree), steps, tokens, tokens / TOY_TOKENS_A_SECOND, None, rows.counted)
+    steps, tokens = spec.steps_of(count), found.n_epochs * rows.trained_tokens
+    return Outlook(found, examples, spec.to_yaml(), steps, tokens, steps * TOY_STEP_S, None, rows.counted)
 
 
 def _planned(
@@ -245,6 +240,7 @@ def _planned(
         first = hyperparameters.resolve(job.method["type"], _asked(job), examples.examples, None)
         question = question_with(_read(_tree(job, entry, model, first, examples, reader), folder), device_here(), files, rows)
         found = hyperparameters.resolve(job.method["type"], _asked(job), examples.examples, question.facts.base_parameters)
+        _check_targets(job, question)
         tree = _tree(job, entry, model, found, examples, reader)
         plan = make_plan(machine(replace(question, spec=_read(tree, folder))))
     except SpecError as error:
@@ -255,6 +251,18 @@ def _planned(
     assert rows.trained_tokens is not None
     tokens = found.n_epochs * rows.trained_tokens
     return Outlook(found, examples, write_yaml(tree), plan.steps.count, tokens, seconds, plan, rows.counted)
+
+
+def _check_targets(job: Job, question: Question) -> None:
+    """Raise JobRefused for a module that the base has not, where its layers are known."""
+    wanted = (job.extensions.get("x_lora") or {}).get("targets")
+    if question.sizes is None or not isinstance(wanted, list):
+        return
+    linears = question.sizes.linears
+    for name in cast("list[str]", wanted):
+        if not any(linear == name or linear.endswith(f".{name}") for linear in linears):
+            known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in linears))
+            raise JobRefused("invalid_value", f"x_lora.targets names {name!r}, and {job.base} has {known}", "x_lora.targets")
 
 
 def _read(tree: Mapping[str, object], folder: Path) -> Any:

@@ -1,8 +1,8 @@
 """An upload's body, written to disk while it arrives: memory holds one piece of it whatever its size.
 
 The form is read by python-multipart's callbacks; the one part that is a file goes to a file of the scratch folder and is hashed on
-the way. Whatever ends early (a limit, a full disk, a client that is gone) leaves nothing there. Next: `api/files.py`, `naming` of
-files in `filenames.py`.
+the way. Whatever ends early (a limit, a full disk, a client that is gone or silent) leaves nothing there. Next: `api/files.py`,
+`filenames.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from kivnun.jobs.files import Storage
 from kivnun.service.errors import ApiError, bad_request
 
 PIECE_BYTES = 1 << 20
-SILENCE_S = 60.0  # a client that sends nothing for so long is gone
 FRAME_BYTES = 64 << 10  # of a body beside its file: fields, boundaries, headers
 MAX_FIELD_BYTES = 4096
 MAX_PARTS = 16
@@ -127,10 +126,7 @@ async def _feed(request: Request, form: Form, boundary: bytes) -> None:
     stream = request.stream()
     while True:
         try:
-            async with asyncio.timeout(SILENCE_S):
-                piece = await anext(stream, None)
-        except TimeoutError:
-            raise ApiError(408, f"nothing arrived for {SILENCE_S:.0f} s", code="upload_timeout") from None
+            piece = await anext(stream, None)
         except ClientDisconnect:
             raise ApiError(400, "the upload broke off", code="upload_aborted") from None
         if piece is not None:
@@ -270,3 +266,14 @@ def _no_room(message: str) -> ApiError:
 def _disk_full() -> ApiError:
     message = "the server's disk has no room for this; tell its operator"
     return ApiError(507, message, code="insufficient_storage", type="server_error", headers={"x-should-retry": "false"})
+
+
+def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    """Return what a route adds to the API's description: the framework does not see a form that is read while it arrives."""
+    schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+BINARY = {"type": "string", "format": "binary"}
+KEY_REUSED = "The Idempotency-Key was used with another body."
+NO_ROOM = "The server's disk has no room."

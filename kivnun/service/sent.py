@@ -6,16 +6,18 @@ A handler takes `Received` in its signature, and hands `sent` to `kivnun.jobs.re
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from starlette.requests import Request
 
-from kivnun.jobs.retries import Sent, body_hash
+from kivnun.jobs.retries import KeyReused, Sent, body_hash
 from kivnun.service.context import Shared
 from kivnun.service.errors import ApiError, bad_request
 
+T = TypeVar("T")
 MAX_KEY_LETTERS = 255
 
 
@@ -48,15 +50,29 @@ async def received(request: Request, service: Shared) -> Arrived:
         body += piece
         if len(body) > most:
             raise ApiError(413, f"the body is larger than {most:,} bytes", code="request_too_large")
+    return Arrived(bytes(body), sent_as(request, body_hash(bytes(body))))
+
+
+def sent_as(request: Request, digest: str) -> Sent:
+    """Return how a create came whose body has this SHA-256, or what it says where two equal wishes differ in bytes (a form's
+    boundary). Raises ApiError where the key is no key."""
     key = request.headers.get("idempotency-key") or None
     if key is not None and (len(key) > MAX_KEY_LETTERS or not (key.isascii() and key.isprintable())):
         raise bad_request(f"Idempotency-Key must be 1 to {MAX_KEY_LETTERS} printable ASCII characters", "Idempotency-Key")
     count = request.headers.get("x-stainless-retry-count", "0")
     retries = int(count) if count.isascii() and count.isdigit() and len(count) < 6 else 0
-    return Arrived(bytes(body), Sent(key, body_hash(bytes(body)), retries))
+    return Sent(key, digest, retries)
 
 
 Received = Annotated[Arrived, Depends(received)]
+
+
+def once(create: Callable[[], T]) -> T:
+    """Return what a create made or found. Raises ApiError for a key that came before with another body."""
+    try:
+        return create()
+    except KeyReused:
+        raise key_reused() from None
 
 
 def key_reused() -> ApiError:

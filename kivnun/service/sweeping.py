@@ -8,9 +8,8 @@ writer nor a clock that jumps loses anything. Next: `jobs/blobs.py`.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import sqlalchemy as sa
@@ -20,6 +19,7 @@ from kivnun.jobs.database import Transaction
 from kivnun.jobs.schema import files as files_table
 from kivnun.jobs.schema import jobs, models, snapshots, upload_parts
 from kivnun.jobs.schema import uploads as uploads_table
+from kivnun.jobs.snapshots import read_manifest
 from kivnun.jobs.states import TERMINAL
 from kivnun.service.context import Service
 
@@ -111,12 +111,8 @@ class Sweep:
         seen_manifests |= manifests
         for name in manifests:
             if name not in self._manifests:
-                self._manifests[name] = frozenset(self._inside(name))
+                self._manifests[name] = frozenset(entry.blob for entry in read_manifest(self._service.blobs, name))
         return direct | manifests | {blob for name in manifests for blob in self._manifests[name]}
-
-    def _inside(self, manifest: str) -> Iterator[str]:
-        for entry in json.loads(b"".join(self._service.blobs.read(manifest)))["files"]:
-            yield entry["blob"]
 
 
 def _blobs_of(tx: Transaction, tenant: str) -> Iterable[str]:

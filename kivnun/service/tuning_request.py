@@ -82,7 +82,17 @@ Multiplier = Annotated[
 Beta = Annotated[
     float | Auto, BeforeValidator(_auto_or_number(2)), _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 2})
 ]
-Targets = Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
+_NAMES = Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
+
+
+def _targets(value: object) -> object:
+    names = cast("list[object]", value) if isinstance(value, list) else None
+    if value is None or value == "all-linear" or (names and all(isinstance(name, str) and 0 < len(name) <= 128 for name in names)):
+        return value
+    raise _broken('"all-linear" or a list of names of modules', value)
+
+
+Targets = Annotated[Literal["all-linear"] | _NAMES | None, BeforeValidator(_targets)]
 
 
 class SupervisedHyperparameters(_Part):
@@ -114,7 +124,7 @@ class Lora(_Part):
 
     rank: Annotated[int, Field(ge=1, le=512)] | None = None
     alpha: Annotated[float, Field(gt=0, le=4096, strict=False)] | None = None
-    targets: Literal["all-linear"] | Targets | None = None
+    targets: Targets = None
 
 
 Text = Annotated[str, Field(min_length=1, max_length=256)]
@@ -127,7 +137,7 @@ class CreateJob(_Part):
     training_file: Text
     validation_file: Text | None = None
     method: Method | None = None
-    hyperparameters: Annotated[SupervisedHyperparameters | None, Field(deprecated=True)] = None
+    hyperparameters: SupervisedHyperparameters | None = Field(default=None, json_schema_extra={"deprecated": True})
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     metadata: dict[str, str] | None = None

@@ -61,6 +61,11 @@ class ValidateJobs:
         job = self.service.db.read(tuning.to_validate)
         if job is None:
             return False
+        self.validate(job)
+        return True
+
+    def validate(self, job: Job) -> None:
+        """Move a job to the queue, or end it with what is wrong with it."""
         with self._folder() as folder:
             try:
                 self._validate(job, folder)
@@ -76,7 +81,6 @@ class ValidateJobs:
                 told = {"action": "validation_failed", "job": job.id, "error": type(error).__name__}
                 logger.error("a job could not be validated: %s\n%s", type(error).__name__, where, extra=told)
                 self._fail(job, JobRefused("internal_error", "the job could not be validated; the server's log says why"), folder)
-        return True
 
     def _validate(self, job: Job, folder: Path) -> None:
         sources = self.service.db.read(lambda tx: _sources(tx, job))

@@ -19,7 +19,7 @@ from kivnun.data.packing import PackedBatch, micro_batches, pack
 from kivnun.data.rows import Trainable
 from kivnun.model.generate import OnToken, SamplingParams
 from kivnun.model.load import Base
-from kivnun.train.engine import StepResult, TorchEngine, Trainee
+from kivnun.train.engine import StepResult, TorchEngine, Trainee, share_of
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.passes import PassTooLarge, is_short_of_memory
@@ -104,7 +104,8 @@ class DataParallelTrainee:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
-        return self._whole.optim_step(learning_rate)
+        hits, tokens = (self._processes.total(count) for count in self._whole.hits)
+        return replace(self._whole.optim_step(learning_rate), accuracy=share_of(hits, tokens))
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
         """Return the new token ids of each prompt, written with this trainee's weights."""

@@ -35,10 +35,12 @@ from kivnun.train.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What an update was: the gradient's norm before clipping, and the factor it was scaled by (1.0: not clipped)."""
+    """What an update was: the gradient's norm before clipping, the factor it was scaled by (1.0: not clipped), and for which share
+    of the tokens with weight no other was likelier (nan: not measured)."""
 
     grad_norm: float
     clip_factor: float
+    accuracy: float = math.nan
 
 
 class FixedModel:
@@ -88,6 +90,7 @@ class Trainee:
         self._parameters = weights.parameters()
         self._optimizer: Optimizer = build_optimizer(self._parameters, optimizer, _not_matrices(base), weights.rate_shares())
         self._rows_of_step: list[Where] = []
+        self.hits: tuple[int, int] = (0, 0)  # of this step's tokens with weight: those that no other was likelier than, and all
         self.steps = 0
 
     @property
@@ -124,10 +127,13 @@ class Trainee:
             self.weights.draw_dropout(self.steps + 1, *token_places(self._base, batch))
             try:
                 head = self._base.language_head(self.weights.head_parameters())
-                surrogate, loss, nll_S = loss_of(head, hidden(self._base, batch), batch, self.objective, total_weight)
+                h_SD = hidden(self._base, batch)
+                likeliest_S = torch.zeros(len(h_SD), dtype=torch.bool, device=h_SD.device)
+                surrogate, loss, nll_S = loss_of(head, h_SD, batch, self.objective, total_weight, likeliest_S)
                 share = float(loss)
                 self._refuse_non_finite(batch, share, nll_S)
                 surrogate.backward()
+                self._count_hits(batch, likeliest_S)
             finally:
                 self.weights.stop_dropout()
         self.weights.collect_gradients()
@@ -153,9 +159,10 @@ class Trainee:
         self._optimizer.step(learning_rate)
         self.weights.after_update(self.steps + 1)
         self.weights.publish()
+        accuracy = share_of(*self.hits)
         self._clear()
         self.steps += 1
-        return StepResult(norm, factor)
+        return StepResult(norm, factor, accuracy)
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_token: OnToken | None = None) -> list[list[int]]:
         """Return the new token ids of each prompt, written with this trainee's weights."""
@@ -194,6 +201,12 @@ class Trainee:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._rows_of_step.clear()
+        self.hits = (0, 0)
+
+    def _count_hits(self, batch: PackedBatch, likeliest_S: Tensor) -> None:
+        weighted_S = batch.weights_S != 0
+        hits = np.count_nonzero(likeliest_S.cpu().numpy() & weighted_S)
+        self.hits = (self.hits[0] + int(hits), self.hits[1] + int(np.count_nonzero(weighted_S)))
 
     def _refuse_non_finite(self, batch: PackedBatch, share: float, nll_S: Tensor) -> None:
         if np.isfinite(share):
@@ -231,13 +244,18 @@ class TorchEngine:
 
 
 def loss_of(
-    head: Head, h_SD: Tensor, batch: PackedBatch, objective: Objective, total_weight: float
+    head: Head, h_SD: Tensor, batch: PackedBatch, objective: Objective, total_weight: float, likeliest_S: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what to take the gradient of, the pack's share of the loss (detached), and the NLL of each position [S]."""
+    """Return what to take the gradient of, the pack's share of the loss (detached), and the NLL of each position [S].
+    `likeliest_S`: see `weighted_nll`."""
     targets_S = torch.from_numpy(batch.targets_S).to(h_SD.device)
     weights_S, loss = objective.token_weights(batch, total_weight, lambda: token_log_probs(head, h_SD.detach(), targets_S))
-    surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S)
+    surrogate, nll_S = weighted_nll(head, h_SD, targets_S, weights_S, likeliest_S)
     return surrogate, surrogate.detach() if loss is None else loss, nll_S
+
+
+def share_of(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def broken_rows(batch: PackedBatch, nll_S: Tensor) -> list[Where]:

@@ -81,6 +81,7 @@ def fit(
                 trained_tokens=sum(map(trained_tokens, items)),
                 computed_tokens=computed.computed_tokens,
                 seconds=time.monotonic() - began,
+                accuracy=update.accuracy,
             )
         )
         last, epoch_ended = step == schedule.steps, work.ends_epoch

@@ -30,6 +30,7 @@ from kivnun.serve.listening import Answerer, listening
 
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path, which the system limits to 107
 STOP_LOOK_S = 0.05
+DRAIN_S = 15.0
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +71,18 @@ def _toy_adapter(folder: Path) -> tuple[Path, int]:
 
 async def _serve(place: Place, db: Database, answerer: Answerer, worker: str, stop: threading.Event, listen: str | None) -> None:
     secret = secrets.token_urlsafe(32)
-    async with listening(answerer, listen or _socket(place.data, worker), secret) as address:
-        await asyncio.to_thread(_register, place.data, db, worker, answerer.base, address, secret)
+    async with listening(answerer, listen or _socket(place.data, worker), secret) as door:
+        await asyncio.to_thread(_register, place.data, db, worker, answerer.base, door.address, secret)
         logger.info("answering for %s", answerer.base, extra={"action": "answerer_ready", "answerer": worker})
         try:
             while not stop.is_set():
                 await asyncio.sleep(STOP_LOOK_S)
         finally:
-            db.write("answerer ends", lambda tx: _forget(tx, worker))
+            await asyncio.to_thread(db.write, "answerer ends", lambda tx: _forget(tx, worker))
+        for _ in range(int(DRAIN_S / STOP_LOOK_S)):  # what has begun may end; nobody finds the way here any more
+            if not door.answering:
+                return
+            await asyncio.sleep(STOP_LOOK_S)
 
 
 def _socket(data: Path, worker: str) -> str:

@@ -6,6 +6,7 @@ keeps blobs, and looks for commands with each look at the record. Next: `relay.p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import shutil
@@ -19,7 +20,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from kivnun.artifacts import make_folder
-from kivnun.errors import IntegrityError, StorageError
+from kivnun.errors import IntegrityError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import Price, ServiceConfig
@@ -182,19 +183,31 @@ class OneJob:
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
-        relay = Relay(self._run / RECORD, told, messages)
+        """Run trainers until the job has ended or is let go of."""
         self._start()
+        while not self._followed(self._relay()):
+            pass
+
+    def _relay(self) -> Relay:
+        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
+        return Relay(self._run / RECORD, told, messages)
+
+    def _followed(self, relay: Relay) -> bool:
+        """Follow the run's record to the job's end; return False where the run was started over, with another record."""
         while True:
             trainer = self._living()
             ended = trainer.ended.wait(self._shared.look_s)
             status = self._look(relay)
             if status not in ACTIVE:
                 self._end_early(status)
-                return
+                return True
             if ended:
-                if self._after(relay, trainer.outcome(), status):
-                    return
+                outcome = trainer.outcome()
+                if outcome.code == RunFolderError.code and self._saved_step > 0:
+                    self._start_over(outcome)
+                    return False
+                if self._after(relay, outcome, status):
+                    return True
                 continue
             self._ask_to_stop_where_due(trainer, status)
 
@@ -238,8 +251,11 @@ class OneJob:
 
     def _commit(self, relay: Relay, saved: Saved, newest: bool) -> Status:
         """Keep a checkpoint of the run: its blobs, then its row. One that the run has replaced meanwhile is passed over."""
-        exposed = self._exposed(relay, saved.step)
-        snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
+        exposed, snapshot = None, None
+        with contextlib.suppress(FileNotFoundError):
+            exposed = self._exposed(relay, saved.step)
+        with contextlib.suppress(FileNotFoundError):
+            snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
         if exposed is None and snapshot is None:
             return "running"
         self._saved_step = saved.step if snapshot else self._saved_step
@@ -250,8 +266,8 @@ class OneJob:
 
     def _snapshot(self, saved: Saved) -> Snapshot | None:
         """Put what a run needs to go on from a checkpoint into the store."""
-        name = f"step-{saved.step:06d}"
-        wanted = {f"checkpoints/{name}/{path}": file for path, file in snapshots.files_in(self._run / "checkpoints" / name)}
+        checkpoint = self._run / "checkpoints" / f"step-{saved.step:06d}"
+        wanted = {file.relative_to(self._run).as_posix(): file for _, file in snapshots.files_in(checkpoint)}
         for place in ("spec.yaml", "resolved.yaml", "start.json", "evaluation/base.json", "reference.npz"):
             if (self._run / place).is_file():
                 wanted[place] = self._run / place
@@ -259,28 +275,26 @@ class OneJob:
         with (self._run / RECORD).open("rb") as file:
             record.write_bytes(file.read(saved.length))
         wanted[RECORD] = record
-        try:
-            manifest, _ = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
-        except FileNotFoundError:  # replaced by a newer checkpoint, which is told next
-            return None
-        return Snapshot(saved.step, manifest)
+        manifest, _ = self._keep(wanted)
+        return Snapshot(saved.step, manifest) if checkpoint.is_dir() else None  # else what was listed may be a part
 
     def _exposed(self, relay: Relay, step: int) -> Adapter | None:
         """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
         name = f"step-{step:06d}"
         places = [self._run / "exposed" / name, *([] if self._shared.stop.is_set() else [self._run / "stopped" / name])]
-        for folder in places:
-            if folder.is_dir():
-                try:
-                    return self._keep_adapter(relay, folder, step)
-                except FileNotFoundError:
-                    return None
-        return None
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            return None
+        adapter = self._keep_adapter(relay, folder, step)
+        return adapter if folder.is_dir() else None
 
     def _keep_adapter(self, relay: Relay, folder: Path, step: int) -> Adapter:
         wanted = dict(snapshots.files_in(folder, without=CARD))
-        manifest, entries = self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        manifest, entries = self._keep(wanted)
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
+
+    def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
+        return self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
@@ -307,6 +321,15 @@ class OneJob:
             self._start()
             return False
         return self._crashed()
+
+    def _start_over(self, outcome: Outcome) -> None:
+        """Begin a job from its first step that was begun where numbers are computed otherwise: an upgrade, another machine."""
+        log.warning("a job starts over: %s", outcome.message, extra={"action": "start over", "job": self._job.id})
+        now, new_id = self._shared.clock(), self._shared.new_id
+        self._write("start over", lambda tx: running.start_over(tx, self.lease, self._job.id, now, new_id))
+        shutil.rmtree(self._run)
+        self._saved_step = 0
+        self._start()
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""

@@ -48,10 +48,12 @@ def work(
     look_s: float = LOOK_S,
     drain_s: float = DRAIN_S,
     until_idle: bool = False,
+    trainers: Trainers | None = None,
 ) -> None:
     """Work on jobs until `stop` is set, `concurrency` at once; then save what runs, hand it back to the queue and return.
 
-    `clock` gives seconds since 1970, `monotonic` never goes back. `until_idle` returns once nothing is left to do."""
+    `clock` gives seconds since 1970, `monotonic` never goes back. `until_idle` returns once nothing is left to do. `trainers` are
+    those of a process that works here more than once; they are left open."""
     config = place.service_config()
     shared = Shared(
         db=place.database(watch),
@@ -66,11 +68,13 @@ def work(
         look_s=look_s,
         drain_s=drain_s,
     )
-    trainers = Trainers(loads_torch=any(base.trainer == "pipeline" for base in config.bases.values()))
+    loads_torch = any(base.trainer == "pipeline" for base in config.bases.values())
+    own = trainers or Trainers(loads_torch=loads_torch)
     try:
-        _Worker(shared, trainers, Watcher(monotonic, term_s), concurrency, beat_s).run(until_idle)
+        _Worker(shared, own, Watcher(monotonic, term_s), concurrency, beat_s).run(until_idle)
     finally:
-        trainers.close()
+        if trainers is None:
+            own.close()
         shared.db.close()
 
 

@@ -13,8 +13,9 @@ import pytest
 import sqlalchemy as sa
 
 from answer_parts import add_model, place_with, registered, until, worker, worker_process
+from kivnun.jobs.config import Limits
 from kivnun.jobs.place import Place
-from kivnun.jobs.schema import deployments
+from kivnun.jobs.schema import deployments, usage
 from kivnun.serve.toy import ToyTokens, toy_answer
 from service_parts import KEY, OTHER_KEY, api, service_at
 
@@ -40,7 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def url(place: Place) -> Iterator[str]:
-    with worker(place, "toy"), api(service_at(place, place.service_config())) as address:
+    with pytest.MonkeyPatch.context() as patched, worker(place, "toy"), api(service_at(place, place.service_config())) as address:
+        patched.setattr("kivnun.service.answering.PATIENCE_S", 0.3)
         yield address
 
 
@@ -278,6 +280,37 @@ def test_a_client_that_leaves_frees_its_place_at_the_worker(
             with pytest.raises(openai.APITimeoutError):
                 ask(client, "slow", timeout=0.5)
         until(lambda: made[0].answering == 0, 2)  # the whole would take fourteen seconds
+
+
+def test_what_was_asked_and_answered_is_written_down(place: Place, client: openai.OpenAI) -> None:
+    db = place.database()
+
+    def used() -> dict[tuple[str, str], int]:
+        rows = db.read(lambda tx: list(tx.execute(sa.select(usage.c.kind, usage.c.model, usage.c.tokens))))
+        return {(row.kind, row.model): row.tokens for row in rows}
+
+    before, model = used(), "ft:toy:kivnun:two:abcdefgh"
+    whole = ask(client, model).usage
+    list(ask(client, model, stream=True))
+    with pytest.raises(openai.BadRequestError):
+        ask(client, model, n=0)
+    after = used()
+    db.close()
+    assert after["prompt", model] - before.get(("prompt", model), 0) == 2 * whole.prompt_tokens
+    assert after["completion", model] - before.get(("completion", model), 0) == 2 * whole.completion_tokens
+
+
+def test_a_tenant_that_has_used_up_its_minute_is_told_so(place: Place, url: str) -> None:
+    service = service_at(
+        place, place.service_config().model_copy(update={"limits": Limits(tokens_per_minute=400, answers_at_once=1)})
+    )
+    with api(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        for _ in range(3):
+            ask(client, max_tokens=100)  # what was charged and not used is given back
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(client, max_tokens=390)
+        assert caught.value.code == "rate_limit_exceeded"
+        assert ask(client, max_tokens=20).choices
 
 
 def test_many_tenants_and_models_at_once_get_their_own_answers(place: Place, client: openai.OpenAI) -> None:

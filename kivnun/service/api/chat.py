@@ -66,7 +66,7 @@ async def _answer(
     if answer is None:
         return _nobody()
     if answer.head.question.stream:
-        return EventStream(_events(answer, dialect_of(request)), answer.cancel)
+        return EventStream(_events(answer, dialect_of(request)), answer.leave)
     found = await _unless_gone(request, asyncio.create_task(answer.whole()))
     return _nobody() if found is None else JSONResponse(found)
 

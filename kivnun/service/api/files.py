@@ -17,9 +17,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from kivnun.jobs import files
+from kivnun.jobs import files, retries
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import JUDGED, PURPOSES, File
+from kivnun.jobs.retries import Sent, body_hash
 from kivnun.jobs.tenants import limits_of
 from kivnun.service.auth import DataOwner, Reader
 from kivnun.service.context import Service, Shared
@@ -28,16 +29,21 @@ from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.filenames import content_disposition, kept_name
 from kivnun.service.judging import AT_ONCE_BYTES, AT_ONCE_ROWS, judge
 from kivnun.service.receiving import (
+    BINARY,
     FRAME_BYTES,
+    KEY_REUSED,
+    NO_ROOM,
     Received,
     admit,
     check_disk,
     declared_bytes,
     disk_errors,
     drain,
+    form_schema,
     received,
     too_large,
 )
+from kivnun.service.sent import once, sent_as
 
 router = APIRouter()
 
@@ -48,7 +54,18 @@ RESULTS = "fine-tune-results"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-@router.post("/files")
+_FORM = form_schema(
+    {
+        "file": BINARY,
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+        ANCHOR: {"type": "string", "enum": ["created_at"]},
+        SECONDS: {"type": "integer", "minimum": MIN_LIFE_S, "maximum": MAX_LIFE_S},
+    },
+    ["file", "purpose"],
+)
+
+
+@router.post("/files", openapi_extra=_FORM, responses={422: {"description": KEY_REUSED}, 507: {"description": NO_ROOM}})
 async def upload(request: Request, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive a file in a multipart form (`file`, `purpose`, `expires_after`) and answer its object, judged if it is small."""
     limits, kept = await run_in_threadpool(
@@ -67,7 +84,9 @@ async def upload(request: Request, service: Shared, who: DataOwner) -> dict[str,
         life = life_of(form.fields.get(ANCHOR), form.fields.get(SECONDS))
         if "purpose" not in form.fields:
             raise ApiError(400, "purpose is missing", code="missing_required_parameter", param="purpose")
-        file = await run_in_threadpool(keep, service, who.tenant, form, form.fields["purpose"], kept_name(form.filename), life)
+        purpose, filename = form.fields["purpose"], kept_name(form.filename)
+        sent = sent_as(request, body_hash(json.dumps([form.digest, filename, purpose, life]).encode()))
+        file = await run_in_threadpool(_keep, service, who.tenant, form, purpose, filename, life, sent)
     return file_object(file)
 
 
@@ -114,11 +133,19 @@ def delete(file_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@router.get("/files/{file_id}/content")
+_BYTES = {"application/octet-stream": {"schema": BINARY}, "text/plain": {"schema": {"type": "string", "format": "byte"}}}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file; results in base64 unless encoding=raw.", "content": _BYTES},
+    206: {"description": "The range that was asked for.", "content": _BYTES},
+    416: {"description": "The range lies outside the file."},
+}
+
+
+@router.get("/files/{file_id}/content", response_class=StreamingResponse, responses=_CONTENT)
 def content(request: Request, file_id: str, service: Shared, who: Reader, encoding: Encoding | None = None) -> Response:
     """Stream a file, whole or a range of it; results in base64 where clients written for OpenAI expect it."""
     file = _found(service, file_id, who.tenant)
-    headers = {"content-disposition": content_disposition(file.filename), "x-content-type-options": "nosniff"}
+    headers = {"content-disposition": content_disposition(file.filename)}
     if encoding_of(file, encoding, service.config.results_encoding, dialect_of(request)) == "base64":
         headers["content-length"] = str(-(-file.bytes // 3) * 4)
         return StreamingResponse(_base64(_begun(service.blobs.read(file.blob))), headers=headers, media_type="text/plain")
@@ -139,7 +166,8 @@ def report(file_id: str, service: Shared, who: Reader) -> Response:
     if file.purpose not in JUDGED:
         raise bad_request(f"files for {file.purpose} are not judged; those for fine-tune and batch are", "file_id", "no_report")
     if file.report is None:
-        return JSONResponse({"file": file.id, "status": file.status, "format": None, "rows": None, "problems": [], "warnings": []})
+        nothing: dict[str, Any] = {"format": None, "rows": None, "problems": [], "problems_total": 0, "warnings": []}
+        return JSONResponse({"file": file.id, "status": file.status, **nothing})
     found = json.loads(b"".join(service.blobs.read(file.report)))
     return JSONResponse({**found, "file": file.id})
 
@@ -159,17 +187,24 @@ def file_object(file: File) -> dict[str, Any]:
     }
 
 
-def keep(service: Service, tenant: str, form: Received, purpose: str, filename: str, life: int | None) -> File:
-    """Judge what came if it is small, put it into the store, record it, and return its record."""
+def _keep(service: Service, tenant: str, form: Received, purpose: str, filename: str, life: int | None, sent: Sent) -> File:
+    """Judge what came if it is small, put it into the store and record it, unless this is an upload sent again."""
     now = service.clock()
     file = drafted(service, tenant, form, purpose, filename, None if life is None else now + life, now)
 
-    def work(tx: Transaction) -> None:
-        admit(limits_of(tx, tenant, service.config.limits), files.storage_of(tx, tenant), file.bytes)
-        files.add(tx, file)
+    def work(tx: Transaction) -> File | None:
+        def make() -> str:
+            admit(limits_of(tx, tenant, service.config.limits), files.storage_of(tx, tenant), file.bytes)
+            files.add(tx, file)
+            return file.id
 
-    service.db.write("add file", work)
-    return file
+        file_id, _ = retries.accept(tx, tenant, "/files", sent, now, service.new_id, make)
+        return files.find(tx, file_id, tenant)
+
+    kept = once(lambda: service.db.write("add file", work))
+    if kept is None:
+        raise bad_request("this upload was accepted before, and its file is deleted by now; send it as a new one", "file")
+    return kept
 
 
 def drafted(

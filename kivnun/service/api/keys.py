@@ -41,7 +41,7 @@ class KeyAsked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
-    scopes: list[Scope] = Field(min_length=1, max_length=8)
+    scopes: list[Scope] = Field(min_length=1, max_length=8, json_schema_extra={"uniqueItems": True})
     expires_in_s: Annotated[StrictInt, Field(ge=1, le=TEN_YEARS_S)] | None = None
     tenant: str | None = Field(default=None, max_length=64, description="Another's: for the operator alone.")
 

@@ -51,7 +51,8 @@ def page(request: Request, service: Shared, who: Reader, limit: Limit = 20, afte
     if after is not None and not _ID.fullmatch(after):
         return page_object([], False, _never)
     found, more = service.db.read(lambda tx: tuning.page(tx, who.tenant, limit, after, wanted))
-    return page_object(found, more, lambda job: _shown(service, job, dialect))
+    waiting = _waiting(service, [job for job in found if job.status == "queued"])
+    return page_object(found, more, lambda job: job_object(job, dialect, waiting.get(job.id)))
 
 
 @router.get("/fine_tuning/jobs/{job_id}")
@@ -153,18 +154,24 @@ def _found(tx: Transaction, job_id: str, who: Caller) -> Job:
 
 
 def _shown(service: Service, job: Job, dialect: Dialect) -> dict[str, Any]:
-    """Return a job's object; of a queued one, with its place in the queue."""
-    return job_object(job, dialect, _waiting(service, job) if job.status == "queued" else None)
+    return job_object(job, dialect, _waiting(service, [job] if job.status == "queued" else []).get(job.id))
 
 
-def _waiting(service: Service, job: Job) -> Waiting | None:
-    place = service.db.read(lambda tx: queue.position(tx, job.id, service.config.limits))
-    if place is None:
-        return None
-    # At the speed that was foretold of this job, on one worker.
-    pace = job.planned_seconds / job.planned_tokens if job.planned_seconds is not None and job.planned_tokens else None
-    start = None if pace is None else service.clock() + pace * place.tokens_ahead
-    return Waiting(place.position, place.tokens_ahead, start)
+def _waiting(service: Service, jobs: list[Job]) -> dict[str, Waiting]:
+    """Return where queued jobs stand, and when each may begin."""
+    if not jobs:
+        return {}
+    places = service.db.read(lambda tx: dict(queue.read_line(tx, service.config.limits).places()))
+    now, found = service.clock(), dict[str, Waiting]()
+    for job in jobs:
+        if job.id not in places:
+            continue
+        place = places[job.id]
+        # At the speed that was foretold of this job, on one worker.
+        pace = job.planned_seconds / job.planned_tokens if job.planned_seconds is not None and job.planned_tokens else None
+        start = None if pace is None else now + pace * place.tokens_ahead
+        found[job.id] = Waiting(place.position, place.tokens_ahead, start)
+    return found
 
 
 def _metadata(request: Request) -> dict[str, str] | None:

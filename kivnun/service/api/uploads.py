@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from kivnun.jobs import files, uploads
+from kivnun.jobs import files, retries, uploads
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import File
+from kivnun.jobs.retries import Sent, body_hash
 from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.uploads import LIFE_S, MAX_PART_BYTES, Part, Upload
 from kivnun.service.api.files import MAX_LIFE_S, MIN_LIFE_S, check_purpose, drafted, file_object
@@ -31,20 +32,26 @@ from kivnun.service.context import Service, Shared
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.filenames import kept_name
 from kivnun.service.receiving import (
+    BINARY,
     FRAME_BYTES,
+    KEY_REUSED,
+    NO_ROOM,
     Received,
     admit,
     check_disk,
     declared_bytes,
     disk_errors,
     drain,
+    form_schema,
     received,
     too_large,
 )
+from kivnun.service.sent import once, sent_as
 
 router = APIRouter()
 
 MAX_PARTS = 10_000
+_NO_ROOM: dict[int | str, dict[str, Any]] = {422: {"description": KEY_REUSED}, 507: {"description": NO_ROOM}}
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -61,7 +68,7 @@ class NewUpload(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     filename: Annotated[str, Field(min_length=1, max_length=8192)]
-    purpose: Name
+    purpose: Annotated[str, Field(max_length=100, json_schema_extra={"enum": list(files.PURPOSES)})]
     bytes: Annotated[int, Field(ge=1)]
     mime_type: Annotated[str, Field(max_length=256, pattern=r"^[\x20-\x7e]*$")]
     expires_after: ExpiresAfter | None = None
@@ -75,8 +82,9 @@ class Completion(BaseModel):
     md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
 
 
-@router.post("/uploads")
-def create(body: NewUpload, service: Shared, who: DataOwner) -> dict[str, Any]:
+@router.post("/uploads", responses={422: {"description": KEY_REUSED}})
+def create(request: Request, body: NewUpload, service: Shared, who: DataOwner) -> dict[str, Any]:
+    sent = sent_as(request, body_hash(body.model_dump_json().encode()))
     check_purpose(body.purpose)
     now = service.clock()
     upload = Upload(
@@ -91,19 +99,23 @@ def create(body: NewUpload, service: Shared, who: DataOwner) -> dict[str, Any]:
         file_expires_after=None if body.expires_after is None else body.expires_after.seconds,
     )
 
-    def work(tx: Transaction) -> None:
+    def make(tx: Transaction) -> str:
         limits = limits_of(tx, who.tenant, service.config.limits)
         if body.bytes > limits.upload_bytes:
             raise ApiError(413, f"an upload has {limits.upload_bytes:,} bytes at most, not {body.bytes:,}",
                            code="file_too_large", param="bytes")  # fmt: skip
         admit(limits, files.storage_of(tx, who.tenant), body.bytes)
         uploads.add(tx, upload)
+        return upload.id
 
-    service.db.write("create upload", work)
-    return upload_object(upload, None)
+    def work(tx: Transaction) -> Upload:
+        made, _ = retries.accept(tx, who.tenant, "/uploads", sent, now, service.new_id, lambda: make(tx))
+        return _found(tx, made, who.tenant)
+
+    return upload_object(once(lambda: service.db.write("create upload", work)), None)
 
 
-@router.post("/uploads/{upload_id}/parts")
+@router.post("/uploads/{upload_id}/parts", openapi_extra=form_schema({"data": BINARY}, ["data"]), responses=_NO_ROOM)
 async def add_part(request: Request, upload_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive one part in a multipart form (`data`)."""
     coming = declared_bytes(request) or 0
@@ -118,11 +130,11 @@ async def add_part(request: Request, upload_id: str, service: Shared, who: DataO
     async with received(request, "data", MAX_PART_BYTES, service.scratch, _no_field) as form:
         if not form.bytes:
             raise bad_request("the part is empty", "data")
-        part = await run_in_threadpool(_keep_part, service, upload_id, who.tenant, form)
+        part = await run_in_threadpool(_keep_part, service, upload_id, who.tenant, form, sent_as(request, form.digest))
     return {"id": part.id, "object": "upload.part", "created_at": int(part.created_at), "upload_id": upload_id}
 
 
-@router.post("/uploads/{upload_id}/complete")
+@router.post("/uploads/{upload_id}/complete", responses=_NO_ROOM)
 def complete(upload_id: str, body: Completion, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Put the parts together, in the order given, and answer the upload with its file."""
     now = service.clock()
@@ -216,18 +228,24 @@ def _check_room(tx: Transaction, service: Service, upload_id: str, tenant: str, 
         raise bad_request(f"an upload has {MAX_PARTS:,} parts at most; send larger ones", "data")
 
 
-def _keep_part(service: Service, upload_id: str, tenant: str, form: Received) -> Part:
+def _keep_part(service: Service, upload_id: str, tenant: str, form: Received, sent: Sent) -> Part:
     with disk_errors():
         blob = service.blobs.take(tenant, form.path, form.digest)
-    part = Part(service.new_id("part_"), upload_id, service.clock(), form.bytes, blob)
+    now = service.clock()
+    part = Part(service.new_id("part_"), upload_id, now, form.bytes, blob)
 
-    def work(tx: Transaction) -> None:
-        _check_open(_found(tx, upload_id, tenant), service.clock())
+    def make(tx: Transaction) -> str:
         _check_room(tx, service, upload_id, tenant, part.bytes)
         uploads.add_part(tx, part)
+        return part.id
 
-    service.db.write("add part", work)
-    return part
+    def work(tx: Transaction) -> Part:
+        _check_open(_found(tx, upload_id, tenant), now)
+        route = f"/uploads/{upload_id}/parts"
+        made, _ = retries.accept(tx, tenant, route, sent, now, service.new_id, lambda: make(tx))
+        return uploads.parts_of(tx, upload_id)[made]
+
+    return once(lambda: service.db.write("add part", work))
 
 
 def _ordered(parts: dict[str, Part], part_ids: Sequence[str], declared: int) -> list[Part]:
