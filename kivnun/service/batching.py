@@ -367,7 +367,7 @@ class RunBatches:
         if isinstance(answer, dict):
             run.pauses = 0
         else:
-            error = answer if isinstance(answer, ApiError) else _broken(answer)
+            error = answer if isinstance(answer, ApiError) else _as_refusal(answer)
             is_later = error.status in (408, 429, 503) and error.code != "insufficient_quota"
             asked.failures += not is_later
             if is_later or (error.status >= 500 and asked.failures < TRIES):
@@ -385,7 +385,10 @@ async def _settled_tasks() -> None:
         await asyncio.wait(others, timeout=CUT_OFF_S)
 
 
-def _broken(error: Exception) -> ApiError:
+def _as_refusal(error: Exception) -> ApiError:
+    """Return what a failure that is no answer comes to: "later" where the service was down, else its own fault."""
+    if isinstance(error, DatabaseDown | StoreDown | StaleLease):
+        return ApiError(503, error.message, code=error.code, type="server_error")
     told = {"action": "batch_line_failed"}
     logger.error("a line of a batch could not be answered: %s", type(error).__name__, extra=told)
     return ApiError(500, "the request failed; the server's log says why", code="internal_error", type="server_error")
