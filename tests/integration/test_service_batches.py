@@ -27,6 +27,7 @@ from kivnun.service import batching
 from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
+from kivnun.service.logs import JsonLines
 from service_parts import KEY, OTHER_KEY, api, place, service_at
 
 CHAT = "/v1/chat/completions"
@@ -416,7 +417,9 @@ def test_an_answer_of_later_is_waited_out_and_a_broken_line_is_refused_in_the_en
     assert done.status == "completed"
     (bad,) = lines_of(service, done.error_file_id)
     assert (bad["custom_id"], bad["response"]["status_code"]) == ("b", 500)
-    assert "CANARY" not in json.dumps(bad) + caplog.text
+    log = "".join(JsonLines().format(record) for record in caplog.records)
+    assert "batch_line_failed" in log
+    assert "CANARY" not in json.dumps(bad) + log
 
 
 def test_lines_at_once_are_bounded_for_a_tenant_and_in_all(
