@@ -3,7 +3,7 @@ takes screenshots with Chromium on the way.
 
     python scripts/service_pictures.py docs/pictures
 
-Writes service-NAME.png: what stands in PICTURES. The service, its data and its key are in a temporary folder. Takes two minutes.
+Writes service-NAME.png: what stands in PICTURES. The service, its data and its key are in a temporary folder. Takes two minutes on an idle machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PICTURES: dict[str, tuple[str, int, int, str]] = {
     "playground-phone": ("#/playground", 390, 1400, "dark"),
     "usage": ("#/keys", 1440, 1300, "light"),
 }
-ROWS = 960  # of which it has seen each once after 60 steps
+ROWS = 640  # of which it has seen each once after 40 steps
 QUESTION = "Write in Hebrew: November 20, 2032"
 
 
@@ -125,7 +125,7 @@ def write_rows(folder: Path) -> Rows:
 def tune(browser: Any, url: str, key: str, rows: Rows) -> dict[str, str]:
     """Go the way of a person from files to a tuned model; return the ids of what was made."""
     page = signed_in(browser, url, key, 1440, 1000, "light")
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(1_800_000)  # a busy machine trains slowly
     ids: dict[str, str] = {}
     for name in ("broken", "held_out", "good"):
         path: Path = getattr(rows, name)
