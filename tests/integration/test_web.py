@@ -105,7 +105,8 @@ def tab(browser, url: str) -> Iterator[Seen]:
 
 
 def opened(browser, width: int, theme: str) -> Seen:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce")
+    phone = {"is_mobile": width < 700, "has_touch": width < 700}
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce", **phone)
     context.set_default_timeout(WAIT_MS)
     seen = Seen(context.new_page())
     seen.page.on("console", lambda message: seen.said.append(message.text) if message.type in ("error", "warning") else None)

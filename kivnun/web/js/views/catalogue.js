@@ -71,7 +71,7 @@ function card(base, currency) {
   );
 }
 
-const METHODS = { supervised: "Supervised", dpo: "Preferences (DPO)" };
+const METHODS = { supervised: "Supervised", dpo: "DPO" };
 const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
 const price = (amount, currency) => [money(amount, currency), h("span", { class: "soft" }, " / M")];
 
