@@ -3,7 +3,8 @@ takes screenshots with Chromium on the way.
 
     python scripts/service_pictures.py docs/pictures
 
-Writes service-NAME.png: what stands in PICTURES. The service, its data and its key are in a temporary folder. Takes two minutes on an idle machine.
+Writes service-NAME.png: what stands in PICTURES. The service, its data and its key are in a temporary folder. Takes two minutes on
+an idle machine.
 """
 
 from __future__ import annotations

@@ -345,15 +345,11 @@ UNNAMED = """() => [...document.querySelectorAll('button, a, input, select, text
   e.checkVisibility() && !e.textContent.trim() && !e.ariaLabel && !e.labels?.length).map((e) => e.outerHTML)"""
 
 
-@pytest.mark.parametrize(
-    ("width", "theme"),
-    [
-        (360, "dark"),
-        (1440, "light"),
-        pytest.param(360, "light", marks=pytest.mark.slow),
-        pytest.param(1440, "dark", marks=pytest.mark.slow),
-    ],
-)
+SLOW = pytest.mark.slow
+SCREENS = [(360, "dark"), *(pytest.param(*screen, marks=SLOW) for screen in ((1440, "light"), (360, "light"), (1440, "dark")))]
+
+
+@pytest.mark.parametrize(("width", "theme"), SCREENS)
 def test_every_page_can_be_read_and_scrolls_one_way_alone(browser, url: str, width: int, theme: str, tmp_path: Path) -> None:
     seen = opened(browser, width, theme)
     page = seen.page
