@@ -1,0 +1,88 @@
+"""`kivnun serve` as real processes, killed with -9 and started again: OpenAI's and Azure's clients come to the same bits.
+
+Here jobs are toys, which take no time; `test_serve_slow.py` does the same with a model, a hundred kills and fifty tenants.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from service_process import ADMIN_KEY, Running, descendants, ended, lives, running, wait_until
+
+TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}}\n"
+CANARY = "CANARY-0815"
+
+
+def examples(folder: Path, rows: int = 12) -> Path:
+    path = folder / "examples.jsonl"
+    lines = (
+        {"messages": [{"role": "user", "content": f"{CANARY} {number}"}, {"role": "assistant", "content": f"{CANARY} {number}"}]}
+        for number in range(rows)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def create(client: OpenAI, file_id: str, epochs: int = 50, model: str = "toy", **more: Any) -> str:
+    numbers = {"n_epochs": epochs, "batch_size": 1}
+    method = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+    job = client.fine_tuning.jobs.create(model=model, training_file=file_id, seed=7, method=method, **more)  # type: ignore[arg-type]
+    assert job.status == "validating_files"
+    return job.id
+
+
+def adapter_of(client: OpenAI, model: str | None) -> str:
+    """Return the hash of the adapter that answers under a name."""
+    assert model is not None
+    asked = [{"role": "user", "content": CANARY}]
+    answer = client.chat.completions.create(model=model, messages=asked, max_tokens=4)  # type: ignore[arg-type]
+    return answer.to_dict()["x_adapter_hash"]  # type: ignore[return-value]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path, TOY) as found:
+        yield found
+
+
+def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_alone(service: Running, tmp_path: Path) -> None:
+    client = service.openai()
+    file_id = client.files.create(file=examples(tmp_path), purpose="fine-tune").id
+    undisturbed = ended(client, create(client, file_id))
+    assert undisturbed.status == "succeeded", undisturbed.error
+    expected = adapter_of(client, undisturbed.fine_tuned_model)
+
+    job_id = create(client, file_id)
+    service.kill()  # as soon as the create is answered
+    service.start()
+    client = service.openai()
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("running", "succeeded"), "it does not go on")
+    service.kill()  # within its steps, or just after
+    service.start()
+    azure = service.azure()
+    job = ended(azure, job_id)
+    assert job.status == "succeeded", job.error
+    assert adapter_of(azure, job.fine_tuned_model) == expected
+    assert job.trained_tokens == undisturbed.trained_tokens
+
+    events = [event.message for event in azure.fine_tuning.jobs.list_events(job_id, limit=100)]
+    assert len([text for text in events if text.startswith("New fine-tuned model created")]) == 1
+    steps = [text.split(":")[0] for text in events if text.startswith("Step ")]
+    assert steps == [f"Step {number}/600" for number in range(600, 0, -1)], "no step is told twice or left out"
+
+    assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
+    parts = descendants(service.process.pid)
+    assert service.stop() == 0
+    assert not any(map(lives, parts))
+    written = [service.log, *service.data.rglob("*.log")]
+    for path in written:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert CANARY not in text, path
+        assert ADMIN_KEY not in text, path
+    assert '"action": "request"' in service.log.read_text(encoding="utf-8")
