@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from kivnun.cli.main import run
 from service_process import ADMIN_KEY, Running, descendants, ended, lives, running, wait_until
 
 TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}}\n"
@@ -45,13 +46,51 @@ def adapter_of(client: OpenAI, model: str | None) -> str:
     return answer.to_dict()["x_adapter_hash"]  # type: ignore[return-value]
 
 
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, service: Running, job_id: str) -> None:
+    """Do by `kivnun jobs` and `kivnun keys` what they can, on a job that has succeeded."""
+    monkeypatch.setenv("KIVNUN_URL", service.url)
+    monkeypatch.setenv("KIVNUN_API_KEY", ADMIN_KEY)
+
+    def said(*words: str, status: int = 0) -> Any:
+        assert run([*words, "--json"]) == status, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert [job["id"] for job in said("jobs", "list", "--limit", "1")["jobs"]] == [job_id]
+    assert said("jobs", "show", job_id)["status"] == said("jobs", "watch", job_id)["status"] == "succeeded"
+    events = said("jobs", "events", job_id)["events"]
+    assert events[0]["message"] == f"Created fine-tuning job: {job_id}"
+    assert len(events) > 600
+    for kind in ("pause", "resume", "cancel"):
+        assert "the service answered 400" in said("jobs", kind, job_id, status=15)["error"]["message"]
+    assert "404" in said("jobs", "show", "ftjob-another", status=15)["error"]["message"]
+
+    made = said("keys", "create", "laptop", "--scope", "read", "--days", "1")
+    turned = said("keys", "rotate", made["id"])
+    listed = {key["id"]: key for key in said("keys", "list")["keys"]}
+    assert {made["id"], turned["id"]} < set(listed)
+    assert all("key" not in key for key in listed.values())
+    monkeypatch.setenv("KIVNUN_API_KEY", turned["key"])
+    assert said("jobs", "list")["jobs"]
+    assert "403" in said("keys", "create", "more", status=15)["error"]["message"]
+    monkeypatch.setenv("KIVNUN_API_KEY", ADMIN_KEY)
+    assert said("keys", "revoke", turned["id"])["revoked_at"] is not None
+    for words in (["jobs", "list"], ["jobs", "show", job_id], ["jobs", "events", job_id, "--limit", "3"], ["keys", "list"]):
+        assert run(words) == 0
+        out = capsys.readouterr().out
+        assert job_id in out or words[-1] == "3" or turned["id"] in out
+    monkeypatch.setenv("KIVNUN_API_KEY", turned["key"])
+    assert "401" in said("jobs", "list", status=15)["error"]["message"]
+
+
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Running]:
     with running(tmp_path, TOY) as found:
         yield found
 
 
-def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_alone(service: Running, tmp_path: Path) -> None:
+def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_alone(
+    service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = service.openai()
     file_id = client.files.create(file=examples(tmp_path), purpose="fine-tune").id
     undisturbed = ended(client, create(client, file_id))
@@ -76,6 +115,7 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     steps = [text.split(":")[0] for text in events if text.startswith("Step ")]
     assert steps == [f"Step {number}/600" for number in range(600, 0, -1)], "no step is told twice or left out"
 
+    command(capsys, monkeypatch, service, job_id)
     assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
     parts = descendants(service.process.pid)
     assert service.stop() == 0
