@@ -96,7 +96,7 @@ class Database:
 
 
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_S})
+    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_S})
 
     @event.listens_for(engine, "connect")
     def _opened(connection: Any, _record: Any) -> None:
@@ -118,6 +118,7 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
     return sa.create_engine(
         url,
         isolation_level="SERIALIZABLE",
+        hide_parameters=True,  # an error's text is logged, and rows hold what tenants say
         pool_size=8,
         max_overflow=8,
         pool_pre_ping=True,

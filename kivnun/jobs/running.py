@@ -156,9 +156,11 @@ def tell(
 
 
 def metrics_told(tx: Transaction, job_id: str) -> dict[int, dict[str, Any]]:
-    """Return what was told of each step."""
+    """Return what was told of each step up to `jobs.step`, of one told again after a job was started over the last."""
     query = sa.select(job_events.c.data).where(job_events.c.job == job_id, job_events.c.type == "metrics")
-    return {data["step"]: data for data in tx.execute(query.order_by(job_events.c.number)).scalars() if "step" in data}
+    told = tx.execute(query.order_by(job_events.c.number)).scalars()
+    last = tx.execute(sa.select(jobs.c.step).where(jobs.c.id == job_id)).scalar_one()
+    return {data["step"]: data for data in told if "step" in data and data["step"] <= last}
 
 
 def messages_told(tx: Transaction, job_id: str) -> frozenset[str]:
@@ -241,6 +243,19 @@ def _model(name: str, job: Job, adapter: Adapter, now: float, checkpoint: str | 
         checkpoint,
         dict(adapter.metrics),
     )
+
+
+def start_over(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: NewId) -> Status:
+    """Forget how far a job is: what runs it now could not go on to the same bits. Its steps are told anew, and charged once."""
+    job = held(tx, lease, job_id)
+    if job.status in ACTIVE:
+        tx.execute(sa.delete(snapshots).where(snapshots.c.job == job_id))
+        tuning.update(tx, job_id, step=0, trained_tokens=0, estimated_finish=None)
+        said = (
+            "The service's machine or software has changed: the training starts over, so that its result is that of one whole run"
+        )
+        tuning.append_event(tx, job_id, now, said, new_id, level="warn")
+    return job.status
 
 
 def crashed(tx: Transaction, lease: Lease, job_id: str) -> int:

@@ -48,6 +48,7 @@ EXTRAS = {
     ),
     "harness": ("lm_eval", "kivnun harness"),
     "serve": ("uvicorn", "kivnun serve-run"),
+    "service": ("fastapi", "kivnun serve, the hosted service; its client commands keys and jobs need nothing"),
     "tensorboard": ("tensorboardX", "kivnun tune --tensorboard"),
 }
 

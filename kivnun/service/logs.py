@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import traceback
 from types import TracebackType
@@ -17,10 +18,11 @@ from typing import Any, TextIO
 from kivnun.errors import KivnunError
 
 # What a line may hold beside time, level, logger, message and error. Ids are the service's own; a route is a template.
-FIELDS = (
-    "action", "request", "method", "route", "status", "ms", "tenant", "key", "job", "file", "batch", "endpoint", "event", "step",
-    "attempt", "worker", "answerer", "lease", "epoch", "duty", "base", "count", "bytes", "tokens", "address", "wanted", "used",
+NAMES = (
+    "action", "request", "method", "route", "tenant", "key", "job", "file", "batch", "endpoint", "event", "worker", "answerer",
+    "lease", "duty", "base", "address", "wanted", "used",
 )  # fmt: skip
+COUNTS = ("status", "ms", "step", "attempt", "epoch", "count", "bytes", "tokens", "prompt", "completion")  # as numbers alone
 MAX_LETTERS = 200
 FRAMES = 30
 
@@ -33,12 +35,12 @@ class JsonLines(logging.Formatter):
             "time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name,
             "message": _message(record),
         }  # fmt: skip
-        for name in FIELDS:
+        for name in (*NAMES, *COUNTS):
             value = record.__dict__.get(name)
-            if isinstance(value, str):
-                line[name] = value[:MAX_LETTERS]
-            elif isinstance(value, bool | int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 line[name] = value
+            elif isinstance(value, str) and name in NAMES:
+                line[name] = value[:MAX_LETTERS]
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = _error(record.exc_info[1], record.exc_info[2])
         return json.dumps(line, ensure_ascii=True, allow_nan=False, default=str)
@@ -72,10 +74,16 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _shown(argument: object) -> object:
-    """Return an argument of a message as far as it can be shown."""
-    if isinstance(argument, bool | int | float):
+    """Return an argument of a message as far as it can be shown: a number, or the name of an exception's type."""
+    if isinstance(argument, int | float):
         return argument
-    return type(argument).__name__ if isinstance(argument, BaseException) else "…"
+    if isinstance(argument, BaseException):
+        return type(argument).__name__
+    return argument if isinstance(argument, str) and argument in _names_of(BaseException) else "…"
+
+
+def _names_of(kind: type) -> set[str]:
+    return {kind.__name__}.union(*map(_names_of, kind.__subclasses__()))
 
 
 def _error(error: BaseException, trace: TracebackType | None) -> dict[str, Any]:

@@ -275,3 +275,5 @@ def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, An
 
 
 BINARY = {"type": "string", "format": "binary"}
+KEY_REUSED = "The Idempotency-Key was used with another body."
+NO_ROOM = "The server's disk has no room."

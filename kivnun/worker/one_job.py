@@ -20,7 +20,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from kivnun.artifacts import make_folder
-from kivnun.errors import IntegrityError, StorageError
+from kivnun.errors import IntegrityError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import Price, ServiceConfig
@@ -183,19 +183,31 @@ class OneJob:
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
-        relay = Relay(self._run / RECORD, told, messages)
+        """Run trainers until the job has ended or is let go of."""
         self._start()
+        while not self._followed(self._relay()):
+            pass
+
+    def _relay(self) -> Relay:
+        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
+        return Relay(self._run / RECORD, told, messages)
+
+    def _followed(self, relay: Relay) -> bool:
+        """Follow the run's record to the job's end; return False where the run was started over, with another record."""
         while True:
             trainer = self._living()
             ended = trainer.ended.wait(self._shared.look_s)
             status = self._look(relay)
             if status not in ACTIVE:
                 self._end_early(status)
-                return
+                return True
             if ended:
-                if self._after(relay, trainer.outcome(), status):
-                    return
+                outcome = trainer.outcome()
+                if outcome.code == RunFolderError.code and self._saved_step > 0:
+                    self._start_over(outcome)
+                    return False
+                if self._after(relay, outcome, status):
+                    return True
                 continue
             self._ask_to_stop_where_due(trainer, status)
 
@@ -309,6 +321,15 @@ class OneJob:
             self._start()
             return False
         return self._crashed()
+
+    def _start_over(self, outcome: Outcome) -> None:
+        """Begin a job from its first step that was begun where numbers are computed otherwise: an upgrade, another machine."""
+        log.warning("a job starts over: %s", outcome.message, extra={"action": "start over", "job": self._job.id})
+        now, new_id = self._shared.clock(), self._shared.new_id
+        self._write("start over", lambda tx: running.start_over(tx, self.lease, self._job.id, now, new_id))
+        shutil.rmtree(self._run)
+        self._saved_step = 0
+        self._start()
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""

@@ -14,12 +14,23 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from kivnun.artifacts import MANIFEST, atomic_folder, atomic_write, discard, hash_folder, make_folder, sweep
-from kivnun.errors import DataError, InterruptedRun, NonFiniteLossError
+from kivnun.artifacts import (
+    MANIFEST,
+    atomic_folder,
+    atomic_write,
+    discard,
+    environment_difference,
+    hash_folder,
+    make_folder,
+    numeric_environment,
+    sweep,
+)
+from kivnun.errors import DataError, InterruptedRun, NonFiniteLossError, RunFolderError
 from kivnun.events import (
     CheckpointSaved,
     DataLoaded,
@@ -102,6 +113,9 @@ class _Toy:
         store.recover()
         checkpoint = store.latest()
         if checkpoint is not None:
+            changed = environment_difference(checkpoint.fields["environment"], _environment())
+            if changed:
+                raise RunFolderError(f"run cannot be resumed to the same bits: {'; '.join(changed)}", hint="start over")
             self.log.append(Resumed(step=checkpoint.step, path=f"checkpoints/{checkpoint.path.name}"))
             return checkpoint.step, bytes.fromhex((checkpoint.path / "state").read_text(encoding="ascii"))
         if any(isinstance(event, StepDone) for event in read_events(self.run / "events.jsonl")):
@@ -141,8 +155,12 @@ class _Toy:
             for old in sorted(place.glob("step-*"))[:-EXPOSED]:
                 discard(old)
         self.log.sync()
-        path = store.save(step, lambda folder: _write_state(folder, state), {})
+        path = store.save(step, lambda folder: _write_state(folder, state), {"environment": _environment()})
         self.log.append(CheckpointSaved(step=step, path=f"checkpoints/{path.name}", seconds=0.0))
+
+
+def _environment() -> dict[str, Any]:
+    return numeric_environment(1, "cpu")
 
 
 def _write_state(folder: Path, state: bytes) -> None:

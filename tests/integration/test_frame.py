@@ -295,5 +295,5 @@ def test_the_log_tells_of_each_request_and_holds_neither_contents_nor_secrets(cl
     failed = next(line for line in lines if line.get("action") == "request_failed")
     assert failed["error"]["type"] == "builtins.RuntimeError"
     assert any("test_frame.py" in frame and frame.endswith(" fail") for frame in failed["error"]["at"])
-    allowed = {"time", "level", "logger", "message", "error", *logs.FIELDS}
+    allowed = {"time", "level", "logger", "message", "error", *logs.NAMES, *logs.COUNTS}
     assert all(set(line) <= allowed for line in lines)

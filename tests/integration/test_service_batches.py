@@ -155,7 +155,12 @@ def turns_until(duty: RunBatches, is_so: Callable[[], bool], within_s: float = 3
 
 def ended(client: OpenAI, duty: RunBatches, batch_id: str) -> Batch:
     """Run the duty until a batch has ended, and return it."""
-    turns_until(duty, lambda: client.batches.retrieve(batch_id).status in batches.TERMINAL)
+    db = duty._service.db  # pyright: ignore[reportPrivateUsage]
+
+    def has_ended() -> bool:
+        return all(batch.id != batch_id for batch in db.read(batches.open_batches))
+
+    turns_until(duty, has_ended)
     return client.batches.retrieve(batch_id)
 
 

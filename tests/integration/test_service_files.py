@@ -260,6 +260,23 @@ def test_whatever_a_file_is_called_its_name_is_safe_in_the_answers(client: OpenA
     assert not [path for path in service.scratch.parent.rglob("*") if "passwd" in path.name]
 
 
+def test_what_a_file_says_is_in_no_report_and_no_log(client: OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    canary = "canaryXq7"
+    lines = [
+        {"messages": [{"role": "user", "content": canary}]}, {"messages": [{"role": canary, "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": canary, "type": canary, "function": canary}]}]},
+        {"prompt": canary}, {"custom_id": canary, "method": canary, "url": canary, "body": canary}, [canary], canary,
+    ]  # fmt: skip
+    content = "\n".join(json.dumps(line) for line in lines) + f'\n{{"a": "{canary}\n{{"{canary[:3]}": NaN}}'
+    with caplog.at_level("DEBUG"):
+        for purpose in ("fine-tune", "batch"):
+            file = client.files.create(file=(f"{canary}.jsonl", content.encode()), purpose=purpose)  # type: ignore[arg-type]
+            assert file.status == "error"
+            assert canary not in json.dumps(report_of(client, file.id)) + str(file.status_details)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("kivnun", "uvicorn", "sqlalchemy"))]
+    assert canary not in "\n".join(ours)
+
+
 # --- sent again ------------------------------------------------------------------------------------------------------------------
 
 

@@ -260,34 +260,43 @@ def test_a_dry_run_of_a_large_file_reads_its_beginning_and_says_so(world: World,
 
 
 def test_a_run_of_the_spec_trains_what_was_planned(world: World, tmp_path: Path) -> None:
-    content = conversations(10) + lines([reply(80)])
+    job = supervised_job(world, n_epochs=1, batch_size=6)
+    check_run(job, run_here(world, job, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_a_tuned_model_trains_what_was_planned(world: World, tmp_path: Path) -> None:
+    job = supervised_job(world, n_epochs=2, batch_size=4)
+    run = run_here(world, job, tmp_path / "first")
+    check_run(job, run)
+    model = kept_model(world, job, run / "adapter")
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}}
+    going_on_id = world.create(uploaded(world.client, preferences(10)), model, method=method)
+    world.validate()
+    going_on = world.job(going_on_id)
+    assert (going_on.status, going_on.base, going_on.hyperparameters["beta"]) == ("queued", TINY, 0.1)
+    check_run(going_on, run_here(world, going_on, tmp_path / "second", model))
+
+
+def supervised_job(world: World, **hyper: int) -> tuning.Job:
+    """Return a queued job that cuts an example, has held-out ones, and says what its adapter is."""
     job_id = world.create(
-        uploaded(world.client, content),
+        uploaded(world.client, conversations(10) + lines([reply(80)])),
         TINY,
         validation_file=uploaded(world.client, conversations(2, first=50)),
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
         extra_body={"x_over_long": "truncate", "x_lora": {"rank": 2, "alpha": 3, "targets": ["qkv_proj"]}},
     )
     world.validate()
-    job = world.job(job_id)
-    run = run_here(world, job, tmp_path / "first")
-    done = steps_of(run)
+    return world.job(job_id)
+
+
+def check_run(job: tuning.Job, run: Path) -> None:
+    done = [event for event in read_events(run / "events.jsonl") if isinstance(event, StepDone)]
     assert (len(done), sum(step.trained_tokens for step in done)) == (job.total_steps, job.planned_tokens)
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (2, 3)
     assert {name.rpartition(".")[2] for name in adapter["target_modules"]} == {"qkv_proj"}
-    # The tuned model is gone on with, by preferences.
-    model = kept_model(world, job, run / "adapter")
-    next_id = world.create(
-        uploaded(world.client, preferences(10)), model, method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1}}}
-    )
-    world.validate()
-    going_on = world.job(next_id)
-    assert (going_on.status, going_on.base, going_on.hyperparameters["beta"]) == ("queued", TINY, 0.1)
-    run = run_here(world, going_on, tmp_path / "second", model)
-    done = steps_of(run)
-    assert (len(done), sum(step.trained_tokens for step in done)) == (going_on.total_steps, going_on.planned_tokens)
-    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
 
 
 def run_here(world: World, job: tuning.Job, folder: Path, start: str | None = None) -> Path:
@@ -309,10 +318,6 @@ def run_here(world: World, job: tuning.Job, folder: Path, start: str | None = No
     assert job.spec is not None
     tune(parse_spec(job.spec, folder=folder), job.spec, folder / "run")
     return folder / "run"
-
-
-def steps_of(run: Path) -> list[StepDone]:
-    return [event for event in read_events(run / "events.jsonl") if isinstance(event, StepDone)]
 
 
 def kept_model(world: World, job: tuning.Job, adapter: Path) -> str:

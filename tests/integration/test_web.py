@@ -20,11 +20,12 @@ import pytest
 
 from answer_parts import place_with, worker
 from kivnun.jobs.place import Place
+from kivnun.jobs.toy import ToySpec
 from kivnun.service import clerk
 from kivnun.service.judging import JudgeFiles
 from kivnun.service.validating import ValidateJobs
 from service_parts import KEY, OTHER_KEY, api, service_at
-from toy_jobs import worker_thread
+from toy_jobs import queue_job, worker_thread
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ARGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
@@ -35,6 +36,7 @@ bases: {toy: {trainer: toy, price: {training: 3.0, prompt: 0.2, completion: 0.8}
 limits: {requests_per_minute: 100000}
 """
 CANARY = "<img src=x onerror=window.caught=1>"
+SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 60}}}
 PAGES = ("catalogue", "data", "tune", "jobs", "playground", "keys")
 WAIT_MS = 20_000
 
@@ -201,6 +203,58 @@ def test_a_person_goes_from_a_key_to_a_tuned_model_and_its_bill(tab: Seen, url: 
     usage = page.get_by_role("table", name="Usage by model").locator("tbody tr").filter(has_text=re.compile("^toy|ft:toy"))
     assert trained in "".join(usage.all_inner_texts())
     assert page.evaluate("window.caught") is None
+
+
+def test_a_job_is_watched_paused_resumed_and_cancelled(tab: Seen, url: str, place: Place) -> None:
+    job = queue_job(place, spec=ToySpec(seed=3, epochs=60, batch_rows=4, step_ms=50), suffix="slow", method=SUPERVISED)
+    page = tab.page
+    sign_in(page, url)
+    page.goto(f"{url}/#/jobs")
+    page.locator(f"[data-job='{job}']").click()
+    line = page.locator(".curve path.plot").first
+    line.wait_for()
+    before = line.get_attribute("d")
+    page.wait_for_timeout(1200)
+    assert line.get_attribute("d") != before, "the curve grows by itself"
+    steps = page.get_by_role("log").locator("li", has_text="training loss=").all_inner_texts()
+    numbers = [int(found[1]) for text in steps if (found := re.search(r"Step (\d+)/", text))]
+    assert numbers == list(range(numbers[0], 0, -1)), "newest first, none missing, none twice"
+    page.get_by_role("button", name="Pause").press("Enter")
+    page.locator(".chip", has_text="Paused").wait_for()
+    page.get_by_role("button", name="Resume").press("Enter")
+    page.locator(".chip", has_text="Training").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Keep it").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel the job").click()
+    page.get_by_text("The job was cancelled").wait_for()
+    assert page.get_by_role("link", name="Plan it again").is_visible()
+
+
+def test_a_big_file_goes_in_parts_and_a_part_that_is_lost_is_sent_again(tab: Seen, url: str) -> None:
+    page = tab.page
+    script = httpx.get(f"{url}/js/upload.js").text.replace("PART_BYTES = 64 * 1024 * 1024", "PART_BYTES = 512")
+    page.route("**/js/upload.js", lambda route: route.fulfill(body=script, content_type="text/javascript"))
+    lost = ["the second part"]
+    parts: list[str] = []
+
+    def sent(route) -> None:
+        parts.append(route.request.url)
+        if len(parts) == 2 and lost:
+            lost.clear()
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/parts", sent)
+    sign_in(page, url)
+    page.goto(f"{url}/#/data")
+    text = chats(15)
+    upload(page, "big.jsonl", text)
+    page.get_by_role("link", name="big.jsonl").click()
+    page.get_by_text("15 rows can be trained on").wait_for()
+    assert len(parts) == -(-len(text.encode()) // 512) + 1
+    assert tab.said.pop().endswith("ERR_FAILED"), "Chromium notes the part that was lost"
 
 
 def test_words_of_others_never_run_and_the_policy_would_stop_them(tab: Seen, url: str) -> None:

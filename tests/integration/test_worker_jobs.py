@@ -345,6 +345,30 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(quick: Place, trainers:
     db.close()
 
 
+def test_a_job_begun_in_another_numeric_environment_starts_over_and_says_so(
+    quick: Place, trainers: Trainers, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade, or a worker on another processor: the bits could not be the same, so no part of the two is mixed."""
+    job_id = queue_job(quick, spec=SLOW)
+    db = quick.database()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with worker_thread(quick):
+        until(lambda: trains(db, job_id, 7))
+    monkeypatch.delenv("MKL_CBWR")
+    at = job_of(db, job_id).step
+    work_here(quick, trainers=trainers)
+    job, events = job_of(db, job_id), events_of(db, job_id)
+    assert job.status == "succeeded", job.error
+    steps = [event.data["step"] for event in events if event.type == "metrics"]
+    assert steps == [*range(1, at + 1), *range(1, 19)]
+    assert sum("starts over" in event.message for event in events) == 1
+    assert job.trained_tokens == job.planned_tokens
+    charged = db.read(lambda tx: tx.execute(sa.select(usage.c.tokens).where(usage.c.job == job_id)).scalars().all())
+    assert list(charged) == [job.planned_tokens]
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    db.close()
+
+
 def test_training_goes_on_while_the_database_does_not_answer_and_nothing_is_lost(
     quick: Place, trainers: Trainers, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

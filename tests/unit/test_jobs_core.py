@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from kivnun.jobs import leases, tuning
 from kivnun.jobs.database import Database
@@ -104,3 +105,11 @@ def test_jobs_are_paged_newest_first_within_a_tenant_and_by_metadata(db: Databas
     none, _ = db.read(lambda tx: tuning.page(tx, "default", 10, None, {}))
     assert ([job.id for job in odd], [job.id for job in none]) == (["ftjob-3", "ftjob-1"], ["ftjob-0"])
     assert db.read(lambda tx: tuning.page(tx, "default", 3, "ftjob-x")) == ([], False)
+
+
+def test_an_error_of_the_database_tells_nothing_of_what_rows_hold(db: Database) -> None:
+    job = replace(JOB, suffix="canaryXq7")
+    db.write("create", lambda tx: tuning.create(tx, job, new_id))
+    with pytest.raises(IntegrityError) as failed:
+        db.write("create", lambda tx: tuning.create(tx, job, new_id))
+    assert "canaryXq7" not in str(failed.value)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from kivnun.jobs import files, tuning, uploads
 from kivnun.jobs.database import Database
 from kivnun.jobs.files import File, Storage
 from kivnun.jobs.ids import new_id
+from kivnun.jobs.schema import files as files_table
 from kivnun.jobs.uploads import Part, Upload
 from service_parts import fill
 
@@ -78,6 +80,8 @@ def test_room_counts_files_that_are_there_and_parts_of_uploads_that_are_open(db:
     db.write("end", lambda tx: uploads.end(tx, UPLOAD, "cancelled"))
     db.write("delete", lambda tx: files.delete(tx, "file-1", "default", 2.0))
     assert db.read(lambda tx: files.storage_of(tx, "default")) == Storage(1, 10)
+    row = db.read(lambda tx: tx.execute(sa.select(files_table).where(files_table.c.id == "file-1")).one())
+    assert (row.filename, row.deleted_at, row.bytes) == ("", 2.0, 10), "what it was called is forgotten"
     assert db.read(lambda tx: uploads.parts_of(tx, UPLOAD.id)) == {}
     assert db.read(lambda tx: uploads.find(tx, UPLOAD.id, "default")) == replace(UPLOAD, status="cancelled")
     assert db.read(lambda tx: uploads.find(tx, UPLOAD.id, "other")) is None

@@ -31,6 +31,8 @@ from kivnun.service.judging import AT_ONCE_BYTES, AT_ONCE_ROWS, judge
 from kivnun.service.receiving import (
     BINARY,
     FRAME_BYTES,
+    KEY_REUSED,
+    NO_ROOM,
     Received,
     admit,
     check_disk,
@@ -63,7 +65,7 @@ _FORM = form_schema(
 )
 
 
-@router.post("/files", openapi_extra=_FORM)
+@router.post("/files", openapi_extra=_FORM, responses={422: {"description": KEY_REUSED}, 507: {"description": NO_ROOM}})
 async def upload(request: Request, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive a file in a multipart form (`file`, `purpose`, `expires_after`) and answer its object, judged if it is small."""
     limits, kept = await run_in_threadpool(
@@ -131,7 +133,15 @@ def delete(file_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@router.get("/files/{file_id}/content")
+_BYTES = {"application/octet-stream": {"schema": BINARY}, "text/plain": {"schema": {"type": "string", "format": "byte"}}}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file; results in base64 unless encoding=raw.", "content": _BYTES},
+    206: {"description": "The range that was asked for.", "content": _BYTES},
+    416: {"description": "The range lies outside the file."},
+}
+
+
+@router.get("/files/{file_id}/content", response_class=StreamingResponse, responses=_CONTENT)
 def content(request: Request, file_id: str, service: Shared, who: Reader, encoding: Encoding | None = None) -> Response:
     """Stream a file, whole or a range of it; results in base64 where clients written for OpenAI expect it."""
     file = _found(service, file_id, who.tenant)

@@ -34,6 +34,8 @@ from kivnun.service.filenames import kept_name
 from kivnun.service.receiving import (
     BINARY,
     FRAME_BYTES,
+    KEY_REUSED,
+    NO_ROOM,
     Received,
     admit,
     check_disk,
@@ -49,6 +51,7 @@ from kivnun.service.sent import once, sent_as
 router = APIRouter()
 
 MAX_PARTS = 10_000
+_NO_ROOM: dict[int | str, dict[str, Any]] = {422: {"description": KEY_REUSED}, 507: {"description": NO_ROOM}}
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -65,7 +68,7 @@ class NewUpload(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     filename: Annotated[str, Field(min_length=1, max_length=8192)]
-    purpose: Name
+    purpose: Annotated[str, Field(max_length=100, json_schema_extra={"enum": list(files.PURPOSES)})]
     bytes: Annotated[int, Field(ge=1)]
     mime_type: Annotated[str, Field(max_length=256, pattern=r"^[\x20-\x7e]*$")]
     expires_after: ExpiresAfter | None = None
@@ -79,7 +82,7 @@ class Completion(BaseModel):
     md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
 
 
-@router.post("/uploads")
+@router.post("/uploads", responses={422: {"description": KEY_REUSED}})
 def create(request: Request, body: NewUpload, service: Shared, who: DataOwner) -> dict[str, Any]:
     sent = sent_as(request, body_hash(body.model_dump_json().encode()))
     check_purpose(body.purpose)
@@ -112,7 +115,7 @@ def create(request: Request, body: NewUpload, service: Shared, who: DataOwner) -
     return upload_object(once(lambda: service.db.write("create upload", work)), None)
 
 
-@router.post("/uploads/{upload_id}/parts", openapi_extra=form_schema({"data": BINARY}, ["data"]))
+@router.post("/uploads/{upload_id}/parts", openapi_extra=form_schema({"data": BINARY}, ["data"]), responses=_NO_ROOM)
 async def add_part(request: Request, upload_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Receive one part in a multipart form (`data`)."""
     coming = declared_bytes(request) or 0
@@ -131,7 +134,7 @@ async def add_part(request: Request, upload_id: str, service: Shared, who: DataO
     return {"id": part.id, "object": "upload.part", "created_at": int(part.created_at), "upload_id": upload_id}
 
 
-@router.post("/uploads/{upload_id}/complete")
+@router.post("/uploads/{upload_id}/complete", responses=_NO_ROOM)
 def complete(upload_id: str, body: Completion, service: Shared, who: DataOwner) -> dict[str, Any]:
     """Put the parts together, in the order given, and answer the upload with its file."""
     now = service.clock()

@@ -7,14 +7,21 @@ const ROOT = new URL("v1/", document.baseURI);
 /** The key of this tab: it is forgotten when the tab is closed, or by `signOut`. */
 export const session = {
   me: null,
-  get key() { return sessionStorage.getItem(KEY); },
-  set key(given) { sessionStorage.setItem(KEY, given); },
-  signOut() { sessionStorage.removeItem(KEY); this.me = null; },
+  get key() {
+    return sessionStorage.getItem(KEY);
+  },
+  set key(given) {
+    sessionStorage.setItem(KEY, given);
+  },
+  signOut() {
+    sessionStorage.removeItem(KEY);
+    this.me = null;
+  },
   /** Whether the key may do what needs `scope`. */
-  may(scope) { 
+  may(scope) {
     const scopes = this.me?.key.scopes ?? [];
     return scopes.includes(scope) || scopes.includes("admin");
-   },
+  },
 };
 
 /** What the service, or the way to it, answered instead of what was asked for. */
@@ -31,7 +38,8 @@ export class Fault extends Error {
     if (this.status === 403) return "Sign in with a key that has this scope, or ask whoever gave you the key.";
     if (this.status === 404) return "It may have been deleted, or it belongs to another tenant.";
     if (this.status === 413) return "Split the file, or ask the operator for a higher limit.";
-    if (this.status === 429) return `Wait ${this.wait ? Math.max(1, Math.ceil(this.wait / 1000)) + " s" : "a moment"}, then try again.`;
+    if (this.status === 429)
+      return `Wait ${this.wait ? Math.max(1, Math.ceil(this.wait / 1000)) + " s" : "a moment"}, then try again.`;
     if (this.status >= 500) return "Try again in a moment. If it stays, give the operator the request's id.";
     return "Change what is named above, and send it again.";
   }
@@ -58,7 +66,10 @@ export function faultOf(status, text, header) {
   }
   const wait = Number(header("retry-after-ms")) || Number(header("retry-after")) * 1000 || null;
   return new Fault(status, error.message ?? `The service answered ${status}.`, {
-    code: error.code, param: error.param, request: header("x-request-id"), wait,
+    code: error.code,
+    param: error.param,
+    request: header("x-request-id"),
+    wait,
   });
 }
 

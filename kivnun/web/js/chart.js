@@ -14,7 +14,8 @@ export function ticks(low, high, wanted) {
   const far = (step) => Math.abs(Math.log(step / rough));
   const size = [1, 2, 5, 10].map((step) => step * power).reduce((best, step) => (far(step) < far(best) ? step : best));
   const found = [];
-  for (let at = Math.ceil(low / size - 1e-9); at * size <= high + size * 1e-9; at += 1) found.push(Number((at * size).toPrecision(12)));
+  for (let at = Math.ceil(low / size - 1e-9); at * size <= high + size * 1e-9; at += 1)
+    found.push(Number((at * size).toPrecision(12)));
   return found;
 }
 
@@ -23,8 +24,10 @@ export function thinned(points) {
   if (points.length <= MOST_POINTS) return points;
   const each = Math.ceil(points.length / MOST_POINTS);
   const mean = (group, axis) => group.reduce((sum, point) => sum + point[axis], 0) / group.length;
-  return Array.from({ length: Math.ceil(points.length / each) }, (_, n) => points.slice(n * each, (n + 1) * each))
-    .map((group) => ({ x: mean(group, "x"), y: mean(group, "y") }));
+  return Array.from({ length: Math.ceil(points.length / each) }, (_, n) => points.slice(n * each, (n + 1) * each)).map((group) => ({
+    x: mean(group, "x"),
+    y: mean(group, "y"),
+  }));
 }
 
 /** Return the running mean over about a twentieth of the points: what the eye looks for among noisy steps. */
@@ -36,7 +39,7 @@ export function smoothed(points) {
   });
 }
 
-/** Return a chart of lines by step. `set(series, end)` draws anew: series are {name, points: [{x, y}], noisy}; `end` is the last step. */
+/** Return a chart of lines by step. `set(series, end)` draws it: series are {name, points: [{x, y}], noisy}, `end` the last step. */
 export function curve(label) {
   const drawing = s("svg", { role: "img", tabindex: "0", "aria-label": label });
   const legend = h("div", { class: "legend" });
@@ -65,16 +68,20 @@ export function curve(label) {
     const first = Math.min(1, ...series.flatMap(({ points }) => points.map(({ x }) => x)));
     const x = (step) => MARGIN.left + ((step - first) / Math.max(1, end - first)) * (width - MARGIN.left - MARGIN.right);
     const y = (value) => height - MARGIN.bottom - ((value - low) / (high - low)) * (height - MARGIN.top - MARGIN.bottom);
-    fill(drawing,
+    fill(
+      drawing,
       ticks(low, high, 5).map((value) => [
         s("line", { class: "grid-line", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
-        s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, String(value))]),
+        s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, String(value)),
+      ]),
       s("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(low), y2: y(low) }),
-      ticks(first, Math.max(end, first + 1), Math.max(2, width / 110)).filter(Number.isInteger).map((step) =>
-        s("text", { x: x(step), y: height - MARGIN.bottom + 18, "text-anchor": "middle" }, short(step))),
+      ticks(first, Math.max(end, first + 1), Math.max(2, width / 110))
+        .filter(Number.isInteger)
+        .map((step) => s("text", { x: x(step), y: height - MARGIN.bottom + 18, "text-anchor": "middle" }, short(step))),
       s("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 1, "text-anchor": "middle" }, "step"),
       series.map((one, n) => line(one, n, x, y)),
-      chosen !== null && s("line", { class: "cross", x1: x(chosen), x2: x(chosen), y1: MARGIN.top, y2: height - MARGIN.bottom }));
+      chosen !== null && s("line", { class: "cross", x1: x(chosen), x2: x(chosen), y1: MARGIN.top, y2: height - MARGIN.bottom }),
+    );
     stepAt = (left) => first + ((left - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * (end - first);
   }
 
@@ -85,19 +92,25 @@ export function curve(label) {
     return [
       many && s("path", { class: `plot faint c${n}`, d: path(drawn) }),
       s("path", { class: `plot c${n}`, d: path(many ? smoothed(drawn) : drawn) }),
-      !many && drawn.length <= 40 && drawn.map((point) => s("circle", { class: `c${n}`, cx: x(point.x), cy: y(point.y), r: 3.5 }))];
+      !many && drawn.length <= 40 && drawn.map((point) => s("circle", { class: `c${n}`, cx: x(point.x), cy: y(point.y), r: 3.5 })),
+    ];
   }
 
   function told() {
-    fill(legend, chosen === null ? null : h("span", {}, "step ", h("b", {}, chosen)), series.map(({ name, points }, n) => {
-      const at = chosen === null ? points.at(-1) : points.find((point) => point.x === chosen);
-      return h("span", {}, h("span", { class: `swatch c${n}` }), name, at ? h("b", {}, ` ${loss(at.y)}`) : null);
-    }));
+    fill(
+      legend,
+      chosen === null ? null : h("span", {}, "step ", h("b", {}, chosen)),
+      series.map(({ name, points }, n) => {
+        const at = chosen === null ? points.at(-1) : points.find((point) => point.x === chosen);
+        return h("span", {}, h("span", { class: `swatch c${n}` }), name, at ? h("b", {}, ` ${loss(at.y)}`) : null);
+      }),
+    );
   }
 
   function choose(step) {
     const known = [...new Set(series.flatMap(({ points }) => points.map((point) => point.x)))].sort((a, b) => a - b);
-    chosen = step === null || !known.length ? null : known.reduce((best, at) => (Math.abs(at - step) < Math.abs(best - step) ? at : best));
+    chosen =
+      step === null || !known.length ? null : known.reduce((best, at) => (Math.abs(at - step) < Math.abs(best - step) ? at : best));
     draw();
     told();
     return known;
@@ -137,24 +150,63 @@ export function bars(days, names, tell) {
     const y = (value) => height - MARGIN.bottom - (value / high) * (height - MARGIN.top - MARGIN.bottom);
     const every = Math.ceil(days.length / Math.max(1, Math.floor(width / 90)));
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    fill(drawing,
+    fill(
+      drawing,
       ticks(0, high, 4).map((value) => [
         s("line", { class: "grid-line", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
-        s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, short(value))]),
+        s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, short(value)),
+      ]),
       s("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(0), y2: y(0) }),
       days.map((day, n) => {
         const left = MARGIN.left + n * slot;
-        const group = s("g", {}, s("title", {}, tell(day)), s("rect", { x: left, y: MARGIN.top, width: slot, height: height - MARGIN.top - MARGIN.bottom, fill: "transparent" }));
+        const group = s(
+          "g",
+          {},
+          s("title", {}, tell(day)),
+          s("rect", { x: left, y: MARGIN.top, width: slot, height: height - MARGIN.top - MARGIN.bottom, fill: "transparent" }),
+        );
         let below = 0;
         day.values.forEach((value, kind) => {
-          if (value > 0) put(group, s("rect", { class: `c${kind}`, x: left + slot * 0.15, width: slot * 0.7, y: y(below + value), height: Math.max(1, y(below) - y(below + value)), rx: Math.min(2, slot * 0.1) }));
+          if (value > 0)
+            put(
+              group,
+              s("rect", {
+                class: `c${kind}`,
+                x: left + slot * 0.15,
+                width: slot * 0.7,
+                y: y(below + value),
+                height: Math.max(1, y(below) - y(below + value)),
+                rx: Math.min(2, slot * 0.1),
+              }),
+            );
           below += value;
         });
-        if ((days.length - 1 - n) % every === 0) put(group, s("text", { x: left + slot / 2, y: height - MARGIN.bottom + 18, "text-anchor": n === days.length - 1 && days.length > 10 ? "end" : "middle" }, day.name));
+        if ((days.length - 1 - n) % every === 0)
+          put(
+            group,
+            s(
+              "text",
+              {
+                x: left + slot / 2,
+                y: height - MARGIN.bottom + 18,
+                "text-anchor": n === days.length - 1 && days.length > 10 ? "end" : "middle",
+              },
+              day.name,
+            ),
+          );
         return group;
-      }));
+      }),
+    );
   }
   new ResizeObserver(draw).observe(drawing);
-  return h("div", { class: "curve bars" }, drawing, h("div", { class: "legend" },
-    names.map((name, n) => h("span", {}, h("span", { class: `swatch block c${n}` }), name))));
+  return h(
+    "div",
+    { class: "curve bars" },
+    drawing,
+    h(
+      "div",
+      { class: "legend" },
+      names.map((name, n) => h("span", {}, h("span", { class: `swatch block c${n}` }), name)),
+    ),
+  );
 }

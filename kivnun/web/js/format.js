@@ -7,7 +7,11 @@ export const count = (value) => (value === null || value === undefined ? "–" :
 /** 1234567 -> "1.23 M". */
 export function short(value) {
   if (value === null || value === undefined) return "–";
-  for (const [size, unit] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [size, unit] of [
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (Math.abs(value) >= size * (unit === "k" ? 10 : 1)) return `${significant(value / size)} ${unit}`;
   }
   return whole.format(value);
@@ -21,7 +25,10 @@ export function bytes(value) {
   if (value === null || value === undefined) return "–";
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let at = 0;
-  while (value >= 1024 && at < units.length - 1) { value /= 1024; at += 1; }
+  while (value >= 1024 && at < units.length - 1) {
+    value /= 1024;
+    at += 1;
+  }
   return `${at === 0 ? value : value.toFixed(value < 10 ? 1 : 0)} ${units[at]}`;
 }
 
@@ -43,7 +50,13 @@ export function span(seconds) {
 
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
-const long = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit" });
+const long = new Intl.DateTimeFormat("en-GB", {
+  day: "numeric",
+  month: "short",
+  year: "numeric",
+  hour: "2-digit",
+  minute: "2-digit",
+});
 
 /** Seconds since 1970 -> the time of day, with the day before it where it is not today. */
 export function moment(seconds) {
@@ -67,7 +80,10 @@ export function ago(seconds) {
 /** An amount of the configured currency; small ones keep the digits that tell them from nothing. */
 export function money(amount, currency) {
   if (amount === null || amount === undefined) return "–";
-  const digits = amount !== 0 && Math.abs(amount) < 0.1 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 };
+  const digits =
+    amount !== 0 && Math.abs(amount) < 0.1
+      ? { maximumSignificantDigits: 2 }
+      : { minimumFractionDigits: 2, maximumFractionDigits: 2 };
   return new Intl.NumberFormat("en", { style: "currency", currency: currency ?? "EUR", ...digits }).format(amount);
 }
 
@@ -81,6 +97,14 @@ export function modelName(id) {
   if (parts[0] !== "ft" || parts.length < 5) return { id, base: id, called: null, step: null };
   const step = parts[5]?.startsWith("ckpt-step-") ? Number(parts[5].slice(10)) : null;
   return { id, base: parts[1], called: parts[3] || parts[4], step };
+}
+
+/** Return the tuned models of a list, the newest first; of a job's, the model itself before its checkpoints. */
+export function tunedOf(models) {
+  const isCheckpoint = (model) => Number(modelName(model.id).step !== null);
+  return models
+    .filter((model) => model.id.startsWith("ft:"))
+    .sort((a, b) => b.created - a.created || isCheckpoint(a) - isCheckpoint(b));
 }
 
 /** Return what the API said as a sentence: it begins with a capital, but for a name (`messages[2]`), and ends with a stop. */

@@ -18,16 +18,39 @@ export const STEPS = [
 /** Draw the frame; return the element that pages are put into. */
 export function drawFrame(frame, signOut) {
   const outlet = h("main", { id: "content", tabindex: "-1" });
-  const out = (square) => button(square ? null : "Sign out", signOut, { kind: square ? "plain square" : "slim", symbol: "out", label: "Sign out", title: "Sign out" });
-  fill(frame, h("div", { class: "frame" },
-    h("header", { class: "topbar" }, brand(), h("div", { class: "row" }, themeButton(), out(true))),
-    h("div", { class: "rail" }, brand(),
-      h("nav", { "aria-label": "Steps" }, h("ol", { class: "flow" }, STEPS.map(step))),
-      h("div", { class: "who" },
-        h("div", {}, h("div", { class: "small soft" }, "Tenant"), said(session.me.tenant, { class: "tenant" })),
-        h("div", { class: "row", "aria-label": "Scopes of this key" }, session.me.key.scopes.map((scope) => chip(scope))),
-        h("div", { class: "row" }, themeButton(), out(false)))),
-    outlet));
+  const out = (square) =>
+    button(square ? null : "Sign out", signOut, {
+      kind: square ? "plain square" : "slim",
+      symbol: "out",
+      label: "Sign out",
+      title: "Sign out",
+    });
+  fill(
+    frame,
+    h(
+      "div",
+      { class: "frame" },
+      h("header", { class: "topbar" }, brand(), h("div", { class: "row" }, themeButton(), out(true))),
+      h(
+        "div",
+        { class: "rail" },
+        brand(),
+        h("nav", { "aria-label": "Steps" }, h("ol", { class: "flow" }, STEPS.map(step))),
+        h(
+          "div",
+          { class: "who" },
+          h("div", {}, h("div", { class: "small soft" }, "Tenant"), said(session.me.tenant, { class: "tenant" })),
+          h(
+            "div",
+            { class: "row", "aria-label": "Scopes of this key" },
+            session.me.key.scopes.map((scope) => chip(scope)),
+          ),
+          h("div", { class: "row" }, themeButton(), out(false)),
+        ),
+      ),
+      outlet,
+    ),
+  );
   return outlet;
 }
 
@@ -36,9 +59,18 @@ function brand() {
 }
 
 function step({ name, icon: symbol, title, what, short }) {
-  return h("li", {}, h("a", { href: `#/${name}`, "data-step": name },
-    h("span", { class: "mark" }, icon(symbol)), h("span", { class: "name" }, title), h("span", { class: "what" }, what),
-    h("span", { class: "short", "aria-hidden": "true" }, short)));
+  return h(
+    "li",
+    {},
+    h(
+      "a",
+      { href: `#/${name}`, "data-step": name },
+      h("span", { class: "mark" }, icon(symbol)),
+      h("span", { class: "name" }, title),
+      h("span", { class: "what" }, what),
+      h("span", { class: "short", "aria-hidden": "true" }, short),
+    ),
+  );
 }
 
 /** Mark which step is shown. */

@@ -32,7 +32,11 @@ let outlet = null;
 function asked() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, ...id] = path.split("/");
-  return { name: name in PAGES ? name : "catalogue", id: id.length ? decodeURIComponent(id.join("/")) : null, query: new URLSearchParams(query) };
+  return {
+    name: name in PAGES ? name : "catalogue",
+    id: id.length ? decodeURIComponent(id.join("/")) : null,
+    query: new URLSearchParams(query),
+  };
 }
 
 function show({ focus }) {
@@ -54,10 +58,17 @@ function show({ focus }) {
 
 /** Do `work` every `ms` until the page is left. It waits while the tab is hidden, and longer after each failure. */
 async function every(ms, work, signal) {
-  for (let wait = ms; !signal.aborted; ) {
+  for (let wait = ms; !signal.aborted;) {
     await new Promise((wake) => {
       const timer = setTimeout(wake, wait);
-      signal.addEventListener("abort", () => { clearTimeout(timer); wake(); }, { once: true });
+      signal.addEventListener(
+        "abort",
+        () => {
+          clearTimeout(timer);
+          wake();
+        },
+        { once: true },
+      );
     });
     if (signal.aborted) return;
     if (document.hidden) continue;
@@ -79,10 +90,32 @@ async function begin(said) {
     session.me = await get("x_me");
   } catch (error) {
     if (error.status === 401) return refused(error);
-    const out = button("Sign out", () => { session.signOut(); begin(); }, { kind: "slim" });
-    return fill(frame, h("main", { id: "content" }, h("div", { class: "page" }, failure(error, () => begin()), h("div", {}, out))));
+    const out = button(
+      "Sign out",
+      () => {
+        session.signOut();
+        begin();
+      },
+      { kind: "slim" },
+    );
+    return fill(
+      frame,
+      h(
+        "main",
+        { id: "content" },
+        h(
+          "div",
+          { class: "page" },
+          failure(error, () => begin()),
+          h("div", {}, out),
+        ),
+      ),
+    );
   }
-  outlet = drawFrame(frame, () => { session.signOut(); begin("You are signed out. The key is no longer in this tab."); });
+  outlet = drawFrame(frame, () => {
+    session.signOut();
+    begin("You are signed out. The key is no longer in this tab.");
+  });
   show({ focus: false });
   return undefined;
 }
@@ -92,10 +125,15 @@ function refused(fault) {
   return begin(sentence(fault.message));
 }
 
-addEventListener("hashchange", () => { if (outlet) show({ focus: true }); });
+addEventListener("hashchange", () => {
+  if (outlet) show({ focus: true });
+});
 // A key may be revoked or expire while its pages are open: whichever request hears of it first leads to the sign-in.
-document.addEventListener("kivnun:refused", (event) => { if (outlet) refused(event.detail); });
-document.querySelector(".skip").addEventListener("click", (event) => { // The address belongs to the pages: it stays as it is.
+document.addEventListener("kivnun:refused", (event) => {
+  if (outlet) refused(event.detail);
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  // The address belongs to the pages: it stays as it is.
   event.preventDefault();
   document.getElementById("content")?.focus();
 });

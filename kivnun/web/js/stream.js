@@ -18,7 +18,8 @@ export async function* streamed(path, body, signal) {
         if (data === "[DONE]") return;
         if (data === null) continue;
         const object = JSON.parse(data);
-        if (object.error) throw new Fault(500, object.error.message, { code: object.error.code, request: response.headers.get("x-request-id") });
+        if (object.error)
+          throw new Fault(500, object.error.message, { code: object.error.code, request: response.headers.get("x-request-id") });
         yield object;
       }
     }

@@ -19,13 +19,19 @@ async function whole(file, purpose, progress, signal) {
 }
 
 async function inParts(file, purpose, progress, signal) {
-  const upload = await post("uploads", { filename: file.name, purpose, bytes: file.size, mime_type: "application/jsonl" }, { signal });
+  const upload = await post(
+    "uploads",
+    { filename: file.name, purpose, bytes: file.size, mime_type: "application/jsonl" },
+    { signal },
+  );
   try {
     const part_ids = [];
     for (let start = 0; start < file.size; start += PART_BYTES) {
       const form = new FormData();
       form.append("data", file.slice(start, start + PART_BYTES), "part");
-      const part = await again(() => sent(`uploads/${upload.id}/parts`, form, (out) => progress(Math.min(file.size, start + out)), signal));
+      const part = await again(() =>
+        sent(`uploads/${upload.id}/parts`, form, (out) => progress(Math.min(file.size, start + out)), signal),
+      );
       part_ids.push(part.id);
     }
     return (await post(`uploads/${upload.id}/complete`, { part_ids }, { signal })).file;

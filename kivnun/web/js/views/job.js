@@ -1,11 +1,28 @@
-// One job as it goes: how far, how well, what it said; pause, resume, cancel; and what came of it. Its events are read newest first,
-// back to the one that is known already, so that no step is missed and none is asked for twice. Next: job_results.js, playground.js.
+// One job as it goes: how far, how well, what it said; pause, resume, cancel; and what came of it. Its events are read newest
+// first, back to the one that is known already, so that no step is missed and none is asked for twice. Next: job_results.js,
+// playground.js.
 
 import { call, get, post, session } from "../api.js";
 import { curve } from "../chart.js";
 import { fill, h, said } from "../dom.js";
 import { count, moment, sentence, significant, span } from "../format.js";
-import { announce, button, busy, chip, confirmed, facts, failure, ghosts, link, loaded, notice, status, statusText, tiles, track } from "../parts.js";
+import {
+  announce,
+  button,
+  busy,
+  chip,
+  confirmed,
+  facts,
+  failure,
+  ghosts,
+  link,
+  loaded,
+  notice,
+  status,
+  statusText,
+  tiles,
+  track,
+} from "../parts.js";
 import { drawResults } from "./job_results.js";
 import { ENDED, jobTitle, progress, remedy, trackKind } from "./job_words.js";
 
@@ -14,13 +31,18 @@ const MOST_EVENTS = 20_000;
 
 export function job({ place, id, signal, every }) {
   const path = `fine_tuning/jobs/${encodeURIComponent(id)}`;
-  loaded(place, { signal, waiting: ghosts(3, 140), load: () => get(path, {}, signal), draw: (found) => {
-    const page = pageOf(path, signal);
-    page.follow(found);
-    watch(page, found, path, every, signal);
-    queueMicrotask(() => place.querySelector("h1")?.focus({ preventScroll: true }));
-    return page.elements;
-  } });
+  loaded(place, {
+    signal,
+    waiting: ghosts(3, 140),
+    load: () => get(path, {}, signal),
+    draw: (found) => {
+      const page = pageOf(path, signal);
+      page.follow(found);
+      watch(page, found, path, every, signal);
+      queueMicrotask(() => place.querySelector("h1")?.focus({ preventScroll: true }));
+      return page.elements;
+    },
+  });
 }
 
 async function watch(page, first, path, every, signal) {
@@ -76,6 +98,7 @@ function pageOf(path, signal) {
   const numbers = h("div", {});
   const loss = curve("Loss by step");
   const accuracy = curve("Share of tokens that were the likeliest, by step");
+  const accurate = h("div", { class: "card", hidden: true }, h("h2", {}, "Token accuracy"), accuracy); // Not every trainer measures it.
   const log = h("ol", { class: "log", tabindex: "0", role: "log", "aria-label": "Events, the newest first" });
   const results = h("div", { class: "stack" });
   const given = h("div", {});
@@ -83,13 +106,15 @@ function pageOf(path, signal) {
   let lines = 0;
 
   function command(name, text) {
-    const press = button(text, () => busy(press, async () => {
-      try {
-        follow(await post(`${path}/${name}`, undefined, { signal }));
-      } catch (error) {
-        if (!signal.aborted) told(error);
-      }
-    }));
+    const press = button(text, () =>
+      busy(press, async () => {
+        try {
+          follow(await post(`${path}/${name}`, undefined, { signal }));
+        } catch (error) {
+          if (!signal.aborted) told(error);
+        }
+      }),
+    );
     return press;
   }
 
@@ -98,8 +123,13 @@ function pageOf(path, signal) {
     fill(lost, error && failure(error));
   }
 
-  const cancelled = (job) => confirmed("Cancel this job?", "It stops at the next step. What it had learnt until its last checkpoint is kept; it cannot be resumed.",
-    "Cancel the job", async () => follow(await call("POST", `${path}/cancel`)));
+  const cancelled = (job) =>
+    confirmed(
+      "Cancel this job?",
+      "It stops at the next step. What it had learnt until its last checkpoint is kept; it cannot be resumed.",
+      "Cancel the job",
+      async () => follow(await call("POST", `${path}/cancel`)),
+    );
 
   function actions(job) {
     const may = session.may("tune");
@@ -107,7 +137,8 @@ function pageOf(path, signal) {
       may && (job.status === "running" || job.status === "queued") && command("pause", "Pause"),
       may && job.status === "paused" && command("resume", "Resume"),
       may && !ENDED.has(job.status) && button("Cancel", () => cancelled(job), { kind: "danger" }),
-      job.fine_tuned_model && link("Try the model", `#/playground?tuned=${encodeURIComponent(job.fine_tuned_model)}`, { kind: "first", symbol: "arrow" }),
+      job.fine_tuned_model &&
+        link("Try the model", `#/playground?tuned=${encodeURIComponent(job.fine_tuned_model)}`, { kind: "first", symbol: "arrow" }),
       ENDED.has(job.status) && job.status !== "succeeded" && link("Plan it again", again(job), { kind: "first", symbol: "arrow" }),
     ];
   }
@@ -116,9 +147,17 @@ function pageOf(path, signal) {
     const { share, words: far } = progress(job);
     if (drawn !== job.status) {
       const held = top.contains(document.activeElement); // A button that was pressed goes: the focus stays with the page.
-      fill(top, h("div", {}, h("a", { class: "crumb", href: "#/jobs" }, "← Jobs"), h("h1", { tabindex: "-1" }, said(jobTitle(job))),
-        h("div", { class: "row under" }, status(job.status), h("span", { class: "soft small mono" }, job.id))),
-      h("div", { class: "actions" }, actions(job)));
+      fill(
+        top,
+        h(
+          "div",
+          {},
+          h("a", { class: "crumb", href: "#/jobs" }, "← Jobs"),
+          h("h1", { tabindex: "-1" }, said(jobTitle(job))),
+          h("div", { class: "row under" }, status(job.status), h("span", { class: "soft small mono" }, job.id)),
+        ),
+        h("div", { class: "actions" }, actions(job)),
+      );
       if (held) top.querySelector("h1").focus({ preventScroll: true });
       ended.hidden = !ENDED.has(job.status);
       fill(ended, outcome(job));
@@ -133,18 +172,29 @@ function pageOf(path, signal) {
   }
 
   return {
-    elements: [top, lost, ended,
+    elements: [
+      top,
+      lost,
+      ended,
       h("section", { class: "card stack" }, words, bar, numbers),
-      h("section", { class: "grid curves" }, h("div", { class: "card" }, h("h2", {}, "Loss"), loss), h("div", { class: "card" }, h("h2", {}, "Token accuracy"), accuracy)),
+      h("section", { class: "grid curves" }, h("div", { class: "card" }, h("h2", {}, "Loss"), loss), accurate),
       h("div", { class: "halves" }, h("section", { class: "card" }, h("h2", {}, "Events"), log), given),
-      results],
+      results,
+    ],
     follow,
-    failed(error) { told(error); },
+    failed(error) {
+      told(error);
+    },
     told(history) {
-      const steps = history.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
+      const steps = history
+        .filter((event) => event.type === "metrics")
+        .map((event) => event.data)
+        .reverse();
       const end = steps.at(-1)?.total_steps;
       loss.set(series(steps, "train_loss", "valid_loss", "full_valid_loss"), end);
-      accuracy.set(series(steps, "train_mean_token_accuracy", "valid_mean_token_accuracy", "full_valid_mean_token_accuracy"), end);
+      const shares = series(steps, "train_mean_token_accuracy", "valid_mean_token_accuracy", "full_valid_mean_token_accuracy");
+      accurate.hidden = !shares.some(({ points }) => points.length);
+      if (!accurate.hidden) accuracy.set(shares, end);
       log.prepend(...history.slice(0, history.length - lines).map(logLine));
       lines = history.length;
     },
@@ -157,14 +207,23 @@ const finite = (value) => typeof value === "number" && Number.isFinite(value);
 function series(steps, train, sample, whole) {
   const validation = steps.map((step) => ({ x: step.step, y: step[whole] ?? step[sample] })).filter((point) => finite(point.y));
   return [
-    { name: "training", noisy: true, points: steps.map((step) => ({ x: step.step, y: step[train] })).filter((point) => finite(point.y)) },
+    {
+      name: "training",
+      noisy: true,
+      points: steps.map((step) => ({ x: step.step, y: step[train] })).filter((point) => finite(point.y)),
+    },
     ...(validation.length ? [{ name: "validation", points: validation }] : []),
   ];
 }
 
 function logLine(event) {
-  return h("li", { class: event.level }, h("time", { class: "soft small number", datetime: new Date(event.created_at * 1000).toISOString() }, moment(event.created_at)),
-    event.level !== "info" && chip(event.level, event.level === "error" ? "bad" : "warn"), h("span", { dir: "auto" }, event.message));
+  return h(
+    "li",
+    { class: event.level },
+    h("time", { class: "soft small number", datetime: new Date(event.created_at * 1000).toISOString() }, moment(event.created_at)),
+    event.level !== "info" && chip(event.level, event.level === "error" ? "bad" : "warn"),
+    h("span", { dir: "auto" }, event.message),
+  );
 }
 
 function when(job) {
@@ -178,42 +237,78 @@ function measures(job) {
   const done = job.x_progress ?? {};
   const planned = done.planned_tokens ? ` of ${count(done.planned_tokens)}` : "";
   const first = ENDED.has(job.status)
-    ? [["Ended", moment(job.finished_at)], ["Took, waiting too", span(job.finished_at - job.created_at)]]
-    : [["Expected end", job.estimated_finish ? moment(job.estimated_finish) : "–"], ["Queue", job.x_queue ? `${count(job.x_queue.position)}. place` : job.status === "running" ? "it runs" : "–"]];
-  return [...first, ["Tokens trained", `${count(job.trained_tokens ?? done.trained_tokens ?? 0)}${planned}`], ["Examples", count(job.x_examples?.examples)]];
+    ? [
+        ["Ended", moment(job.finished_at)],
+        ["Took, waiting too", span(job.finished_at - job.created_at)],
+      ]
+    : [
+        ["Expected end", job.estimated_finish ? moment(job.estimated_finish) : "–"],
+        ["Queue", job.x_queue ? `${count(job.x_queue.position)}. place` : job.status === "running" ? "it runs" : "–"],
+      ];
+  return [
+    ...first,
+    ["Tokens trained", `${count(job.trained_tokens ?? done.trained_tokens ?? 0)}${planned}`],
+    ["Examples", count(job.x_examples?.examples)],
+  ];
 }
 
 function outcome(job) {
   if (job.status === "succeeded") {
-    return notice("good", "The model is ready", h("p", {}, "It answers at once, under the name ", said(job.fine_tuned_model, { class: "mono" }), "."));
+    return notice(
+      "good",
+      "The model is ready",
+      h("p", {}, "It answers at once, under the name ", said(job.fine_tuned_model, { class: "mono" }), "."),
+    );
   }
   if (job.status === "failed") {
-    return notice("bad", sentence(job.error?.message ?? "The job failed"), h("p", {}, remedy(job.error?.code)),
-      h("p", { class: "small soft" }, job.error?.code && ["Code ", h("code", {}, job.error.code)], job.error?.param && [" about ", h("code", {}, job.error.param)]),
-      job.error?.param?.endsWith("_file") && job[job.error.param] && h("div", { class: "row" }, link("Open the file's report", `#/data/${job[job.error.param]}`, { kind: "slim" })));
+    return notice(
+      "bad",
+      sentence(job.error?.message ?? "The job failed"),
+      h("p", {}, remedy(job.error?.code)),
+      h(
+        "p",
+        { class: "small soft" },
+        job.error?.code && ["Code ", h("code", {}, job.error.code)],
+        job.error?.param && [" about ", h("code", {}, job.error.param)],
+      ),
+      job.error?.param?.endsWith("_file") &&
+        job[job.error.param] &&
+        h("div", { class: "row" }, link("Open the file's report", `#/data/${job[job.error.param]}`, { kind: "slim" })),
+    );
   }
-  return job.status === "cancelled" ? notice("", "The job was cancelled", h("p", {}, "Checkpoints that it had made are listed below and can be tuned on.")) : null;
+  return job.status === "cancelled"
+    ? notice("", "The job was cancelled", h("p", {}, "Checkpoints that it had made are listed below and can be tuned on."))
+    : null;
 }
 
 function parameters(job) {
   const numbers = { ...job.method?.[job.method.type]?.hyperparameters, ...(job.hyperparameters ?? {}) };
   const names = { n_epochs: "Epochs", batch_size: "Batch size", learning_rate_multiplier: "Rate multiplier", beta: "Beta" };
-  return h("section", { class: "card" }, h("h2", {}, "Parameters"), facts([
-    ["Model", said(job.model)],
-    ["Method", job.method?.type === "dpo" ? "Preferences (DPO)" : "Supervised"],
-    ["Training", h("a", { href: `#/data/${job.training_file}`, class: "mono" }, job.training_file)],
-    job.validation_file && ["Validation", h("a", { href: `#/data/${job.validation_file}`, class: "mono" }, job.validation_file)],
-    ...Object.entries(numbers).map(([name, value]) => [names[name] ?? name, finite(value) ? significant(value, 6) : value]),
-    job.x_learning_rate && ["Learning rate", significant(job.x_learning_rate)],
-    job.x_lora?.rank && ["LoRA rank", count(job.x_lora.rank)],
-    ["Seed", String(job.seed)],
-    ["Made", moment(job.created_at)],
-  ]));
+  return h(
+    "section",
+    { class: "card" },
+    h("h2", {}, "Parameters"),
+    facts([
+      ["Model", said(job.model)],
+      ["Method", job.method?.type === "dpo" ? "Preferences (DPO)" : "Supervised"],
+      ["Training", h("a", { href: `#/data/${job.training_file}`, class: "mono" }, job.training_file)],
+      job.validation_file && ["Validation", h("a", { href: `#/data/${job.validation_file}`, class: "mono" }, job.validation_file)],
+      ...Object.entries(numbers).map(([name, value]) => [names[name] ?? name, finite(value) ? significant(value, 6) : value]),
+      job.x_learning_rate && ["Learning rate", significant(job.x_learning_rate)],
+      job.x_lora?.rank && ["LoRA rank", count(job.x_lora.rank)],
+      ["Seed", String(job.seed)],
+      ["Made", moment(job.created_at)],
+    ]),
+  );
 }
 
 /** Return the address of the form with this job's files filled in. */
 function again(job) {
-  const query = new URLSearchParams({ model: job.model, training_file: job.training_file, method: job.method?.type ?? "supervised" });
+  const query = new URLSearchParams({
+    model: job.model,
+    training_file: job.training_file,
+    method: job.method?.type ?? "supervised",
+  });
   if (job.validation_file) query.set("validation_file", job.validation_file);
   return `#/tune?${query}`;
 }

@@ -38,5 +38,8 @@ const REMEDIES = {
 
 /** Return what to do about a job's error. */
 export function remedy(code) {
-  return REMEDIES[code] ?? "Plan the job again: the same files and parameters are filled in. If it fails once more, give the operator this job's id.";
+  return (
+    REMEDIES[code] ??
+    "Plan the job again: the same files and parameters are filled in. If it fails once more, give the operator this job's id."
+  );
 }

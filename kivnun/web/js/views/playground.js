@@ -3,7 +3,7 @@
 
 import { get, session } from "../api.js";
 import { fill, h, icon, said } from "../dom.js";
-import { count, modelName, significant } from "../format.js";
+import { count, modelName, significant, tunedOf } from "../format.js";
 import { announce, button, chip, failure, field, ghosts, head, lacking, link, loaded, select } from "../parts.js";
 import { streamed } from "../stream.js";
 
@@ -16,32 +16,69 @@ const SAMPLES = [
 
 export function playground({ place, query, signal }) {
   const body = h("div", {});
-  fill(place,
-    head("Playground", "One question, two answers: the base as it was, and what your examples made of it.", { actions: [link("Next: keys and usage", "#/keys", { kind: "first", symbol: "arrow" })] }),
-    lacking(session, "chat", "ask models"), body);
-  loaded(body, { signal, waiting: ghosts(1, 420), load: () => get("models", {}, signal), draw: ({ data }) => draw(data, query, signal) });
+  fill(
+    place,
+    head("Playground", "One question, two answers: the base as it was, and what your examples made of it.", {
+      actions: [link("Next: keys and usage", "#/keys", { kind: "first", symbol: "arrow" })],
+    }),
+    lacking(session, "chat", "ask models"),
+    body,
+  );
+  loaded(body, {
+    signal,
+    waiting: ghosts(1, 420),
+    load: () => get("models", {}, signal),
+    draw: ({ data }) => draw(data, query, signal),
+  });
 }
 
 function draw(models, query, signal) {
-  const tuned = models.filter(({ id }) => id.startsWith("ft:")).sort((a, b) => b.created - a.created);
+  const tuned = tunedOf(models);
   const bases = models.filter(({ id }) => !id.startsWith("ft:"));
   const chosen = tuned.find(({ id }) => id === query.get("tuned")) ?? (query.get("base") ? null : tuned[0]);
   const base = query.get("base") ?? chosen?.x_base ?? bases[0]?.id;
   const records = new Map(models.map((model) => [model.id, model]));
   const panes = [
-    pane("Base", bases.map(({ id }) => ({ value: id, text: id })), base, records, "base"),
-    pane("Tuned", tuned.map(({ id }) => ({ value: id, text: tunedText(id) })), chosen?.id ?? tuned[0]?.id, records, "tuned"),
+    pane(
+      "Base",
+      bases.map(({ id }) => ({ value: id, text: id })),
+      base,
+      records,
+      "base",
+    ),
+    pane(
+      "Tuned",
+      tuned.map(({ id }) => ({ value: id, text: tunedText(id) })),
+      chosen?.id ?? tuned[0]?.id,
+      records,
+      "tuned",
+    ),
   ];
   const settings = settingsOf();
-  const text = h("textarea", { rows: 2, dir: "auto", placeholder: "Ask both", on: { keydown: (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
-    ask();
-  } } });
+  const text = h("textarea", {
+    rows: 2,
+    dir: "auto",
+    placeholder: "Ask both",
+    on: {
+      keydown: (event) => {
+        if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+        event.preventDefault();
+        ask();
+      },
+    },
+  });
   const question = field("Your question", text, { hideLabel: true });
   const go = button("Ask", null, { kind: "first", symbol: "send", type: "submit", disabled: !session.may("chat") });
   const stop = button("Stop", () => stopping?.abort(), { symbol: "stop" });
-  const anew = button("New conversation", () => { stopping?.abort(); panes.forEach((one) => one.clear()); text.focus(); }, { kind: "plain" });
+  const anew = button(
+    "New conversation",
+    () => {
+      stopping?.abort();
+      panes.forEach((one) => one.clear());
+      text.focus();
+    },
+    { kind: "plain" },
+  );
   let stopping = null;
 
   async function ask() {
@@ -67,13 +104,45 @@ function draw(models, query, signal) {
   }
 
   stop.hidden = true;
-  return h("div", { class: "stack" },
-    h("div", { class: "panes" }, panes.map((one) => one.element)),
-    h("form", { class: "card ask", on: { submit: (event) => { event.preventDefault(); ask(); } } },
-      h("div", { class: "row samples", "aria-label": "Samples" }, SAMPLES.map((sample) => button(said(sample), () => { text.value = sample; text.dispatchEvent(new Event("input")); text.focus(); }, { kind: "slim" }))),
+  return h(
+    "div",
+    { class: "stack" },
+    h(
+      "div",
+      { class: "panes" },
+      panes.map((one) => one.element),
+    ),
+    h(
+      "form",
+      {
+        class: "card ask",
+        on: {
+          submit: (event) => {
+            event.preventDefault();
+            ask();
+          },
+        },
+      },
+      h(
+        "div",
+        { class: "row samples", "aria-label": "Samples" },
+        SAMPLES.map((sample) =>
+          button(
+            said(sample),
+            () => {
+              text.value = sample;
+              text.dispatchEvent(new Event("input"));
+              text.focus();
+            },
+            { kind: "slim" },
+          ),
+        ),
+      ),
       h("div", { class: "say" }, question, h("div", { class: "row" }, go, stop)),
-      h("div", { class: "line" }, h("span", { class: "soft small" }, "Enter asks, Shift and Enter begins a new line."), anew)),
-    settings.element);
+      h("div", { class: "line" }, h("span", { class: "soft small" }, "Enter asks, Shift and Enter begins a new line."), anew),
+    ),
+    settings.element,
+  );
 }
 
 function tunedText(id) {
@@ -89,16 +158,25 @@ function pane(title, options, value, records, kind) {
   let talk = [];
 
   function told() {
-    const found = choice && records.get(choice.value)?.x_adapter_hash;
+    if (!choice) return;
+    const found = records.get(choice.value)?.x_adapter_hash;
     hash.textContent = found ? `adapter ${found.slice(0, 12)}` : "no adapter";
     hash.title = found ?? "";
   }
 
   function clear() {
     talk = [];
-    fill(log, choice
-      ? h("p", { class: "soft hint" }, kind === "base" ? "The base answers here." : "Your model answers here.")
-      : h("div", { class: "hint" }, h("p", { class: "soft" }, "There is no tuned model yet. When a job succeeds, it answers here at once."), link("Plan a job", "#/tune", { kind: "slim", symbol: "arrow" })));
+    fill(
+      log,
+      choice
+        ? h("p", { class: "soft hint" }, kind === "base" ? "The base answers here." : "Your model answers here.")
+        : h(
+            "div",
+            { class: "hint" },
+            h("p", { class: "soft" }, "There is no tuned model yet. When a job succeeds, it answers here at once."),
+            link("Plan a job", "#/tune", { kind: "slim", symbol: "arrow" }),
+          ),
+    );
   }
 
   async function ask(asked, settings, signal) {
@@ -111,7 +189,17 @@ function pane(title, options, value, records, kind) {
     const started = performance.now();
     const facts = { text: "", first: null, usage: null, hash: undefined, reason: null };
     try {
-      for await (const chunk of streamed("chat/completions", { model: choice.value, messages: settings.messages(talk), stream: true, stream_options: { include_usage: true }, ...settings.read() }, signal)) {
+      for await (const chunk of streamed(
+        "chat/completions",
+        {
+          model: choice.value,
+          messages: settings.messages(talk),
+          stream: true,
+          stream_options: { include_usage: true },
+          ...settings.read(),
+        },
+        signal,
+      )) {
         take(chunk, facts, started);
         if (chunk.choices?.[0]?.delta?.content) {
           answer.firstChild.textContent = facts.text;
@@ -125,15 +213,32 @@ function pane(title, options, value, records, kind) {
     answer.classList.remove("coming");
     if (facts.text) talk.push({ role: "assistant", content: facts.text });
     else talk.pop(); // What was not answered is not part of the next question.
-    if (!facts.text) answer.firstChild.replaceChildren(h("span", { class: "soft" }, facts.reason === "stopped" ? "Nothing came." : "An empty answer."));
+    if (!facts.text)
+      answer.firstChild.replaceChildren(
+        h("span", { class: "soft" }, facts.reason === "stopped" ? "Nothing came." : "An empty answer."),
+      );
     answer.append(footer(facts, performance.now() - started, records.get(choice.value)));
     log.scrollTop = log.scrollHeight;
   }
 
-  if (choice) choice.addEventListener("change", () => { told(); clear(); });
+  if (choice)
+    choice.addEventListener("change", () => {
+      told();
+      clear();
+    });
   told();
   clear();
-  return { element: h("section", { class: `card pane ${kind}`, "aria-label": title }, h("div", { class: "line" }, h("h2", {}, title), hash), choice, log), ask, clear };
+  return {
+    element: h(
+      "section",
+      { class: `card pane ${kind}`, "aria-label": title },
+      h("div", { class: "line" }, h("h2", {}, title), hash),
+      choice,
+      log,
+    ),
+    ask,
+    clear,
+  };
 }
 
 function take(chunk, facts, started) {
@@ -155,13 +260,20 @@ function bubble(role, text) {
 function footer(facts, took, record) {
   const expected = record?.x_adapter_hash ?? null;
   const seconds = (ms) => `${significant(ms / 1000, 2)} s`;
-  return h("div", { class: "row soft small number" },
+  return h(
+    "div",
+    { class: "row soft small number" },
     facts.usage && h("span", {}, `${count(facts.usage.completion_tokens)} tokens`),
-    facts.first !== null && h("span", {}, `first after ${seconds(facts.first)}`), h("span", {}, `${seconds(took)} in all`),
-    facts.reason === "length" && chip("cut at the limit", "warn"), facts.reason === "stopped" && chip("stopped", "warn"),
-    facts.hash !== undefined && (facts.hash === expected
-      ? facts.hash && h("span", { class: "hash", title: facts.hash }, icon("keys"), h("span", { class: "mono" }, facts.hash.slice(0, 12)))
-      : chip("answered by another adapter", "bad")));
+    facts.first !== null && h("span", {}, `first after ${seconds(facts.first)}`),
+    h("span", {}, `${seconds(took)} in all`),
+    facts.reason === "length" && chip("cut at the limit", "warn"),
+    facts.reason === "stopped" && chip("stopped", "warn"),
+    facts.hash !== undefined &&
+      (facts.hash === expected
+        ? facts.hash &&
+          h("span", { class: "hash", title: facts.hash }, icon("check"), h("span", { class: "mono" }, facts.hash.slice(0, 12)))
+        : chip("answered by another adapter", "bad")),
+  );
 }
 
 function settingsOf() {
@@ -171,9 +283,26 @@ function settingsOf() {
     ["top_p", "Top p", "", "Draw from the likeliest words of this share."],
     ["max_tokens", "Most tokens", "200", "Of one answer."],
     ["seed", "Seed", "", "The same one gives the same answer."],
-  ].map(([name, label, value, help]) => ({ name, field: field(label, h("input", { inputmode: "decimal", value, autocomplete: "off", placeholder: "default", name }), { help }) }));
+  ].map(([name, label, value, help]) => ({
+    name,
+    field: field(label, h("input", { inputmode: "decimal", value, autocomplete: "off", placeholder: "default", name }), { help }),
+  }));
   return {
-    element: h("details", { class: "card" }, h("summary", {}, "Settings of both"), h("div", { class: "stack" }, system, h("div", { class: "fields" }, numbers.map((one) => one.field)))),
+    element: h(
+      "details",
+      { class: "card" },
+      h("summary", {}, "Settings of both"),
+      h(
+        "div",
+        { class: "stack" },
+        system,
+        h(
+          "div",
+          { class: "fields" },
+          numbers.map((one) => one.field),
+        ),
+      ),
+    ),
     messages: (talk) => (system.control.value.trim() ? [{ role: "system", content: system.control.value.trim() }, ...talk] : talk),
     check() {
       const wrong = numbers.find(({ field: { control } }) => control.value.trim() && !Number.isFinite(Number(control.value)));
@@ -183,6 +312,11 @@ function settingsOf() {
       wrong.field.control.focus();
       return false;
     },
-    read: () => Object.fromEntries(numbers.filter(({ field: { control } }) => control.value.trim()).map(({ name, field: { control } }) => [name, Number(control.value)])),
+    read: () =>
+      Object.fromEntries(
+        numbers
+          .filter(({ field: { control } }) => control.value.trim())
+          .map(({ name, field: { control } }) => [name, Number(control.value)]),
+      ),
   };
 }

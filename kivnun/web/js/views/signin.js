@@ -9,13 +9,35 @@ import { themeButton } from "../theme.js";
 /** Draw the sign-in; call `then` when a key is good. `said` is why one is here. */
 export function signIn(frame, then, said) {
   const place = h("div", { "aria-live": "polite" }, said && notice("", null, h("p", {}, said)));
-  const key = field("API key", h("input", { type: "password", name: "key", autocomplete: "off", spellcheck: "false", placeholder: "sk-kivnun-…", required: true, maxlength: 512 }),
-    { help: "It is kept in this tab until you sign out or close it, and sent to this service alone." });
+  const key = field(
+    "API key",
+    h("input", {
+      type: "password",
+      name: "key",
+      autocomplete: "off",
+      spellcheck: "false",
+      placeholder: "sk-kivnun-…",
+      required: true,
+      maxlength: 512,
+    }),
+    { help: "It is kept in this tab until you sign out or close it, and sent to this service alone." },
+  );
   const enter = button("Sign in", null, { kind: "first", type: "submit" });
-  const form = h("form", { novalidate: true, on: { submit: submitted } },
+  const form = h(
+    "form",
+    { novalidate: true, on: { submit: submitted } },
     h("h1", { tabindex: "-1" }, "Sign in"),
-    h("p", { class: "soft" }, "Paste an API key. The one that ", h("code", {}, "kivnun serve"), " printed when it first started has every right."),
-    place, key, enter);
+    h(
+      "p",
+      { class: "soft" },
+      "Paste an API key. The one that ",
+      h("code", {}, "kivnun serve"),
+      " printed when it first started has every right.",
+    ),
+    place,
+    key,
+    enter,
+  );
 
   async function submitted(event) {
     event.preventDefault();
@@ -41,12 +63,27 @@ export function signIn(frame, then, said) {
     });
   }
 
-  fill(frame, h("div", { class: "gate" },
-    h("div", { class: "pitch" },
-      h("div", { class: "brand" }, h("img", { src: "icon.svg", alt: "", width: 28, height: 28 }), "Kivnun"),
-      h("p", { class: "claim" }, "Your examples in, your model out."),
-      h("ol", {}, STEPS.map((step) => h("li", {}, h("span", { class: "mark" }, icon(step.icon)), h("span", {}, h("b", {}, step.title), " · ", step.what))))),
-    h("main", { id: "content", tabindex: "-1" }, h("div", { class: "corner" }, themeButton()), form)));
+  fill(
+    frame,
+    h(
+      "div",
+      { class: "gate" },
+      h(
+        "div",
+        { class: "pitch" },
+        h("div", { class: "brand" }, h("img", { src: "icon.svg", alt: "", width: 28, height: 28 }), "Kivnun"),
+        h("p", { class: "claim" }, "Your examples in, your model out."),
+        h(
+          "ol",
+          {},
+          STEPS.map((step) =>
+            h("li", {}, h("span", { class: "mark" }, icon(step.icon)), h("span", {}, h("b", {}, step.title), " · ", step.what)),
+          ),
+        ),
+      ),
+      h("main", { id: "content", tabindex: "-1" }, h("div", { class: "corner" }, themeButton()), form),
+    ),
+  );
   document.title = "Sign in · Kivnun";
   key.control.focus();
 }
