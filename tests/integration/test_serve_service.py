@@ -11,39 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
 
 from kivnun.cli.main import run
-from service_process import ADMIN_KEY, Running, descendants, ended, lives, running, wait_until
-
-TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}}\n"
-CANARY = "CANARY-0815"
-
-
-def examples(folder: Path, rows: int = 12) -> Path:
-    path = folder / "examples.jsonl"
-    lines = (
-        {"messages": [{"role": "user", "content": f"{CANARY} {number}"}, {"role": "assistant", "content": f"{CANARY} {number}"}]}
-        for number in range(rows)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def create(client: OpenAI, file_id: str, epochs: int = 50, model: str = "toy", **more: Any) -> str:
-    numbers = {"n_epochs": epochs, "batch_size": 1}
-    method = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
-    job = client.fine_tuning.jobs.create(model=model, training_file=file_id, seed=7, method=method, **more)  # type: ignore[arg-type]
-    assert job.status == "validating_files"
-    return job.id
-
-
-def adapter_of(client: OpenAI, model: str | None) -> str:
-    """Return the hash of the adapter that answers under a name."""
-    assert model is not None
-    asked = [{"role": "user", "content": CANARY}]
-    answer = client.chat.completions.create(model=model, messages=asked, max_tokens=4)  # type: ignore[arg-type]
-    return answer.to_dict()["x_adapter_hash"]  # type: ignore[return-value]
+from service_process import ADMIN_KEY, CANARY, TOY, Running, adapter_of, create, ended, examples, running, wait_until
+from toy_jobs import below, is_alive
 
 
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, service: Running, job_id: str) -> None:
@@ -117,9 +88,9 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
 
     command(capsys, monkeypatch, service, job_id)
     assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
-    parts = descendants(service.process.pid)
+    parts = below(service.process.pid)
     assert service.stop() == 0
-    assert not any(map(lives, parts))
+    assert not any(map(is_alive, parts))
     written = [service.log, *service.data.rglob("*.log")]
     for path in written:
         text = path.read_text(encoding="utf-8", errors="replace")
