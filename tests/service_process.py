@@ -19,7 +19,7 @@ from openai import AzureOpenAI, OpenAI
 from toy_jobs import below, is_alive
 
 ADMIN_KEY = "sk-kivnun-admin-key-of-the-tests-CANARY-4711"
-TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}}\n"
+TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}, cold: {trainer: toy}}\n"
 CANARY = "CANARY-0815"
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Running:
 
     def part(self, *words: str) -> int:
         """Return the process id of a part: `api`, `tune` and so on."""
-        found = [pid for pid in below(self.process.pid) if _command(pid)[3:5] == ["worker", *words]]
+        found = [pid for pid in below(self.process.pid) if _command(pid)[3 : 4 + len(words)] == ["worker", *words]]
         assert len(found) == 1, (words, found)
         return found[0]
 
@@ -122,8 +122,8 @@ def create(client: OpenAI, file_id: str, epochs: int = 50, model: str = "toy", *
     return job.id
 
 
-def adapter_of(client: OpenAI, model: str | None) -> str:
-    """Return the hash of the adapter that answers under a name."""
+def adapter_of(client: OpenAI, model: str | None) -> str | None:
+    """Return the hash of the adapter that answers under a name; None of a base."""
     assert model is not None
     asked = [{"role": "user", "content": CANARY}]
     answer = client.chat.completions.create(model=model, messages=asked, max_tokens=4)  # type: ignore[arg-type]

@@ -86,6 +86,8 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     steps = [text.split(":")[0] for text in events if text.startswith("Step ")]
     assert steps == [f"Step {number}/600" for number in range(600, 0, -1)], "no step is told twice or left out"
 
+    assert adapter_of(azure, "cold") is None, "a base that no worker had loaded is loaded when it is asked for"
+    service.part("answer", "--base", "cold")
     command(capsys, monkeypatch, service, job_id)
     assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
     parts = below(service.process.pid)
