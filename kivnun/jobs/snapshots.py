@@ -6,16 +6,18 @@ A manifest is a blob itself, so a row that names it names everything, and whoeve
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from kivnun.artifacts import hash_files, make_folder
 from kivnun.errors import IntegrityError
 from kivnun.jobs.blobs import BlobStore
 
+T = TypeVar("T")
 MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -32,16 +34,26 @@ class Entry:
         return self.blob.rpartition("/")[2]
 
 
-def keep_files(blobs: BlobStore, tenant: str, files: Mapping[str, Path]) -> tuple[str, list[Entry]]:
+class Attempt(Protocol):
+    """Makes one call of the store. Who must not fail for a store that is away for a while makes it again and again."""
+
+    def __call__(self, act: Callable[[], T], /) -> T: ...
+
+
+def once(act: Callable[[], T], /) -> T:
+    """Make a call, and let it fail."""
+    return act()
+
+
+def keep_files(blobs: BlobStore, tenant: str, files: Mapping[str, Path], attempt: Attempt = once) -> tuple[str, list[Entry]]:
     """Put files into the store, by the names they are to have; return the blob of their manifest, and its entries."""
-    entries = [Entry(name, blobs.put(tenant, path), path.stat().st_size) for name, path in sorted(files.items())]
-    return keep_entries(blobs, tenant, entries), entries
-
-
-def keep_entries(blobs: BlobStore, tenant: str, entries: list[Entry]) -> str:
-    """Put a manifest of blobs that are in the store; return its own blob."""
+    entries = [
+        Entry(name, attempt(functools.partial(blobs.put, tenant, path)), path.stat().st_size)
+        for name, path in sorted(files.items())
+    ]
     listed = [{"path": entry.path, "blob": entry.blob, "bytes": entry.bytes, "sha256": entry.sha256} for entry in entries]
-    return blobs.put_bytes(tenant, json.dumps({"files": listed}, indent=1).encode())
+    content = json.dumps({"files": listed}, indent=1).encode()
+    return attempt(lambda: blobs.put_bytes(tenant, content)), entries
 
 
 def read_manifest(blobs: BlobStore, manifest: str) -> list[Entry]:
@@ -59,15 +71,21 @@ def read_manifest(blobs: BlobStore, manifest: str) -> list[Entry]:
     return entries
 
 
-def fetch_folder(blobs: BlobStore, manifest: str, folder: Path) -> list[Entry]:
+def fetch_folder(blobs: BlobStore, manifest: str, folder: Path, attempt: Attempt = once) -> list[Entry]:
     """Write the files that a manifest names into a new folder, each checked by its hash. Raises IntegrityError."""
-    entries = read_manifest(blobs, manifest)
+    entries = attempt(lambda: read_manifest(blobs, manifest))
     make_folder(folder)
     for entry in entries:
         target = folder / entry.path
         make_folder(target.parent)
-        blobs.fetch(entry.blob, target)
+        attempt(functools.partial(fetch_file, blobs, entry.blob, target))
     return entries
+
+
+def fetch_file(blobs: BlobStore, blob: str, target: Path) -> None:
+    """Write a blob to a file, in place of what an attempt that failed left of it."""
+    target.unlink(missing_ok=True)
+    blobs.fetch(blob, target)
 
 
 def content_hash(entries: list[Entry]) -> str:

@@ -20,7 +20,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from kivnun.artifacts import make_folder
-from kivnun.errors import IntegrityError, RunFolderError, StorageError
+from kivnun.errors import IntegrityError, KivnunError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import Price, ServiceConfig
@@ -38,6 +38,7 @@ from kivnun.worker.trainer import Outcome, Trainer, Trainers
 T = TypeVar("T")
 CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
 RECORD = "events.jsonl"
+CRASH_WAIT_S = 0.5  # before a trainer that was killed is started again; twice as long each time
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
@@ -112,6 +113,7 @@ class OneJob:
             log.warning("lost the job to another worker", extra={"action": "lost", "job": job})
         except GivenUp:
             log.warning("left the job to another worker", extra={"action": "left", "job": job})
+            self._let_go()
         except (Unusable, IntegrityError) as error:
             log.error("a job cannot be run: %s", error, extra={"action": "unusable", "job": job})
             self._fail("internal_error", "the service could not prepare the training; nothing is charged")
@@ -128,6 +130,12 @@ class OneJob:
             self.done.set()
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _let_go(self) -> None:
+        """Put the job back into its line where that can be done at once; else its lease runs out."""
+        now, new_id = self._shared.clock(), self._shared.new_id
+        with contextlib.suppress(KivnunError):
+            self._shared.db.write("hand back", lambda tx: running.hand_back(tx, self.lease, self._job.id, now, new_id))
+
     # --- before -------------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -143,7 +151,7 @@ class OneJob:
         self._fetch_start()
         for snapshot in self._read(lambda tx: running.newest(tx, self._job.id)):
             try:
-                self._patiently(lambda s=snapshot: snapshots.fetch_folder(self._shared.blobs, s.manifest, self._run))
+                self._fetch_folder(snapshot.manifest, self._run)
                 self._saved_step = snapshot.step
                 return
             except IntegrityError as error:
@@ -155,13 +163,7 @@ class OneJob:
         blob = self._read(lambda tx: tx.execute(query).scalar_one_or_none())
         if blob is None:
             raise Unusable(f"the file {file_id} is not there")
-        target = self._folder / name
-
-        def fetch() -> None:
-            target.unlink(missing_ok=True)
-            self._shared.blobs.fetch(blob, target)
-
-        self._patiently(fetch)
+        self._patiently(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
 
     def _fetch_start(self) -> None:
         """Fetch the adapter that the job goes on with, where its model is a tuned one."""
@@ -171,14 +173,11 @@ class OneJob:
         row = self._read(lambda tx: tx.execute(query).one_or_none())
         if row is None:
             return
-        start = self._folder / "start"
-
-        def fetch() -> list[snapshots.Entry]:
-            shutil.rmtree(start, ignore_errors=True)
-            return snapshots.fetch_folder(self._shared.blobs, row.manifest, start)
-
-        if snapshots.content_hash(self._patiently(fetch)) != row.content_hash:
+        if snapshots.content_hash(self._fetch_folder(row.manifest, self._folder / "start")) != row.content_hash:
             raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
+
+    def _fetch_folder(self, manifest: str, folder: Path) -> list[snapshots.Entry]:
+        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._patiently)
 
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +293,7 @@ class OneJob:
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
 
     def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
-        return self._patiently(lambda: snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted))
+        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._patiently)
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
@@ -333,12 +332,14 @@ class OneJob:
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""
-        log.warning("a trainer ended unexpectedly", extra={"action": "crash", "job": self._job.id})
+        where = self._trainer.where_it_ended() if self._trainer is not None else ""
+        log.warning("a trainer ended unexpectedly: %s", where, extra={"action": "crash", "job": self._job.id})
         count = self._write("crash", lambda tx: running.crashed(tx, self.lease, self._job.id))
         if count > running.MAX_CRASHES:
             what = f"the training process ended unexpectedly {count} times at the same place"
             self._fail("worker_crashed", f"{what}; nothing is charged")
             return True
+        self._lost.wait(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
         self._start()
         return False
 

@@ -158,7 +158,7 @@ class Relay:
             "epoch": step.epoch,
         }
         message = f"Step {step.step}/{step.steps}: training loss={step.loss:.2f}"
-        if score is not None:
+        if score is not None and math.isfinite(score):
             data |= {"full_valid_loss": score, "full_valid_mean_token_accuracy": None}
             message += f", full validation loss={score:.2f}"
         self.metrics[step.step] = data

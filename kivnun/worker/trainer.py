@@ -67,6 +67,16 @@ class Trainer:
         self._signal(signal.SIGKILL)
         self.ended.wait(10)
 
+    def where_it_ended(self) -> str:
+        """Return where in the program a trainer was that ended by an error, without what the error says: that may be a tenant's."""
+        try:
+            lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "nowhere"
+        places = [line.strip() for line in lines if line.startswith('  File "')]
+        kinds = [line.partition(":")[0] for line in lines if line[:1].isalpha() and "Traceback" not in line]
+        return f"{kinds[-1]} at {places[-1]}" if places and kinds else "nowhere: it was killed"
+
     def outcome(self) -> Outcome:
         """Return how it ended, once it has."""
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -15,8 +17,11 @@ import sqlalchemy as sa
 
 from kivnun.errors import KivnunError
 from kivnun.jobs import running
+from kivnun.jobs.blobs import FolderBlobs
+from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Database
-from kivnun.jobs.errors import DatabaseDown, StaleLease
+from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
+from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import leases, models, outbox, snapshots, usage
 from kivnun.jobs.toy import ToySpec
@@ -276,17 +281,32 @@ def test_a_trainer_that_does_not_heed_is_ended_when_the_worker_has_to(quick: Pla
     db.close()
 
 
-def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(
-    quick: Place, trainers: Trainers, undisturbed: dict[str, str]
-) -> None:
+def trainer_of(job_id: str) -> int | None:
+    """Return the process that trains a job: the one that works in its folder."""
+    for pid in below(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(f"/proc/{pid}/cwd")).name.startswith(job_id):
+                return pid
+    return None
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(quick: Place, undisturbed: dict[str, str]) -> None:
+    """So is one whose origin is killed, from which all of a worker's trainers come."""
     job_id = queue_job(quick, spec=SLOW)
     always = queue_job(quick, "other", spec=SLOW.model_copy(update={"dies_at_step": 5, "step_ms": 0.0}))
     db = quick.database()
-    with worker_thread(quick, trainers=trainers):
+    with worker_thread(quick, concurrency=2):
         until(lambda: trains(db, job_id))
-        trainer = max(pid for pid in below(os.getpid()) if Path(f"/proc/{pid}/cwd").resolve().name.startswith(job_id))
+        trainer = trainer_of(job_id)
         os.kill(trainer, signal.SIGKILL)
+        until(lambda: trainer_of(job_id) not in (trainer, None) and trains(db, job_id, 6))
+        os.kill(parent_of(trainer_of(job_id) or 0), signal.SIGKILL)
         until(lambda: job_of(db, always).status == "failed", 30)
+        until(lambda: job_of(db, job_id).status == "succeeded", 30)
     assert_whole(quick, db, job_id)
     assert adapter_bytes(quick, db, job_id) == undisturbed
     failed = job_of(db, always)
@@ -397,12 +417,39 @@ def test_training_goes_on_while_the_database_does_not_answer_and_nothing_is_lost
     db.close()
 
 
+def test_a_store_that_fails_every_third_time_loses_nothing(
+    quick: Place, trainers: Trainers, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = queue_job(quick, spec=SLOW)
+    db, calls, put, fetch = quick.database(), itertools.count(1), FolderBlobs.put, FolderBlobs.fetch
+
+    def may_fail() -> None:
+        if next(calls) % 3 == 0:
+            raise StoreDown("the store does not answer", hint="wait")
+
+    def failing_put(self: FolderBlobs, tenant: str, source: Path) -> str:
+        may_fail()
+        return put(self, tenant, source)
+
+    def failing_fetch(self: FolderBlobs, name: str, target: Path) -> None:
+        fetch(self, name, target)
+        may_fail()
+
+    monkeypatch.setattr(FolderBlobs, "put", failing_put)
+    monkeypatch.setattr(FolderBlobs, "fetch", failing_fetch)
+    with worker_thread(quick, trainers=trainers):
+        until(lambda: trains(db, job_id, 6))
+    assert job_of(db, job_id).status == "queued"
+    work_here(quick, trainers=trainers)
+    assert_whole(quick, db, job_id)
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    assert next(calls) > 20
+    db.close()
+
+
 def test_no_write_of_a_job_passes_under_a_lease_that_is_lost(place: Place) -> None:
     job_id = queue_job(place)
     db = place.database()
-    from kivnun.jobs.config import Limits
-    from kivnun.jobs.ids import new_id
-
     claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
     assert claim is not None
     seen = db.read(running.left_alone)[0][1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kivnun.jobs.toy import ToySpec
-from toy_jobs import adapter_bytes, assert_whole, job_of, queue_job, toy_place, work_here, worker_process
+from toy_jobs import adapter_bytes, assert_whole, events_of, job_of, queue_job, toy_place, work_here, worker_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KILLS = 100
@@ -40,6 +40,8 @@ def test_a_hundred_random_kills_leave_every_adapter_as_it_was_to_be(tmp_path: Pa
     for worker in workers:
         worker.kill()
     work_here(place, term_s=0.5)
+    lost = [event for job in ids for event in events_of(db, job) if event.message.startswith("Worker lost")]
+    assert len(lost) >= 10, "workers were killed while they trained"
     for number, job in enumerate(ids):
         assert_whole(place, db, job)
         assert adapter_bytes(place, db, job) == adapter_bytes(quiet, quiet_db, expected[number % JOBS])

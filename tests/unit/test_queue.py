@@ -23,7 +23,7 @@ from toy_jobs import job_of, queue_job, toy_place
 Sizes = st.lists(st.integers(1, 500), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     lines=st.dictionaries(st.sampled_from("abcd"), Sizes, min_size=2),
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=4, max_size=4),
@@ -55,7 +55,7 @@ def test_tenants_that_wait_get_the_same_over_their_weight_to_within_the_largest_
         assert own == sorted(own), "the order of arrival within a tenant"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lines=st.dictionaries(st.sampled_from("abcd"), Sizes, min_size=1), limit=st.integers(1, 3), slots=st.integers(1, 4))
 def test_the_place_that_is_told_is_the_place_in_which_it_begins(lines: dict[str, list[int]], limit: int, slots: int) -> None:
     jobs = [Waiting(f"{tenant}{n}", tenant, size, n) for tenant, sizes in lines.items() for n, size in enumerate(sizes)]
