@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import openai
 from openai import AzureOpenAI, OpenAI
 
+from toy_jobs import below, is_alive
+
 ADMIN_KEY = "sk-kivnun-admin-key-of-the-tests-CANARY-4711"
-START_S = 120.0
+TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}, cold: {trainer: toy}}\n"
+CANARY = "CANARY-0815"
 T = TypeVar("T")
 
 
@@ -43,12 +46,12 @@ class Running:
 
     def kill(self) -> None:
         """kill -9, and wait until nothing of it lives."""
-        below = descendants(self.process.pid)
+        under = below(self.process.pid)
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        wait_until(lambda: not any(map(lives, below)), "a process of the service lives on")
+        wait_until(lambda: not any(map(is_alive, under)), "a process of the service lives on")
 
     def stop(self) -> int:
         """SIGTERM; return the exit status."""
@@ -66,7 +69,7 @@ class Running:
 
     def part(self, *words: str) -> int:
         """Return the process id of a part: `api`, `tune` and so on."""
-        found = [pid for pid in descendants(self.process.pid) if _command(pid)[3:5] == ["worker", *words]]
+        found = [pid for pid in below(self.process.pid) if _command(pid)[3 : 4 + len(words)] == ["worker", *words]]
         assert len(found) == 1, (words, found)
         return found[0]
 
@@ -101,26 +104,30 @@ def ended(client: OpenAI, job_id: str) -> openai.types.fine_tuning.FineTuningJob
     return wait_until(look, f"{job_id} does not end", 240.0)
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the process ids below a process, the nearest first."""
-    parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found = list(parents.get(pid, []))
-    for below in found:
-        found.extend(parents.get(below, []))
-    return found
+def examples(folder: Path, rows: int = 12) -> Path:
+    path = folder / "examples.jsonl"
+    lines = (
+        {"messages": [{"role": "user", "content": f"{CANARY} {number}"}, {"role": "assistant", "content": f"{CANARY} {number}"}]}
+        for number in range(rows)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
 
 
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def create(client: OpenAI, file_id: str, epochs: int = 50, model: str = "toy", **more: Any) -> str:
+    numbers = {"n_epochs": epochs, "batch_size": 1}
+    method = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+    job = client.fine_tuning.jobs.create(model=model, training_file=file_id, seed=7, method=method, **more)  # type: ignore[arg-type]
+    assert job.status == "validating_files"
+    return job.id
+
+
+def adapter_of(client: OpenAI, model: str | None) -> str | None:
+    """Return the hash of the adapter that answers under a name; None of a base."""
+    assert model is not None
+    asked = [{"role": "user", "content": CANARY}]
+    answer = client.chat.completions.create(model=model, messages=asked, max_tokens=4)  # type: ignore[arg-type]
+    return answer.to_dict()["x_adapter_hash"]  # type: ignore[return-value]
 
 
 def _command(pid: int) -> list[str]:

@@ -125,6 +125,7 @@ def fail(tx: Transaction, batch: Batch, errors: Sequence[dict[str, Any]], now: f
     current = find(tx, batch.id, batch.tenant)
     if current is not None and current.status not in TERMINAL:
         _move(tx, current, "failed", now, errors=list(errors))
+        _forget_answers(tx, current)
         _tell(tx, current, "failed", now, new_id)
 
 
@@ -178,8 +179,10 @@ def close(
     now: float,
     new_id: NewId,
 ) -> bool:
-    """End a batch with its files. False, and nothing, where it is not in the status any more that it was closed from, or where
-    the files lack an answer: `written` counts the good and the bad ones in them."""
+    """End a batch with its files, which alone hold its answers from now on.
+
+    False, and nothing, where it is not in the status any more that it was closed from, or where the files lack an answer:
+    `written` counts the good and the bad ones in them."""
     current = find(tx, batch.id, batch.tenant)
     if current is None or current.status != batch.status or (current.completed, current.failed) != written:
         return False
@@ -188,6 +191,7 @@ def close(
             files.add(tx, file)
     named = {"output_file": output.id if output else None, "error_file": error.id if error else None}
     _move(tx, current, ending, now, usage=usage, **named)
+    _forget_answers(tx, current)
     _tell(tx, current, ending, now, new_id)
     return True
 
@@ -202,3 +206,8 @@ def _move(tx: Transaction, batch: Batch, status: BatchStatus, now: float, **valu
 
 def _tell(tx: Transaction, batch: Batch, status: BatchStatus, now: float, new_id: NewId) -> None:
     webhooks.tell(tx, batch.tenant, _TOLD[status], batch.id, now, new_id)
+
+
+def _forget_answers(tx: Transaction, batch: Batch) -> None:
+    """Remove the answers of a batch that has ended: who deletes its files has deleted them all."""
+    tx.execute(sa.delete(batch_answers).where(batch_answers.c.batch == batch.id))

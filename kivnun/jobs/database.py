@@ -38,6 +38,11 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+def holds(text: str) -> bool:
+    """Return whether both databases can hold a text: without NUL, and without half of a surrogate pair. No name has either."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 class Database:
     """A database by its URL (`sqlite:///FILE`, `postgresql+psycopg://...`; `postgresql://` is taken as the latter).
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kivnun.jobs.database import Transaction
+from kivnun.jobs.database import Transaction, holds
 from kivnun.jobs.schema import deployments
 
 
@@ -29,6 +29,8 @@ class Deployment:
 
 def find_deployment(tx: Transaction, tenant: str, name: str) -> Deployment | None:
     """Return a tenant's deployment by its name; None where there is none."""
+    if not holds(name):
+        return None
     query = sa.select(deployments).where(deployments.c.tenant == tenant, deployments.c.name == name)
     row = tx.execute(query).mappings().one_or_none()
     return None if row is None else Deployment(**row)

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kivnun.jobs.database import Transaction
+from kivnun.jobs.database import Transaction, holds
 from kivnun.jobs.schema import jobs, models
 from kivnun.jobs.states import TERMINAL
 
@@ -41,6 +41,8 @@ def add(tx: Transaction, model: Model) -> None:
 
 def find(tx: Transaction, model_id: str, tenant: str) -> Model | None:
     """Return a tenant's model by its name; None where there is none, or it is another's, or deleted."""
+    if not holds(model_id):
+        return None
     row = tx.execute(_of(tenant).where(models.c.id == model_id)).mappings().one_or_none()
     return None if row is None else Model(**row)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 
 from kivnun.jobs.config import Limits
-from kivnun.jobs.database import Transaction
+from kivnun.jobs.database import Transaction, holds
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import api_keys, tenants
 
@@ -139,6 +139,8 @@ def touch_key(tx: Transaction, key_id: str, now: float) -> None:
 
 
 def find_tenant(tx: Transaction, tenant: str) -> Tenant | None:
+    if not holds(tenant):
+        return None
     row = tx.execute(sa.select(*_TENANT).where(tenants.c.id == tenant)).mappings().one_or_none()
     return None if row is None else Tenant(**row)
 

@@ -29,6 +29,7 @@ DeliveryStatus = Literal["pending", "delivered", "dead"]
 GIVE_UP_S = 72 * 3600.0
 FIRST_DELAY_S, LAST_DELAY_S = 5.0, 3 * 3600.0
 OLD_SECRET_S = 24 * 3600.0
+KEPT_S = 30 * 24 * 3600.0  # how long what became of an event is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,27 +181,33 @@ _DELIVERY = (
 )
 
 
-def due(tx: Transaction, now: float, busy: Collection[str], limit: int) -> list[tuple[Delivery, Endpoint]]:
-    """Return the next delivery of each endpoint that has one due and is not `busy`: one that hangs never holds up another's.
+def due(tx: Transaction, now: float, without: Collection[str], at_once: int, limit: int) -> list[tuple[Delivery, Endpoint]]:
+    """Return the next delivery of each endpoint that has one due and is not among `without`, `at_once` of a tenant at most.
 
-    A time further away than the longest delay was set by a clock that has jumped, and is due as well."""
+    So neither an endpoint nor a tenant hides another's. A time further away than the longest delay was set by a clock that has
+    jumped since, and is due as well."""
     at = deliveries.c
-    first = (
-        sa.select(at.id, sa.func.row_number().over(partition_by=at.endpoint, order_by=(at.next_at, at.id)).label("place"))
-        .where(at.status == "pending", at.endpoint.not_in(list(busy)), (at.next_at <= now) | (at.next_at > now + LAST_DELAY_S))
+    ready = (
+        sa.select(at.id, at.tenant, at.next_at, _place(at.endpoint, at.next_at, at.id))
+        .where(at.status == "pending", at.endpoint.not_in(list(without)), (at.next_at <= now) | (at.next_at > now + LAST_DELAY_S))
         .subquery()
     )
+    first = sa.select(ready.c.id, _place(ready.c.tenant, ready.c.next_at, ready.c.id)).where(ready.c.place == 1).subquery()
     query = (
         sa.select(*_DELIVERY)
         .join(outbox, outbox.c.id == at.event)
         .join(first, first.c.id == at.id)
-        .where(first.c.place == 1)
+        .where(first.c.place <= at_once)
         .order_by(at.next_at)
         .limit(limit)
     )
     found = [Delivery(**row) for row in tx.execute(query).mappings()]
     pairs = [(delivery, find(tx, delivery.endpoint, delivery.tenant)) for delivery in found]
     return [(delivery, endpoint) for delivery, endpoint in pairs if endpoint is not None]
+
+
+def _place(of: sa.ColumnElement[Any], *order: sa.ColumnElement[Any]) -> sa.Label[int]:
+    return sa.func.row_number().over(partition_by=of, order_by=order).label("place")
 
 
 def settle(tx: Transaction, delivery: Delivery, *, delivered: bool, answer: str, now: float) -> None:
@@ -250,3 +257,13 @@ def replay(tx: Transaction, endpoint: Endpoint, ids: Sequence[str] | None, now: 
         query = query.where(at.id.in_(list(ids)))
     values = {"status": "pending", "attempts": 0, "next_at": now, "give_up_at": now + GIVE_UP_S}
     return sorted(tx.execute(query.values(values).returning(at.id)).scalars())
+
+
+def prune(tx: Transaction, before: float, limit: int) -> int:
+    """Forget events that were over at a moment, and their deliveries; return how many events."""
+    pending = sa.select(deliveries.c.id).where(deliveries.c.event == outbox.c.id, deliveries.c.status == "pending")
+    over = sa.select(outbox.c.id).where(outbox.c.created_at < before, outbox.c.fanned_out_at < before, ~pending.exists())
+    ids = list(tx.execute(over.limit(limit)).scalars())
+    tx.execute(sa.delete(deliveries).where(deliveries.c.event.in_(ids)))
+    tx.execute(sa.delete(outbox).where(outbox.c.id.in_(ids)))
+    return len(ids)

@@ -144,6 +144,16 @@ class AdapterCache(Generic[T]):
             self._evict()
             return held.adapter
 
+    def take_held(self, content_hash: str) -> T | None:
+        """Return an adapter for use where it is in memory already."""
+        with self._lock:
+            held = self._held.get(content_hash)
+            if held is None:
+                return None
+            held.users += 1
+            self._held.move_to_end(content_hash)
+            return held.adapter
+
     def give_back(self, content_hash: str) -> None:
         """Say that one user of an adapter is done with it."""
         with self._lock:

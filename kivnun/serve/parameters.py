@@ -121,6 +121,6 @@ def include_usage_in(options: Any, stream: bool) -> bool:
     if options is None:
         return False
     given = as_object(options)
-    if not stream or given is None or set(given) - {"include_usage"}:
-        raise bad("stream_options", "stream_options takes include_usage alone, and with stream: true")
+    if not stream or given is None or set(given) - {"include_usage", "include_obfuscation"}:
+        raise bad("stream_options", "stream_options takes include_usage and include_obfuscation, and with stream: true")
     return flag(given, "include_usage")

@@ -121,7 +121,7 @@ class Scheduler:
         if busy:
             tell(Failed(id=question.id, code="busy", message="too many answers wait"))
             return lambda: None
-        (self._inbox if question.adapter is None else self._to_load).put(job)
+        self._route(job)
 
         def cancel() -> None:
             job.cancelled = True  # looked at before the next token
@@ -143,6 +143,14 @@ class Scheduler:
     def questions(self) -> int:
         """Return how many questions have not ended."""
         return sum(self._open.values())
+
+    def _route(self, job: _Job) -> None:
+        """Hand a question on: at once where all that it needs is in memory, so that it waits for nobody's disk."""
+        adapter = job.question.adapter
+        held = None if adapter is None else self._adapters.take_held(adapter.content_hash)
+        if held is not None:
+            job.sites, job.taken = held.sites, True
+        (self._inbox if adapter is None or held is not None else self._to_load).put(job)
 
     # --- adapters ------------------------------------------------------------------------------------------------------------
 

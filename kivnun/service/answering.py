@@ -280,7 +280,11 @@ class Answer:
                 self._written[said.choice] = said.written
                 yield said
         except WorkerLost:
+            self._bill.withdraw()
             raise overloaded("the worker that wrote the answer is gone; try again") from None
+        except ApiError:
+            self._bill.withdraw()  # who gets no answer pays for none
+            raise
         finally:
             self.leave()
 

@@ -142,7 +142,7 @@ class RunBatches:
         for run in list(self._runs.values()):
             self._end(run)
         self._desks.shutdown(cancel_futures=True)
-        asyncio.run_coroutine_threadsafe(_settled_tasks(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_cut_off(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -182,7 +182,7 @@ class RunBatches:
         except Exception as error:
             self._troubles[batch.id] += 1
             told = {"action": "batch_trouble", "batch": batch.id}
-            logger.error("a batch could not be handled: %s", type(error).__name__, extra=told)
+            logger.error("a batch could not be handled", exc_info=error, extra=told)
             if self._troubles[batch.id] >= TRIES:
                 self._fail(batch, [_error("internal_error", "the batch could not be handled; the server's log says why")])
             else:
@@ -367,7 +367,7 @@ class RunBatches:
         if isinstance(answer, dict):
             run.pauses = 0
         else:
-            error = answer if isinstance(answer, ApiError) else _broken(answer)
+            error = answer if isinstance(answer, ApiError) else _as_refusal(answer)
             is_later = error.status in (408, 429, 503) and error.code != "insufficient_quota"
             asked.failures += not is_later
             if is_later or (error.status >= 500 and asked.failures < TRIES):
@@ -378,16 +378,21 @@ class RunBatches:
         return answer_line(run.batch.id, asked.request, answer, self._service.new_id("req_"))
 
 
-async def _settled_tasks() -> None:
-    """Wait until every other task of this loop has ended, most of them by having been cancelled."""
+async def _cut_off() -> None:
+    """End every other task of this loop, connections to workers too."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
     if others:
         await asyncio.wait(others, timeout=CUT_OFF_S)
 
 
-def _broken(error: Exception) -> ApiError:
+def _as_refusal(error: Exception) -> ApiError:
+    """Return what a failure that is no answer comes to: "later" where the service was down, else its own fault."""
+    if isinstance(error, DatabaseDown | StoreDown | StaleLease):
+        return ApiError(503, error.message, code=error.code, type="server_error")
     told = {"action": "batch_line_failed"}
-    logger.error("a line of a batch could not be answered: %s", type(error).__name__, extra=told)
+    logger.error("a line of a batch could not be answered", exc_info=error, extra=told)
     return ApiError(500, "the request failed; the server's log says why", code="internal_error", type="server_error")
 
 

@@ -12,10 +12,8 @@ import logging
 import shutil
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from kivnun.jobs import leases
@@ -213,10 +211,8 @@ def _back_off_s(failures: int) -> float:
 
 
 def _note(name: str, error: Exception) -> None:
-    """Log that a duty failed and where. The error's own text may quote what somebody uploaded, so it stays out."""
+    """Log that a duty failed, and where. The service's log leaves out what the error says: it may quote what somebody uploaded."""
     if isinstance(error, DatabaseDown | StoreDown):
-        logger.warning("a duty waits: %s", error.message, extra={"action": "duty_waits", "duty": name})
-        return
-    frames = traceback.extract_tb(error.__traceback__)[-8:]
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
-    logger.error("a duty failed: %s at %s", type(error).__name__, where, extra={"action": "duty_failed", "duty": name})
+        logger.warning("a duty waits: a part of the service is down", extra={"action": "duty_waits", "duty": name})
+    else:
+        logger.error("a duty failed", exc_info=error, extra={"action": "duty_failed", "duty": name})

@@ -30,6 +30,7 @@ from kivnun.service.planning import (
     JobRefused,
     Machine,
     Outlook,
+    check_quota,
     outlook,
     this_machine_asked,
 )
@@ -64,6 +65,7 @@ def dry_run(service: Service, tenant: str, body: CreateJob, machine: Machine = t
             fetch_folder(service.blobs, sources.start, folder / START)
         with (folder / "report.jsonl").open("x", encoding="utf-8") as report:
             found = outlook(job, service.config, folder, report, machine, whole)
+        check_quota(found, sources.most_tokens)
     except JobRefused as refused:
         error = {"code": refused.code, "message": refused.message, "param": refused.param}
         return {**_head(job), "verdict": "refused", "fits": False, "reason": refused.message, "error": error, "warnings": []}
@@ -80,7 +82,7 @@ def dry_run(service: Service, tenant: str, body: CreateJob, machine: Machine = t
         "error": None,
         **_figures(found, service.config.bases[job.base].price.training, service.config.currency),
         "queue": None if place is None else _wait(found, place, now),
-        "warnings": list(_warnings(found, whole, sources.most_tokens)),
+        "warnings": list(_warnings(found, whole)),
     }
 
 
@@ -148,15 +150,13 @@ def _wait(found: Outlook, place: queue.Place, now: float) -> dict[str, Any]:
     return {"position": place.position, "tokens_ahead": place.tokens_ahead, "seconds": seconds, "estimated_start": start}
 
 
-def _warnings(found: Outlook, whole: float, most_tokens: int | None) -> Iterator[str]:
+def _warnings(found: Outlook, whole: float) -> Iterator[str]:
     if whole > 1:
         yield f"the first {READ_BYTES >> 20} MiB of the training file were read; its figures are estimates from these"
     if not found.counted:
         yield "tokens are estimated: the base is not on this machine yet"
     if found.examples.overlap:
         yield f"{found.examples.overlap:,} validation examples are training examples too"
-    if most_tokens is not None and found.planned_tokens > most_tokens:
-        yield f"the job would be refused: it trains {found.planned_tokens:,} tokens, and {most_tokens:,} are allowed in one job"
     if found.plan is not None:
         yield from found.plan.urgent
 

@@ -84,6 +84,17 @@ class Outlook:
         }
 
 
+def check_quota(found: Outlook, most: int | None) -> None:
+    """Raise JobRefused for a job that would train more tokens than one job of its tenant may."""
+    if most is not None and found.planned_tokens > most:
+        raise JobRefused(
+            "exceeded_quota",
+            f"the job would train {found.planned_tokens:,} tokens, and {most:,} are allowed in one job: ask for fewer epochs, or "
+            "send fewer examples",
+            "training_file",
+        )
+
+
 Machine = Callable[[Question], Question]
 """Tells a question how fast the machine is that it is about."""
 

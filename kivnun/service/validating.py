@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kivnun.errors import KivnunError, StorageError
 from kivnun.jobs import files, models, tuning
@@ -32,6 +33,7 @@ from kivnun.service.planning import (
     JobRefused,
     Machine,
     Outlook,
+    check_quota,
     outlook,
     this_machine_asked,
 )
@@ -48,17 +50,22 @@ class _Sources:
     start: str | None
 
 
+LARGE_BYTES = 64 << 20  # of a training file: reading it takes a minute or so
+
+
 @dataclass
 class ValidateJobs:
-    """A duty of the clerk."""
+    """A duty of the clerk: every job, or in two lanes, so that nobody waits behind a large file."""
 
     service: Service
+    lane: Literal["all", "small", "large"] = "all"
     machine: Machine = this_machine_asked
-    name: str = "validate-jobs"
+    name: str = "validate_jobs"
 
     def turn(self) -> bool:
         """Validate the oldest job that waits for it; return whether there was one."""
-        job = self.service.db.read(tuning.to_validate)
+        bounds = {"all": (0, None), "small": (0, LARGE_BYTES), "large": (LARGE_BYTES, None)}[self.lane]
+        job = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds))
         if job is None:
             return False
         self.validate(job)
@@ -91,19 +98,10 @@ class ValidateJobs:
             fetch_folder(self.service.blobs, sources.start, folder / START)
         with (folder / REPORT_FILE).open("x", encoding="utf-8") as report:
             found = outlook(job, self.service.config, folder, report, self.machine)
-        self._check_quota(job, found)
+        limits = self.service.db.read(lambda tx: limits_of(tx, job.tenant, self.service.config.limits))
+        check_quota(found, limits.training_tokens)
         kept = self._kept_report(job, folder)
         self.service.db.write("validate job", lambda tx: _queue(tx, self.service, job, found, kept))
-
-    def _check_quota(self, job: Job, found: Outlook) -> None:
-        most = self.service.db.read(lambda tx: limits_of(tx, job.tenant, self.service.config.limits)).training_tokens
-        if most is not None and found.planned_tokens > most:
-            raise JobRefused(
-                "exceeded_quota",
-                f"the job would train {found.planned_tokens:,} tokens, and {most:,} are allowed in one job: ask for "
-                "fewer epochs, or send fewer examples",
-                "training_file",
-            )
 
     def _fail(self, job: Job, refused: JobRefused, folder: Path) -> None:
         kept = self._kept_report(job, folder)

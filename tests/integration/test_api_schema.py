@@ -70,7 +70,7 @@ def test_the_api_on_postgresql_answers_as_it_is_described_at_length(tmp_path: Pa
 
     with empty_database(postgres) as url:
         service = service_at(place(tmp_path, url))
-        _ask_everything(service, 60)
+        _ask_everything(service, 25)
         service.db.close()
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -40,6 +41,13 @@ TRIED = {
     "kernels": {"reason": None, "packs": [], "compiler": "cc"},
     "triton": {"reason": "there is no CUDA device"},
 }
+
+
+def of_a_service() -> Iterator[click.Command]:
+    """Yield the commands that run a service or call one: pages' lines are parsed, test_serve_service.py runs them for real."""
+    for name in ("serve", "jobs", "keys", "worker"):
+        command = cli.commands[name]
+        yield from command.commands.values() if isinstance(command, click.Group) else [command]
 
 
 def anchors(page: Path) -> set[str]:
@@ -102,6 +110,8 @@ def test_the_commands_of_a_page_run_in_their_order(
     # A table takes ten minutes and more: the pages' commands are read, test_matrix_whole.py measures.
     monkeypatch.setattr("kivnun.matrix.matrix.make_matrix", lambda output, **given: {"cells": []})
     monkeypatch.setattr("kivnun.plan.checkup.try_out", lambda: TRIED)
+    for command in of_a_service():
+        monkeypatch.setattr(command, "callback", lambda **given: None)
     save_files(page, tmp_path)
     said = ""
     for words, status in commands(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,13 +179,17 @@ def test_a_deployment_is_made_read_changed_and_removed_as_azure_s_recipes_do(ser
         ("-mine", _body("toy"), "name"),
         ("m" * 65, _body("toy"), "name"),
         ("mine", {**_body("toy"), "tags": {"t": "x" * 70_000}}, None),
+        ("mine", {**_body("toy"), "tags": {"t": "\ud800"}}, None),
+        ("mine", _body("a\0b"), "properties.model.name"),
+        ("mine", _body("\ud800"), "properties.model.name"),
     ],
 )
 def test_a_wrong_deployment_is_refused_by_name_of_what_is_wrong(
     url: str, name: str, body: dict[str, Any], param: str | None
 ) -> None:
     with _control(url) as client:
-        answer = client.put(f"{DEPLOYMENTS}/{name}", json=body)
+        content, kind = json.dumps(body), {"content-type": "application/json"}  # every letter that is not ASCII as \\uXXXX
+        answer = client.put(f"{DEPLOYMENTS}/{name}", content=content, headers=kind)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 

@@ -11,38 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
 
-from service_process import ADMIN_KEY, Running, descendants, ended, lives, running, wait_until
-
-TOY = "version: 1\nbases: {toy: {trainer: toy, resident: true, price: {training: 2.0}}}\n"
-CANARY = "CANARY-0815"
+from kivnun.cli.main import run
+from service_process import ADMIN_KEY, CANARY, TOY, Running, adapter_of, create, ended, examples, running, wait_until
+from toy_jobs import below, is_alive
 
 
-def examples(folder: Path, rows: int = 12) -> Path:
-    path = folder / "examples.jsonl"
-    lines = (
-        {"messages": [{"role": "user", "content": f"{CANARY} {number}"}, {"role": "assistant", "content": f"{CANARY} {number}"}]}
-        for number in range(rows)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, service: Running, job_id: str) -> None:
+    """Do by `kivnun jobs` and `kivnun keys` what they can, on a job that has succeeded."""
+    monkeypatch.setenv("KIVNUN_URL", service.url)
+    monkeypatch.setenv("KIVNUN_API_KEY", ADMIN_KEY)
 
+    def said(*words: str, status: int = 0) -> Any:
+        assert run([*words, "--json"]) == status, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-def create(client: OpenAI, file_id: str, epochs: int = 50, model: str = "toy", **more: Any) -> str:
-    numbers = {"n_epochs": epochs, "batch_size": 1}
-    method = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
-    job = client.fine_tuning.jobs.create(model=model, training_file=file_id, seed=7, method=method, **more)  # type: ignore[arg-type]
-    assert job.status == "validating_files"
-    return job.id
+    assert [job["id"] for job in said("jobs", "list", "--limit", "1")["jobs"]] == [job_id]
+    assert said("jobs", "show", job_id)["status"] == said("jobs", "watch", job_id)["status"] == "succeeded"
+    events = said("jobs", "events", job_id)["events"]
+    assert events[0]["message"] == f"Created fine-tuning job: {job_id}"
+    assert len(events) > 600
+    for kind in ("pause", "resume", "cancel"):
+        assert "the service answered 400" in said("jobs", kind, job_id, status=15)["error"]["message"]
+    assert "404" in said("jobs", "show", "ftjob-another", status=15)["error"]["message"]
 
-
-def adapter_of(client: OpenAI, model: str | None) -> str:
-    """Return the hash of the adapter that answers under a name."""
-    assert model is not None
-    asked = [{"role": "user", "content": CANARY}]
-    answer = client.chat.completions.create(model=model, messages=asked, max_tokens=4)  # type: ignore[arg-type]
-    return answer.to_dict()["x_adapter_hash"]  # type: ignore[return-value]
+    made = said("keys", "create", "laptop", "--scope", "read", "--days", "1")
+    turned = said("keys", "rotate", made["id"])
+    listed = {key["id"]: key for key in said("keys", "list")["keys"]}
+    assert {made["id"], turned["id"]} < set(listed)
+    assert all("key" not in key for key in listed.values())
+    monkeypatch.setenv("KIVNUN_API_KEY", turned["key"])
+    assert said("jobs", "list")["jobs"]
+    assert "403" in said("keys", "create", "more", status=15)["error"]["message"]
+    monkeypatch.setenv("KIVNUN_API_KEY", ADMIN_KEY)
+    assert said("keys", "revoke", turned["id"])["revoked_at"] is not None
+    for words in (["jobs", "list"], ["jobs", "show", job_id], ["jobs", "events", job_id, "--limit", "3"], ["keys", "list"]):
+        assert run(words) == 0
+        out = capsys.readouterr().out
+        assert job_id in out or words[-1] == "3" or turned["id"] in out
+    monkeypatch.setenv("KIVNUN_API_KEY", turned["key"])
+    assert "401" in said("jobs", "list", status=15)["error"]["message"]
 
 
 @pytest.fixture
@@ -51,7 +59,9 @@ def service(tmp_path: Path) -> Iterator[Running]:
         yield found
 
 
-def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_alone(service: Running, tmp_path: Path) -> None:
+def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_alone(
+    service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = service.openai()
     file_id = client.files.create(file=examples(tmp_path), purpose="fine-tune").id
     undisturbed = ended(client, create(client, file_id))
@@ -76,10 +86,13 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     steps = [text.split(":")[0] for text in events if text.startswith("Step ")]
     assert steps == [f"Step {number}/600" for number in range(600, 0, -1)], "no step is told twice or left out"
 
+    assert adapter_of(azure, "cold") is None, "a base that no worker had loaded is loaded when it is asked for"
+    service.part("answer", "--base", "cold")
+    command(capsys, monkeypatch, service, job_id)
     assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
-    parts = descendants(service.process.pid)
+    parts = below(service.process.pid)
     assert service.stop() == 0
-    assert not any(map(lives, parts))
+    assert not any(map(is_alive, parts))
     written = [service.log, *service.data.rglob("*.log")]
     for path in written:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,8 +151,8 @@ def test_log_probabilities_are_those_of_the_logits(base: Path, loaded: Base, cli
 
 def test_a_schema_is_kept_for_every_seed(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}}
-    for seed in range(6):
-        answer = ask(client, NAMES[seed % 3], temperature=1.5, seed=seed, n=4, response_format=form, max_completion_tokens=150)
+    for seed in range(4):
+        answer = ask(client, NAMES[seed % 3], temperature=1.5, seed=seed, n=3, response_format=form, max_completion_tokens=150)
         for choice in answer.choices:
             assert choice.finish_reason == "stop"
             pet = json.loads(choice.message.content)
@@ -181,7 +182,7 @@ def test_a_form_that_cannot_be_kept_is_refused_with_the_reason(client: openai.Op
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_that_must_be_made_is_made_and_fits_its_function(choice: Any, stream: bool, client: openai.OpenAI) -> None:
-    for seed in range(3):
+    for seed in range(2):
         more: dict[str, Any] = {
             "tools": [WEATHER, CLOCK],
             "tool_choice": choice,
@@ -275,7 +276,7 @@ def test_forty_adapters_that_come_and_go_answer_each_for_itself(
             assert (answer.x_adapter_hash, answer.choices[0].message.content) == ready[name]
 
         with ThreadPoolExecutor(12) as pool:
-            list(pool.map(one, range(80)))
+            list(pool.map(one, range(60)))
 
 
 class RoomForFour(AdapterCache[Any]):
@@ -283,6 +284,21 @@ class RoomForFour(AdapterCache[Any]):
 
     def __init__(self, fetch: Any, load: Any) -> None:
         super().__init__(fetch, load, max_count=4)
+
+
+def test_a_model_is_callable_within_a_second_of_its_record(
+    loaded: Base, place: Place, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    ask(client)  # the base is warm: what is new is the adapter
+    seconds: list[float] = []
+    for rank in (5, 6, 7):  # the machine may be doing something else for once
+        name, folder = f"ft:tiny:kivnun:fresh{rank}:dddddddd", tmp_path / str(rank)
+        folder.mkdir()
+        adapter_of(loaded, rank).save(folder, "tiny")
+        content_hash, began = add_model(place, "tiny", name, folder), time.monotonic()
+        assert ask(client, name, max_completion_tokens=1).x_adapter_hash == content_hash
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1
 
 
 def test_an_adapter_that_is_not_the_one_in_the_records_is_not_used(

@@ -27,6 +27,7 @@ from kivnun.service import batching
 from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
+from kivnun.service.logs import JsonLines
 from service_parts import KEY, OTHER_KEY, api, place, service_at
 
 CHAT = "/v1/chat/completions"
@@ -42,6 +43,7 @@ class StandIn:
     going: Counter[str] = field(default_factory=Counter[str])
     busy_until: float = 0.0
     breaks: int = 0
+    downs: int = 0
     wait_s: float = 0.0
 
     async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,9 @@ class StandIn:
     async def _answer(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
         if time.monotonic() < self.busy_until:
             raise ApiError(429, "later", code="rate_limit_exceeded", type="tokens", headers={"retry-after-ms": "20"})
+        self.downs -= 1
+        if self.downs >= 0:
+            raise DatabaseDown("the database does not answer", hint="wait")
         if text.startswith("refuse"):
             raise ApiError(404, "there is no model 'no'", code="model_not_found", param="model")
         if text.startswith("break"):
@@ -401,7 +406,7 @@ def _answered(client: OpenAI, batch_id: str) -> int:
 def test_an_answer_of_later_is_waited_out_and_a_broken_line_is_refused_in_the_end(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
-    standin.busy_until, standin.breaks = time.monotonic() + 0.3, 3
+    standin.busy_until, standin.breaks, standin.downs = time.monotonic() + 0.3, 3, 15
     file_id = upload(service, [question("a"), question("b", "break once"), question("c")])
     done = ended(client, duty, client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h").id)
     assert done.request_counts is not None
@@ -412,7 +417,9 @@ def test_an_answer_of_later_is_waited_out_and_a_broken_line_is_refused_in_the_en
     assert done.status == "completed"
     (bad,) = lines_of(service, done.error_file_id)
     assert (bad["custom_id"], bad["response"]["status_code"]) == ("b", 500)
-    assert "CANARY" not in json.dumps(bad) + caplog.text
+    log = "".join(JsonLines().format(record) for record in caplog.records)
+    assert "batch_line_failed" in log
+    assert "CANARY" not in json.dumps(bad) + log
 
 
 def test_lines_at_once_are_bounded_for_a_tenant_and_in_all(

@@ -100,13 +100,13 @@ def test_a_body_of_another_type_is_refused(http: httpx.Client, kind: str) -> Non
         ('{"' + '\\"' * 400_000).encode(), b"0" * 1_000_000, b"-" * 1_000_000, b"1e" + b"9" * 100_000,
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("purpose", [b"fine-tune", b"batch"])
-def test_lines_of_any_kind_are_judged_in_bounded_time(http: httpx.Client, service: Service, lines: bytes, purpose: bytes) -> None:
-    began = time.process_time()
-    answer = http.post("/v1/files", content=PURPOSE.replace(b"fine-tune", purpose) + FILE + lines + END)
-    assert time.process_time() - began < 3
-    assert answer.status_code == 200
-    assert answer.json()["status"] in ("uploaded", "processed", "error")
+def test_lines_of_any_kind_are_judged_in_bounded_time(http: httpx.Client, service: Service, lines: bytes) -> None:
+    for purpose in (b"fine-tune", b"batch"):
+        began = time.process_time()
+        answer = http.post("/v1/files", content=PURPOSE.replace(b"fine-tune", purpose) + FILE + lines + END)
+        assert time.process_time() - began < 3
+        assert answer.status_code == 200
+        assert answer.json()["status"] in ("uploaded", "processed", "error")
     assert not list(service.scratch.iterdir())
 
 

@@ -21,6 +21,7 @@ from kivnun.jobs.models import add as add_model
 from kivnun.jobs.naming import model_name
 from kivnun.jobs.snapshots import content_hash, files_in, keep_files
 from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
+from kivnun.plan.devices import Device
 from kivnun.plan.verdict import Question
 from kivnun.service.context import Service
 from kivnun.service.planning import START, TRAINING, VALIDATION
@@ -30,11 +31,13 @@ from service_jobs import conversations, lines, openai_client, preferences, uploa
 from service_parts import KEY, api, place, service_at
 
 TINY = "kivnun/tiny-phi"
+PHI = "microsoft/Phi-4-mini-instruct"  # known by its configuration, and not on this machine
 CONFIG = ServiceConfig.model_validate(
     {
         "bases": {
             "toy": {"trainer": "toy", "price": {"training": 1000.0}},
             "narrow": {"trainer": "toy", "max_seq_len": 40},
+            PHI: {},
             TINY: {"price": {"training": 3.0}, "max_seq_len": 64, "rank": 4},
         },
         "limits": {"training_tokens": 50_000, "requests_per_minute": 100_000},
@@ -57,7 +60,7 @@ class World:
         return self.client.fine_tuning.jobs.create(model=model, training_file=training, **given).id
 
     def validate(self) -> None:
-        duty = ValidateJobs(self.service, as_foretold)
+        duty = ValidateJobs(self.service, machine=as_foretold)
         while duty.turn():
             pass
 
@@ -195,13 +198,24 @@ def test_a_job_waits_for_the_judgement_of_its_files_and_one_cancelled_meanwhile_
     def cancelled_meanwhile(question: Question) -> Question:
         raise AssertionError("toys have no plan")
 
-    duty = ValidateJobs(world.service, cancelled_meanwhile)
+    duty = ValidateJobs(world.service, machine=cancelled_meanwhile)
     seen = world.service.db.read(tuning.to_validate)
     assert seen is not None
     world.client.fine_tuning.jobs.cancel(job_id)
     duty.validate(seen)
     assert world.job(job_id).status == "cancelled"
     assert world.messages(job_id)[-1] == "Job cancelled"
+
+
+def test_a_job_of_a_large_file_keeps_no_other_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.service.validating.LARGE_BYTES", 4096)
+    large = world.create(uploaded(world.client, conversations(100)))
+    small = world.create(uploaded(world.client, conversations(12)))
+    lanes = {lane: ValidateJobs(world.service, lane, as_foretold) for lane in ("small", "large")}
+    assert (lanes["small"].turn(), lanes["small"].turn()) == (True, False)
+    assert (world.job(large).status, world.job(small).status) == ("validating_files", "queued")
+    assert (lanes["large"].turn(), lanes["large"].turn()) == (True, False)
+    assert world.job(large).status == "queued"
 
 
 def mark(world: World, file_id: str, status: str) -> None:
@@ -243,10 +257,33 @@ def test_a_dry_run_makes_nothing_and_says_what_the_job_then_is(world: World, mon
     assert said["cost"] == pytest.approx((job.planned_tokens or 0) * 3.0 / 1e6)
     assert said["memory"]["bytes"] < said["memory"]["available"]  # type: ignore[index]
     assert said["seconds"] is not None
+    much = world.client.fine_tuning.jobs.create(
+        model="toy", training_file=uploaded(world.client, lines([reply(4000)] * 10)), extra_body={"x_dry_run": True}
+    ).to_dict()
+    assert (much["fits"], much["error"]["code"]) == (False, "exceeded_quota")  # type: ignore[index]
     few = world.client.fine_tuning.jobs.create(
         model=TINY, training_file=uploaded(world.client, conversations(3)), extra_body={"x_dry_run": True}
     ).to_dict()
     assert (few["verdict"], few["error"]["code"]) == ("refused", "invalid_n_examples")  # type: ignore[index]
+
+
+def test_what_does_not_fit_in_memory_is_told_with_what_would_and_warned_of_in_the_job(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kivnun.service.planning.device_here", lambda: Device("a small machine", "cpu", 6e9, 2))
+    monkeypatch.setattr("kivnun.service.planning.machine_speed", lambda precision: 1.0)
+    training = uploaded(world.client, conversations(12))
+    said = world.client.fine_tuning.jobs.create(model=PHI, training_file=training, extra_body={"x_dry_run": True}).to_dict()
+    assert (said["verdict"], said["fits"]) == ("does_not_fit", False)
+    assert said["memory"]["bytes"] > said["memory"]["available"] == 6e9  # type: ignore[index]
+    assert said["changes"]
+    assert said["counted"] is False
+    job_id = world.create(training, PHI)
+    world.validate()
+    assert world.job(job_id).status == "queued", "a worker may have more memory than this machine"
+    warned = [event.message for event in world.client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"]
+    assert any(message.startswith("The plan for this machine: the run takes about") for message in warned)
+    assert "Tokens are estimated: the base is not on this machine yet" in warned
 
 
 def test_a_dry_run_of_a_large_file_reads_its_beginning_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

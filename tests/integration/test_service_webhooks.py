@@ -347,6 +347,47 @@ def test_an_endpoint_that_hangs_holds_up_no_other(service: Service, receiver: Re
     assert sent(service, fast).status == "delivered"
 
 
+def test_an_endpoint_that_fails_rests_as_a_whole_and_is_asked_again(
+    service: Service, duty: DeliverWebhooks, receiver: Receiver, clock: Clock
+) -> None:
+    endpoint = listen(service, receiver.url)
+    receiver.script = [status(500)] * 4
+    for n in range(10):
+        happen(service, object_id=f"ftjob-{n}")
+    asked: list[int] = []
+    for _ in range(20):  # seconds
+        attempt(duty)
+        asked.append(len(receiver.got))
+        clock.now += 1
+    assert asked[-1] == 3, "after 0, 5 and 15 seconds, whichever events they were"
+    clock.now += 60
+    for _ in range(10):
+        attempt(duty)
+        clock.now += 60
+    for _ in range(20):
+        attempt(duty)
+    delivered, _ = service.db.read(lambda tx: webhooks.deliveries_page(tx, endpoint, "delivered", 20))
+    assert len(delivered) == 10
+
+
+def test_what_is_long_over_is_forgotten_and_nothing_else(
+    service: Service, duty: DeliverWebhooks, receiver: Receiver, clock: Clock
+) -> None:
+    endpoint = listen(service, receiver.url)
+    happen(service, object_id="ftjob-old")
+    happen(service, "batch.failed", object_id="batch-old")  # that nobody wanted to hear of
+    attempt(duty)
+    attempt(duty)
+    clock.now += 31 * 24 * HOUR
+    happen(service, object_id="ftjob-new")
+    fresh = DeliverWebhooks(service, Outward((receiver.host,)))
+    attempt(fresh)
+    fresh.close()
+    left = service.db.read(lambda tx: tx.execute(sa.select(outbox.c.data)).scalars().all())
+    assert left == [{"id": "ftjob-new"}]
+    assert sent(service, endpoint).event_data == {"id": "ftjob-new"}
+
+
 def test_an_event_goes_once_to_each_endpoint_of_its_tenant_that_asked_for_it(
     service: Service, duty: DeliverWebhooks, receiver: Receiver
 ) -> None:

@@ -105,7 +105,8 @@ def tab(browser, url: str) -> Iterator[Seen]:
 
 
 def opened(browser, width: int, theme: str) -> Seen:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce")
+    phone = {"is_mobile": width < 700, "has_touch": width < 700}
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce", **phone)
     context.set_default_timeout(WAIT_MS)
     seen = Seen(context.new_page())
     seen.page.on("console", lambda message: seen.said.append(message.text) if message.type in ("error", "warning") else None)
@@ -337,24 +338,25 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
+# What has moved by itself on the way, by the browser's own measure: under 0.1 is good.
+SHIFTS = """window.shifted = 0; new PerformanceObserver((list) => list.getEntries().forEach((entry) => {
+  if (!entry.hadRecentInput) window.shifted += entry.value; })).observe({type: 'layout-shift', buffered: true});"""
 UNNAMED = """() => [...document.querySelectorAll('button, a, input, select, textarea')].filter((e) =>
   e.checkVisibility() && !e.textContent.trim() && !e.ariaLabel && !e.labels?.length).map((e) => e.outerHTML)"""
 
 
-@pytest.mark.parametrize(
-    ("width", "theme"),
-    [
-        (360, "dark"),
-        (1440, "light"),
-        pytest.param(360, "light", marks=pytest.mark.slow),
-        pytest.param(1440, "dark", marks=pytest.mark.slow),
-    ],
-)
+SLOW = pytest.mark.slow
+SCREENS = [(360, "dark"), *(pytest.param(*screen, marks=SLOW) for screen in ((1440, "light"), (360, "light"), (1440, "dark")))]
+
+
+@pytest.mark.parametrize(("width", "theme"), SCREENS)
 def test_every_page_can_be_read_and_scrolls_one_way_alone(browser, url: str, width: int, theme: str, tmp_path: Path) -> None:
     seen = opened(browser, width, theme)
     page = seen.page
+    page.add_init_script(SHIFTS)
     sign_in(page, url)
     for name in PAGES:
+        page.evaluate("window.shifted = 0")
         page.goto(f"{url}/#/{name}")
         page.locator("main h1").wait_for()
         page.locator("[aria-busy]").first.wait_for(state="detached")
@@ -362,6 +364,7 @@ def test_every_page_can_be_read_and_scrolls_one_way_alone(browser, url: str, wid
         assert page.evaluate(CONTRASTS) == [], f"{name}, {theme}"
         assert page.evaluate(UNNAMED) == [], f"{name}: a control without a name"
         assert page.locator("h1").count() == 1
+        assert page.evaluate("window.shifted") < 0.1, f"{name} moves while it loads"
         assert len(page.screenshot(path=tmp_path / f"{name}.png")) > 5000
     page.context.close()
     assert seen.said == []

@@ -46,6 +46,13 @@ def test_a_model_is_found_by_its_owner_until_it_is_deleted_and_by_nobody_else(db
     assert db.read(lambda tx: models.page(tx, "default")) == ([], False)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 100_000, "\u202eא", "'; drop table models; --"])
+def test_a_name_of_any_letters_is_looked_for_and_not_found(db: Database, name: str) -> None:
+    assert db.read(lambda tx: models.find(tx, name, "default")) is None
+    assert db.read(lambda tx: deployments.find_deployment(tx, "default", name)) is None
+    assert db.read(lambda tx: tenants.find_tenant(tx, name)) is None
+
+
 def test_models_and_checkpoints_are_paged_newest_first(db: Database) -> None:
     steps = [
         replace(MODEL, id=f"{MODEL.id}:ckpt-step-{n}", step=n, checkpoint=f"ftckpt_{n}", created_at=float(n)) for n in (1, 2, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +13,11 @@ from kivnun.jobs import tuning
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown, SchemaError
 from kivnun.jobs.ids import new_id
-from kivnun.jobs.migrate import MIGRATIONS, differences, prepare
+from kivnun.jobs.migrate import differences, prepare
 from kivnun.jobs.schema import metadata
 from kivnun.jobs.tenants import add_tenant
+from later_version import later_version
 
-LATER = '''"""A later version has a note on each job, and fills it."""
-
-import sqlalchemy as sa
-from alembic import op
-
-revision = "9999"
-down_revision = "{head}"
-
-
-def upgrade() -> None:
-    op.add_column("jobs", sa.Column("note", sa.Text(), nullable=True))
-    op.execute("update jobs set note = 'from before' where status = 'queued'")
-    {more}
-'''
 JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-1", method={}, seed=1)
 
 
@@ -40,14 +26,6 @@ def db(db_url: str) -> Iterator[Database]:
     database = Database(db_url)
     yield database
     database.close()
-
-
-def later_version(folder: Path, more: str = "") -> Path:
-    """Return the migrations of a version after this one."""
-    shutil.copytree(MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    head = max(path.stem.split("_")[0] for path in (folder / "versions").glob("[0-9]*.py"))
-    (folder / "versions" / "9999_later.py").write_text(LATER.format(head=head, more=more), encoding="utf-8")
-    return folder
 
 
 def test_the_migrations_make_what_the_schema_says(db: Database) -> None:

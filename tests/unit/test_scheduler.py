@@ -71,7 +71,8 @@ def question(
     named = None if adapter == "none" else AdapterName(manifest="a/b", content_hash=bench.hashes[adapter])
     return Ask(
         id=1, tenant=tenant, adapter=named, prompts=prompts, limits=[limit] * len(prompts), n=n, stop_ids=list(stop_ids),
-        stop=[], temperature=temperature, top_p=0.95, seed=seed, logprobs=logprobs, grammar=grammar, prompt_logprobs=prompt_logprobs,
+        stop=[], temperature=temperature, top_p=0.95, seed=seed, logprobs=logprobs, grammar=grammar,
+        prompt_logprobs=prompt_logprobs,
         logit_bias=list(bias), presence_penalty=presence, frequency_penalty=frequency,
     )  # fmt: skip
 
@@ -255,6 +256,25 @@ def test_a_pass_that_fails_ends_its_own_answers_alone(bench: Bench, monkeypatch:
     assert (heard.said[-1].code, "memory" in heard.said[-1].message) == ("broken", False)
     assert other.ended.wait(30)
     assert isinstance(other.said[-1], Done)
+
+
+def test_an_adapter_in_memory_waits_for_nobodys_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered(bench, question(bench, [[5]], "low", 1))
+    opened, fetch = threading.Event(), bench.cache._fetch
+
+    def slow(tenant: str, name: AdapterName) -> Path:
+        assert opened.wait(30)
+        return fetch(tenant, name)
+
+    monkeypatch.setattr(bench.cache, "_fetch", slow)
+    bench.cache._held.pop(bench.hashes["high"], None)
+    cold = Heard()
+    bench.scheduler.ask(question(bench, [[5]], "high", 1), cold)
+    assert isinstance(answered(bench, question(bench, [[5]], "low", 1)).said[-1], Done)
+    assert not cold.said
+    opened.set()
+    assert cold.ended.wait(30)
+    assert isinstance(cold.said[-1], Done)
 
 
 def test_an_adapter_that_cannot_be_had_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

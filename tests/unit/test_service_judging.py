@@ -204,11 +204,14 @@ def test_a_batch_of_requests_is_processed(path: Path) -> None:
     assert codes(found(path, b"", "batch")) == ["empty_file"]
 
 
+KEYS = (
+    "messages", "role", "content", "tool_calls", "function", "weight", "prompt", "completion", "input", "custom_id", "body",
+)  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "assistant", "tool"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
-        st.sampled_from(["messages", "role", "content", "tool_calls", "function", "weight", "prompt", "completion", "input", "custom_id", "body"])
+        st.sampled_from(KEYS)
         | st.text(max_size=4),
         inner,
         max_size=4,
@@ -218,7 +221,7 @@ JSON = st.recursive(
 LINES = st.lists(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40), max_size=6).map(b"\n".join)
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=60, deadline=2000)
 @given(content=LINES, purpose=st.sampled_from(["fine-tune", "batch"]))
 def test_whatever_the_lines_hold_there_is_a_verdict(tmp_path_factory: pytest.TempPathFactory, content: bytes, purpose: str) -> None:
     findings = found(tmp_path_factory.getbasetemp() / "any.jsonl", content, purpose)

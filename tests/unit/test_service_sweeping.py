@@ -158,7 +158,7 @@ def test_writers_that_put_and_name_while_all_is_swept_lose_nothing(world: World)
             stop.wait(0.02 if number % 5 else 0.7)  # long enough that the contents grow old and are erased
 
     def sweep(one: Sweep) -> None:
-        while not stop.is_set():
+        while not stop.wait(0.01):
             one.turn()
 
     def reported(work: object, argument: object) -> None:

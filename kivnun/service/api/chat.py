@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from starlette.requests import HTTPConnection
@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from kivnun.serve.events import EventStream, event
 from kivnun.serve.parameters import Endpoint
+from kivnun.serve.question import NO_EFFECT, READ
 from kivnun.service.answering import Answer, Answering
 from kivnun.service.auth import Caller, Chatter
 from kivnun.service.context import Shared
@@ -37,22 +38,33 @@ async def answering_of(connection: HTTPConnection) -> Answering:
 Ways = Annotated[Answering, Depends(answering_of)]
 
 
-@router.post("/chat/completions")
+def _described(endpoint: Endpoint, needed: list[str]) -> dict[str, Any]:
+    """Return what the API's description says of a body: `serve/question.py` reads it, not FastAPI."""
+    properties = {name: {} for name in (*READ[endpoint], *NO_EFFECT)}
+    schema = {"type": "object", "required": needed, "properties": properties, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+CHAT = _described("chat.completion", ["model", "messages"])
+TEXT = _described("text_completion", ["model", "prompt"])
+
+
+@router.post("/chat/completions", openapi_extra=CHAT)
 async def chat(request: Request, who: Chatter, ways: Ways, service: Shared) -> Response:
     return await _answer(request, who, ways, service.config.max_body_bytes, "chat.completion")
 
 
-@router.post("/completions")
+@router.post("/completions", openapi_extra=TEXT)
 async def complete(request: Request, who: Chatter, ways: Ways, service: Shared) -> Response:
     return await _answer(request, who, ways, service.config.max_body_bytes, "text_completion")
 
 
-@router.post("/deployments/{name:path}/chat/completions")
+@router.post("/deployments/{name:path}/chat/completions", openapi_extra=CHAT)
 async def chat_deployed(name: str, request: Request, who: Chatter, ways: Ways, service: Shared) -> Response:
     return await _answer(request, who, ways, service.config.max_body_bytes, "chat.completion", name)
 
 
-@router.post("/deployments/{name:path}/completions")
+@router.post("/deployments/{name:path}/completions", openapi_extra=TEXT)
 async def complete_deployed(name: str, request: Request, who: Chatter, ways: Ways, service: Shared) -> Response:
     return await _answer(request, who, ways, service.config.max_body_bytes, "text_completion", name)
 

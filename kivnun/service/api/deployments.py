@@ -25,7 +25,7 @@ from kivnun.service.errors import ApiError
 root = APIRouter()
 
 MOST = 1000  # of one tenant
-MOST_LETTERS = 1 << 16  # of one body, which is kept
+MOST_BYTES = 1 << 16  # of one body, which is kept
 _ACCOUNT = "/subscriptions/{subscription}/resourceGroups/{group}/providers/Microsoft.CognitiveServices/accounts/{account}"
 _PATH = _ACCOUNT + "/deployments/{name}"
 Word = Annotated[str, Path(max_length=128)]
@@ -67,11 +67,11 @@ class DeploymentAsked(_Open):
     @model_validator(mode="after")
     def _can_be_kept(self) -> DeploymentAsked:
         try:
-            written = json.dumps(self.model_dump(), allow_nan=False)
+            written = json.dumps(self.model_dump(), allow_nan=False, ensure_ascii=False).encode()
         except ValueError:
-            raise ValueError("NaN and Infinity are no JSON") from None
-        if len(written) > MOST_LETTERS:
-            raise ValueError(f"the body may have {MOST_LETTERS} letters at most, got {len(written)}")
+            raise ValueError("NaN, Infinity and halves of surrogate pairs are no JSON") from None
+        if len(written) > MOST_BYTES:
+            raise ValueError(f"the body may have {MOST_BYTES} bytes at most, got {len(written)}")
         return self
 
 

@@ -107,6 +107,16 @@ export async function loaded(place, { load, draw, waiting = ghosts(3, 96), signa
   }
 }
 
+/** Load a page's sections one after the other, each put below what is there already: nothing that is read moves.
+ *  A section is its element (null: it is there) and what loads it. */
+export async function inTurn(place, signal, ...sections) {
+  for (const [section, load] of sections) {
+    if (signal.aborted) return;
+    if (section) place.append(section);
+    await load();
+  }
+}
+
 export function chip(text, kind = "", live = false) {
   return h("span", { class: `chip ${kind} ${live ? "live" : ""}` }, text);
 }

@@ -4,7 +4,7 @@
 import { all, call, get, session } from "../api.js";
 import { fill, h, said } from "../dom.js";
 import { ago, modelName, money, sentence, short, tunedOf } from "../format.js";
-import { announce, button, chip, confirmed, empty, ghosts, head, link, loaded, table } from "../parts.js";
+import { announce, button, chip, confirmed, empty, ghosts, head, inTurn, link, loaded, table } from "../parts.js";
 
 export function catalogue({ place, signal }) {
   const bases = h("div", { class: "grid" });
@@ -15,9 +15,7 @@ export function catalogue({ place, signal }) {
       actions: [link("Next: your data", "#/data", { kind: "first", symbol: "arrow" })],
     }),
     h("section", { class: "section" }, h("h2", {}, "Bases"), bases),
-    h("section", { class: "section" }, h("h2", {}, "Your tuned models"), tuned),
   );
-  loaded(bases, { signal, waiting: ghosts(3, 236), load: () => get("x_catalogue", {}, signal), draw: drawBases });
   const show = () =>
     loaded(tuned, {
       signal,
@@ -25,7 +23,12 @@ export function catalogue({ place, signal }) {
       load: () => all("models", {}, signal),
       draw: (models) => drawTuned(models, show),
     });
-  show();
+  inTurn(
+    place,
+    signal,
+    [null, () => loaded(bases, { signal, waiting: ghosts(3, 236), load: () => get("x_catalogue", {}, signal), draw: drawBases })],
+    [h("section", { class: "section" }, h("h2", {}, "Your tuned models"), tuned), show],
+  );
 }
 
 function drawBases(found) {
@@ -68,7 +71,7 @@ function card(base, currency) {
   );
 }
 
-const METHODS = { supervised: "Supervised", dpo: "Preferences (DPO)" };
+const METHODS = { supervised: "Supervised", dpo: "DPO" };
 const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
 const price = (amount, currency) => [money(amount, currency), h("span", { class: "soft" }, " / M")];
 

@@ -16,6 +16,7 @@ import {
   field,
   ghosts,
   head,
+  inTurn,
   lacking,
   loaded,
   notice,
@@ -50,12 +51,17 @@ export function keys({ place, signal }) {
       actions: admin ? [button("New key", () => made(show), { kind: "first", symbol: "plus" })] : [],
     }),
     h("section", { class: "section" }, h("h2", {}, "Keys"), lacking(session, "admin", "make or revoke keys"), list),
-    usage,
-    h("section", { class: "section" }, h("h2", {}, "Limits"), limits),
   );
-  show();
-  drawUsage(usage, signal);
-  loaded(limits, { signal, waiting: ghosts(1, 130), load: () => get("x_me", {}, signal), draw: drawLimits });
+  inTurn(
+    place,
+    signal,
+    [null, show],
+    [usage, () => drawUsage(usage, signal)],
+    [
+      h("section", { class: "section" }, h("h2", {}, "Limits"), limits),
+      () => loaded(limits, { signal, waiting: ghosts(1, 130), load: () => get("x_me", {}, signal), draw: drawLimits }),
+    ],
+  );
 }
 
 function drawKeys(keys, again) {

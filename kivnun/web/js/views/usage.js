@@ -24,7 +24,7 @@ export function drawUsage(place, signal) {
     place,
     h("section", { class: "section" }, h("div", { class: "line" }, h("h2", {}, "Usage"), h("div", { class: "days" }, range)), body),
   );
-  show();
+  return show();
 }
 
 async function asked(days, signal) {
