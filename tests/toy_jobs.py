@@ -34,7 +34,7 @@ from service_parts import fill
 
 CONFIG = {"version": 1, "bases": {"toy": {"trainer": "toy", "price": {"training": 2.0}}}}
 ROWS = [f'{{"messages": [{{"role": "user", "content": "{n}"}}, {{"role": "assistant", "content": "{n * n}"}}]}}' for n in range(12)]
-FAST: dict[str, Any] = {"look_s": 0.02, "beat_s": 0.2}
+FAST: dict[str, Any] = {"look_s": 0.05, "beat_s": 0.2}
 
 
 def toy_place(folder: Path, db_url: str | None = None) -> Place:
@@ -98,7 +98,7 @@ def worker_thread(place: Place, **given: Any) -> Iterator[threading.Event]:
         yield stop
     finally:
         stop.set()
-        thread.join(40)
+        thread.join(90)
         assert not thread.is_alive()
 
 
@@ -115,7 +115,7 @@ class WorkerProcess:
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 90) -> int:
         return self.process.wait(timeout)
 
 
@@ -137,7 +137,7 @@ def watch(point):
             print(point, flush=True)
             import os
             os.kill(os.getpid(), signal.SIGKILL)
-work(Place(Path(data), db_url, store_url, Path(config)), stop, watch, term_s=float(term_s), look_s=0.02,
+work(Place(Path(data), db_url, store_url, Path(config)), stop, watch, term_s=float(term_s), look_s=0.05,
      beat_s=60.0 if int(kill_at) else 0.1, until_idle=int(kill_at) != 0)
 print(count, flush=True)
 """
@@ -149,14 +149,14 @@ def worker_process(place: Place, *, term_s: float = 1.0, kill_at: int = 0, stdou
     return WorkerProcess(subprocess.Popen([sys.executable, "-c", _WORKER, *words], stdout=stdout))
 
 
-def until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 90.0) -> Any:
     """Wait for a condition; return what it gave."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         found = condition()
         if found:
             return found
-        time.sleep(0.01)
+        time.sleep(0.03)
     raise AssertionError("it did not come to be")
 
 

@@ -87,14 +87,14 @@ def test_a_real_job_killed_with_its_worker_and_paused_ends_with_the_same_bytes(
     place, job_id = real_job(tmp_path)
     db = place.database()
     worker = worker_process(place)
-    until(lambda: job_of(db, job_id).step >= 5, 60)
+    until(lambda: job_of(db, job_id).step >= 5)
     worker.kill()
     with worker_thread(place, term_s=0.5, trainers=trainers):
-        until(lambda: job_of(db, job_id).step >= 11, 60)
+        until(lambda: job_of(db, job_id).step >= 11)
         assert command(db, job_id, "pause")
-        until(lambda: job_of(db, job_id).status == "paused", 30)
+        until(lambda: job_of(db, job_id).status == "paused")
         assert command(db, job_id, "resume")
-        until(lambda: job_of(db, job_id).status in ("succeeded", "failed"), 60)
+        until(lambda: job_of(db, job_id).status in ("succeeded", "failed"))
     assert_real(place, job_id)
     assert adapter_bytes(place, db, job_id) == undisturbed
     rows = db.read(lambda tx: tx.execute(sa.select(models).where(models.c.job == job_id)).all())
@@ -113,10 +113,10 @@ def test_ten_random_kills_of_workers_in_one_real_job(tmp_path: Path, trainers: T
     for kill in range(10):
         worker = worker_process(place, term_s=0.5)
         at = job_of(db, job_id).step
-        until(lambda at=at: job_of(db, job_id).step > min(at, STEPS - 3), 90)
+        until(lambda at=at: job_of(db, job_id).step > min(at, STEPS - 3))
         time.sleep(draw.uniform(0, 0.3))
         worker.send(signal.SIGKILL if kill % 3 else signal.SIGTERM)
-        worker.wait(60)
+        worker.wait()
         if job_of(db, job_id).status == "succeeded":
             break
     work_here(place, term_s=0.5, trainers=trainers)
