@@ -17,11 +17,21 @@ HINT = "ask for a simpler form"
 class GrammarForm:
     """One answer's place in a grammar. Raises DataError where the grammar allows no answer, or has become too costly."""
 
-    def __init__(self, spelling: LLTokenizer, grammar: str) -> None:
-        self._matcher = LLMatcher(spelling, grammar, limits=parser_limits(), log_level=0)
-        self._refuse_broken()
-        if self._matcher.is_stopped():
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @classmethod
+    def of(cls, spelling: LLTokenizer, grammar: str) -> GrammarForm:
+        """Return the beginning of an answer of a grammar: a costly one takes a second to read."""
+        form = cls(LLMatcher(spelling, grammar, limits=parser_limits(), log_level=0))
+        form._refuse_broken()
+        if form._matcher.is_stopped():
             raise DataError("no answer is of this form", hint=HINT)
+        return form
+
+    def copy(self) -> GrammarForm:
+        """Return another answer's place, where this one's is."""
+        return GrammarForm(self._matcher.deep_copy())
 
     def allowed_V(self, size: int) -> np.ndarray:
         """Return which tokens may come next (bool [V]); where the answer may end, stop ids are among them."""

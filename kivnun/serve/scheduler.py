@@ -2,8 +2,8 @@
 
 Each step gives every row in flight one token: a pass per adapter, with the adapter lent to the base for that pass alone, so that
 what a row says is, to the bit, what it says alone (`model/generate.py`). New rows are admitted before a step, a bounded number of
-prompt tokens at a time, from the tenant that has the fewest rows in flight. Adapters are loaded by a thread of their own, so
-that nobody waits for another's disk. Next: `writing.py` (text), `adapters.py`, `listening.py` (who asks).
+prompt tokens at a time, from the tenant that has the fewest rows in flight. Adapters are loaded and grammars read by a thread of
+their own, so that nobody waits for another's disk. Next: `writing.py` (text), `adapters.py`, `listening.py` (who asks).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class _Job:
     begun: bool = False
     closed: bool = False
     taken: bool = False  # whether an adapter is to be given back
-    failure: Exception | None = None  # of loading its adapter
+    form: GrammarForm | None = None
+    failure: Exception | None = None  # of loading its adapter, or of reading its grammar
 
     @property
     def adapter(self) -> str | None:
@@ -150,18 +151,20 @@ class Scheduler:
         held = None if adapter is None else self._adapters.take_held(adapter.content_hash)
         if held is not None:
             job.sites, job.taken = held.sites, True
-        (self._inbox if adapter is None or held is not None else self._to_load).put(job)
+        is_ready = (adapter is None or held is not None) and job.question.grammar is None
+        (self._inbox if is_ready else self._to_load).put(job)
 
     # --- adapters ------------------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
         while (job := self._to_load.get()) is not None:
-            adapter = job.question.adapter
-            assert adapter is not None
+            question = job.question
             try:
-                if not job.cancelled:
-                    job.sites = self._adapters.take(job.question.tenant, adapter).sites
+                if question.adapter is not None and not job.taken and not job.cancelled:
+                    job.sites = self._adapters.take(question.tenant, question.adapter).sites
                     job.taken = True
+                if question.grammar is not None and not job.cancelled:
+                    job.form = GrammarForm.of(self._tokens.spelling, question.grammar)
             except Exception as error:
                 job.failure = error
             self._inbox.put(job)
@@ -196,16 +199,12 @@ class Scheduler:
         if job.failure is not None:
             self._fail(job, job.failure)
             return
-        try:
-            for place in range(len(question.prompts) * question.n):
-                at = place // question.n
-                form = None if question.grammar is None else GrammarForm(self._tokens.spelling, question.grammar)
-                row = new_row(next(self._slots), question.prompts[at], question.params(at), place % question.n, form)
-                writing = Writing(self._tokens.chat.tokens, tuple(question.stop), tuple(question.spelt))
-                job.choices.append(_Choice(job, place, row, writing))
-        except DataError as error:
-            self._fail(job, error)
-            return
+        for place in range(len(question.prompts) * question.n):
+            at = place // question.n
+            form = None if job.form is None else job.form.copy()
+            row = new_row(next(self._slots), question.prompts[at], question.params(at), place % question.n, form)
+            writing = Writing(self._tokens.chat.tokens, tuple(question.stop), tuple(question.spelt))
+            job.choices.append(_Choice(job, place, row, writing))
         self._waiting.setdefault(question.tenant, deque()).extend(job.choices)
 
     def _admitted(self) -> list[_Choice]:
