@@ -62,7 +62,10 @@ def main() -> None:
         training_file=uploaded.id,
         suffix="harbour",
         seed=7,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": int(os.environ.get("EPOCHS", "8")), "batch_size": 4}}},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": int(os.environ.get("EPOCHS", "8")), "batch_size": 4}},
+        },
     )
     print("job", job.id, flush=True)
 
