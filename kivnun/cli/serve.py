@@ -83,7 +83,7 @@ def serve(
             if as_json:
                 print_json({"status": "serving", "url": url, "admin_key": key, "data": str(place.data)})
             else:
-                stdout().print(f"serving at {url}/v1; Ctrl-C stops")
+                stdout().print(f"serving at {url}/v1, pages at {url}/; Ctrl-C stops")
             supervisor.keep(stop)
         supervisor.drain(at_once)
         db.close()

@@ -368,7 +368,8 @@ class RunBatches:
             run.pauses = 0
         else:
             error = answer if isinstance(answer, ApiError) else _as_refusal(answer)
-            is_later = error.status in (408, 429, 503) and error.code != "insufficient_quota"
+            is_final = error.code == "insufficient_quota" or error.headers.get("x-should-retry") == "false"
+            is_later = error.status in (408, 429, 503) and not is_final
             asked.failures += not is_later
             if is_later or (error.status >= 500 and asked.failures < TRIES):
                 run.again.append(asked)

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import shutil
 import tempfile
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +83,8 @@ class ValidateJobs:
                 self._fail(job, JobRefused(error.code, error.message), folder)
             except Exception as error:
                 # What an unknown error says may hold what a file says; where it came from does not.
-                where = "".join(traceback.format_tb(error.__traceback__))
-                told = {"action": "validation_failed", "job": job.id, "error": type(error).__name__}
-                logger.error("a job could not be validated: %s\n%s", type(error).__name__, where, extra=told)
+                told = {"action": "validation_failed", "job": job.id}
+                logger.error("a job could not be validated", exc_info=error, extra=told)
                 self._fail(job, JobRefused("internal_error", "the job could not be validated; the server's log says why"), folder)
 
     def _validate(self, job: Job, folder: Path) -> None:

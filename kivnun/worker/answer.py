@@ -73,7 +73,7 @@ async def _serve(place: Place, db: Database, answerer: Answerer, worker: str, st
     secret = secrets.token_urlsafe(32)
     async with listening(answerer, listen or _socket(place.data, worker), secret) as door:
         await asyncio.to_thread(_register, place.data, db, worker, answerer.base, door.address, secret)
-        logger.info("answering for %s", answerer.base, extra={"action": "answerer_ready", "answerer": worker})
+        logger.info("a base is ready to answer", extra={"action": "answerer_ready", "answerer": worker, "base": answerer.base})
         try:
             while not stop.is_set():
                 await asyncio.sleep(STOP_LOOK_S)

@@ -245,10 +245,12 @@ def life_of(anchor: str | None, seconds: str | None) -> int | None:
 
 
 def encoding_of(file: File, asked: Encoding | None, configured: Encoding, dialect: Dialect) -> Encoding:
-    """Return how a file's content is sent: what was asked for; else OpenAI's dialect sends results as configured, all else raw."""
+    """Return how a file's content is sent: what was asked for; else OpenAI's dialect sends tables of results as configured, all else
+    raw."""
     if asked is not None:
         return asked
-    return configured if file.purpose == RESULTS and dialect == "openai" else "raw"
+    is_table = file.purpose == RESULTS and file.filename.endswith(".csv")
+    return configured if is_table and dialect == "openai" else "raw"
 
 
 def _check_field(name: str, value: str) -> None:
