@@ -245,8 +245,7 @@ def life_of(anchor: str | None, seconds: str | None) -> int | None:
 
 
 def encoding_of(file: File, asked: Encoding | None, configured: Encoding, dialect: Dialect) -> Encoding:
-    """Return how a file's content is sent: what was asked for; else OpenAI's dialect sends tables of results as configured, all else
-    raw."""
+    """Return how a file's content is sent: as was asked for; else tables of results as configured for OpenAI's dialect, the rest raw."""
     if asked is not None:
         return asked
     is_table = file.purpose == RESULTS and file.filename.endswith(".csv")
