@@ -245,7 +245,7 @@ def life_of(anchor: str | None, seconds: str | None) -> int | None:
 
 
 def encoding_of(file: File, asked: Encoding | None, configured: Encoding, dialect: Dialect) -> Encoding:
-    """Return how a file's content is sent: as was asked for; else tables of results as configured for OpenAI's dialect, the rest raw."""
+    """Return how a file's content is sent: as asked for; else tables of results as configured in OpenAI's dialect, all else raw."""
     if asked is not None:
         return asked
     is_table = file.purpose == RESULTS and file.filename.endswith(".csv")
