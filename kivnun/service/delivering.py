@@ -128,7 +128,7 @@ class DeliverWebhooks:
         try:
             answer = self._outward.send("POST", endpoint.url, signed(delivery.event, body, endpoint.valid_secrets(now), now), body)
         except (RefusedAddress, Unreachable) as error:
-            return False, error.message
+            return False, str(error)
         return 200 <= answer.status < 300, f"HTTP status {answer.status}"
 
     def _let_rest(self, endpoint: Endpoint, delivered: bool, now: float) -> None:

@@ -21,7 +21,6 @@ from http.client import HTTPException, HTTPResponse
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
-from kivnun.errors import KivnunError
 
 TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 1 << 20
@@ -33,18 +32,12 @@ Resolve = Callable[[str, int], list[Address]]
 Dial = Callable[[Address, int, float], socket.socket]
 
 
-class RefusedAddress(KivnunError, ValueError):
+class RefusedAddress(ValueError):
     """A URL that is never asked: it is malformed, or it leads to where users have no business."""
 
-    code = "address_refused"
 
-
-class Unreachable(KivnunError, ConnectionError):
+class Unreachable(ConnectionError):
     """An address that is allowed did not answer as HTTP does. The text holds nothing that the other side sent."""
-
-    code = "unreachable"
-
-    __str__ = KivnunError.__str__
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +216,7 @@ class Outward:
         except (OSError, HTTPException, EOFError, ValueError) as error:
             if isinstance(error, KivnunError):
                 raise
-            raise Unreachable(_why(error), hint="see whether the host answers from elsewhere") from None
+            raise Unreachable(_why(error)) from None
 
     def _connect(self, target: Target, until: float) -> socket.socket:
         failure: OSError = TimeoutError()
@@ -278,7 +271,7 @@ class _Wire(io.RawIOBase):
         read = self._connection.recv_into(buffer)
         self._bytes_left -= read
         if self._bytes_left < 0:
-            raise Unreachable("its answer is too long", hint="answer with a short body, or with none")
+            raise Unreachable("its answer is too long")
         return read
 
 
@@ -350,4 +343,4 @@ def _why(error: Exception) -> str:
 
 
 def _refused(message: str) -> RefusedAddress:
-    return RefusedAddress(message, hint=HINT)
+    return RefusedAddress(f"{message}; {HINT}")

@@ -151,7 +151,7 @@ def test_endpoint(endpoint_id: str, body: Trial, who: Tuner, service: Shared) ->
     try:
         answer = Outward(service.config.webhook_hosts).send("POST", endpoint.url, headers, sample)
     except (RefusedAddress, Unreachable) as error:
-        raise ApiError(400, f"the endpoint could not be asked: {error.message}", code="webhook_unreachable", param="url") from None
+        raise ApiError(400, f"the endpoint could not be asked: {error}", code="webhook_unreachable", param="url") from None
     return {
         "object": "webhook_endpoint.test",
         "webhook_endpoint_id": endpoint.id,
@@ -200,7 +200,7 @@ def _check_url(service: Service, url: str) -> None:
     try:
         target_of(url, service.config.webhook_hosts)
     except RefusedAddress as error:
-        raise bad_request(f"{error.message}; {error.hint}", "url", "invalid_webhook_url") from None
+        raise bad_request(str(error), "url", "invalid_webhook_url") from None
 
 
 def _once(types: list[EventType]) -> list[str]:
