@@ -21,7 +21,6 @@ from http.client import HTTPException, HTTPResponse
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
-
 TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 1 << 20
 MAX_URL_LETTERS = 2048
@@ -214,7 +213,7 @@ class Outward:
             finally:
                 connection.close()
         except (OSError, HTTPException, EOFError, ValueError) as error:
-            if isinstance(error, KivnunError):
+            if isinstance(error, Unreachable):
                 raise
             raise Unreachable(_why(error)) from None
 
