@@ -213,7 +213,7 @@ class Outward:
             finally:
                 connection.close()
         except (OSError, HTTPException, EOFError, ValueError) as error:
-            if isinstance(error, Unreachable):
+            if isinstance(error, RefusedAddress | Unreachable):
                 raise
             raise Unreachable(_why(error)) from None
 

@@ -40,7 +40,7 @@ def test_a_trick_is_refused_before_anything_is_resolved() -> None:
         with pytest.raises(RefusedAddress) as refused:
             outward.send("POST", url, {}, b"")
         assert str(refused.value).endswith(HINT), url
-        assert not url or url not in str(refused.value)
+        assert not url or url not in str(refused.value).removesuffix(HINT)
 
 
 @pytest.mark.parametrize(
