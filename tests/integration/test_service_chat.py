@@ -6,22 +6,29 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import sqlalchemy as sa
+from huggingface_hub import constants
 
 from answer_parts import add_model, place_with, registered, until, worker, worker_process
+from hub import Hub
+from kivnun.jobs import wanted
 from kivnun.jobs.config import Limits
+from kivnun.jobs.deployments import put, remove
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import deployments, usage
+from kivnun.model.families import BUILT_IN
 from kivnun.serve.toy import ToyTokens, toy_answer
+from kivnun.service.answering import Answering
 from service_parts import KEY, OTHER_KEY, api, service_at
 
 CONFIG = """
 version: 1
-bases: {toy: {trainer: toy}, slow: {trainer: toy}, nobody: {trainer: toy}}
+bases: {toy: {trainer: toy}, slow: {trainer: toy}, nobody: {trainer: toy}, acme/tiny: {}, acme/gone: {}}
 aliases: {gpt-4o-mini: toy}
 """
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
@@ -132,6 +139,86 @@ def test_azure_answers_by_deployment_and_the_path_wins(place: Place, url: str, a
     assert caught.value.code == "DeploymentNotFound"
     with openai.OpenAI(base_url=f"{url}/openai/v1", api_key=KEY, max_retries=0) as newer:
         assert ask(newer).choices
+
+
+def test_a_deployments_name_is_a_model_at_every_door(place: Place, url: str, client: openai.OpenAI) -> None:
+    """Azure looks among deployments first, OpenAI among models: where both have the name `slow`, they differ."""
+    db = place.database()
+    for name in ("named", "slow"):
+        db.write("deployment", lambda tx, name=name: put(tx, "default", name, "ft:toy:kivnun:one:abcdefgh", {}, 1.0))
+    one = hash_of(place, "one")
+    with openai.OpenAI(base_url=f"{url}/openai/v1", api_key=KEY, max_retries=0) as newer:
+        assert [ask(newer, name).x_adapter_hash for name in ("named", "slow")] == [one, one]
+        assert ask(newer, "named").model == "named"
+        with pytest.raises(openai.NotFoundError):
+            ask(newer, "missing")
+    assert ask(client, "named").x_adapter_hash == one
+    assert {chunk.x_adapter_hash for chunk in ask(client, "named", stream=True)} == {one}
+    answering = Answering(service_at(place, place.service_config()))
+
+    def in_a_batch(name: str, endpoint: str) -> Any:
+        body = {"model": name, "messages": ASKED, "temperature": 0}
+        return asyncio.run(answering.complete("default", None, endpoint, body))["x_adapter_hash"]
+
+    assert [in_a_batch("named", "/v1/chat/completions"), in_a_batch("slow", "/chat/completions")] == [one, one]
+    with worker(place, "slow"):
+        assert [ask(client, "slow").x_adapter_hash, in_a_batch("slow", "/v1/chat/completions")] == [None, None]
+    with pytest.raises(openai.NotFoundError), openai.OpenAI(base_url=f"{url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
+        ask(other, "named")
+    db.write("deployments", lambda tx: [remove(tx, "default", name) for name in ("named", "slow")])
+    db.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Return a hub that holds a base, and is the one that the API asks."""
+    with Hub() as hub:
+        hub.put("acme/tiny", BUILT_IN["kivnun/tiny-phi"])
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def test_a_base_that_is_fetched_delays_no_other_and_its_weights_are_left_to_workers(
+    hub: Hub, place: Place, client: openai.OpenAI
+) -> None:
+    hub.stall_at["tokenizer.json"] = 100
+    db = place.database()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, "acme/tiny")
+        assert hub.stalled.wait(20)
+        assert db.read(wanted.asks)["acme/tiny"] >= 1  # a worker may begin to fetch the weights
+        assert ask(client).choices
+        assert not waiting.done()
+        hub.released.set()
+        with pytest.raises(openai.InternalServerError, match="no worker answers for acme/tiny"):
+            waiting.result()
+    db.close()
+    assert {"config.json", "tokenizer.json"} <= hub.fetched()
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_a_base_whose_tokenizer_cannot_be_had_is_told_so_and_asked_for_again(
+    hub: Hub, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.status = 503
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "acme/gone")
+    assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+    hub.status = None
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, "acme/gone")  # the hub has none of this name
+    assert (refused.value.code, refused.value.param) == ("model_not_available", "model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, "acme/gone")
+    assert refused.value.code == "model_not_available"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.put("acme/gone", BUILT_IN["kivnun/tiny-phi"])
+    with pytest.raises(openai.InternalServerError, match="no worker answers"):
+        ask(client, "acme/gone")
 
 
 def test_another_tenants_model_answers_the_same_404_as_none(url: str, client: openai.OpenAI) -> None:

@@ -73,7 +73,7 @@ async def _answer(
     request: Request, who: Caller, ways: Answering, max_bytes: int, endpoint: Endpoint, deployment: str | None = None
 ) -> Response:
     body = await _body(request, max_bytes)
-    beginning = asyncio.create_task(ways.begin(who.tenant, who.key.id, endpoint, body, deployment))
+    beginning = asyncio.create_task(ways.begin(who.tenant, who.key.id, endpoint, body, dialect_of(request), deployment))
     answer = await _unless_gone(request, beginning)
     if answer is None:
         return _nobody()
