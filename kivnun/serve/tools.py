@@ -99,19 +99,25 @@ def _named(choice: Any) -> str:
     return name
 
 
-def calls_in(text: str, use: ToolUse) -> tuple[str, list[Call]]:
-    """Return what an answer says beside its calls, and the calls. What looks like a call and is none stays text."""
+def calls_in(text: str, use: ToolUse, alone: bool = True) -> tuple[str, list[Call]]:
+    """Return what an answer says beside its calls, and the calls. What looks like a call and is none stays text.
+
+    `alone` says that nothing of the answer stands before this text: else only what is marked is a call."""
+    if not (alone or any(opening in text for opening, _ in MARKS)):
+        return text, []
     before, written, after = _marked(text)
     calls = _calls(written, use)
-    return ((before + after).strip(), calls) if calls else (text, [])
+    return ((before + after).rstrip(), calls) if calls else (text, [])
 
 
-def may_become_call(text: str) -> bool:
-    """Return whether the text so far holds a mark, or could be the beginning of a call: then it is not shown yet."""
-    begun = text.lstrip()
+def may_become_call(text: str, alone: bool) -> bool:
+    """Return whether the text so far holds a mark, or could be the beginning of a call: then it is not shown yet.
+
+    Nor are blanks at its end, which are left out before a call. `alone` as in `calls_in`."""
     return (
-        not begun
-        or begun[0] in "[{"
+        not text
+        or text[-1].isspace()
+        or (alone and text.lstrip()[0] in "[{")
         or any(opening in text or any(text.endswith(opening[:size]) for size in range(1, len(opening))) for opening, _ in MARKS)
     )
 
