@@ -224,8 +224,8 @@ def _legacy_logprobs(head: Head, tokens: Sequence[TokenLogprobs], start: int) ->
         offsets.append(at)
         at += len(text)
     tops = [
-        None if logprob is None else {_spelt(head.tokens, other): _number(said) for other, said in top}
-        for _, logprob, top in tokens
+        None if logprob is None else {_spelt(head.tokens, other): _number(said) for other, said in [*top, (token, logprob)]}
+        for token, logprob, top in tokens
     ]
     logprobs = [None if logprob is None else _number(logprob) for _, logprob, _ in tokens]
     return {"tokens": spelt, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}

@@ -79,7 +79,7 @@ def tool_use(body: Mapping[str, Any], tokens: CallTokens) -> ToolUse | None:
 
 def _offered(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     problems = Sentences()
-    tools = check_tools(body.get("tools"), problems) or ()
+    tools = check_tools(_without_nulls(body.get("tools")), problems) or ()
     if not problems and len({tool["function"]["name"] for tool in tools}) < len(tools):
         problems("tools: two functions have one name")
     if not problems and len(tools) > MAX_TOOLS:
@@ -87,6 +87,20 @@ def _offered(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if problems:
         raise bad("tools", "; ".join(problems[:20]))
     return tools
+
+
+def _without_nulls(tools: Any) -> Any:
+    """Return functions without what is null in them: a client that dumps its models says nothing by it."""
+    items = as_list(tools)
+    return tools if items is None else [_said_of(item) for item in items]
+
+
+def _said_of(tool: Any) -> Any:
+    given = as_object(tool)
+    function = None if given is None else as_object(given.get("function"))
+    if given is None or function is None:
+        return tool
+    return {**given, "function": {name: value for name, value in function.items() if value is not None}}
 
 
 def _named(choice: Any) -> str:

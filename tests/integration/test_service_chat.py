@@ -265,6 +265,18 @@ def test_log_probabilities_come_in_both_shapes(client: openai.OpenAI) -> None:
     assert legacy.logprobs.text_offset == list(range(7))
 
 
+@pytest.mark.parametrize(("asked", "likeliest"), [(0, []), (1, [(66, -0.1)])])
+def test_a_legacy_answers_likeliest_tokens_hold_the_sampled_one(
+    asked: int, likeliest: list[tuple[int, float]], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kivnun.serve.toy._scored", lambda token: (token, -3.0, likeliest))
+    said = client.completions.create(model="toy", prompt="abc", logprobs=asked, max_tokens=2, temperature=0).choices[0].logprobs
+    assert said is not None
+    assert said.top_logprobs == [
+        {letter: -3.0, **{chr(token): value for token, value in likeliest}} for letter in said.tokens or ()
+    ]
+
+
 def test_completions_take_text_and_tokens_one_or_many(client: openai.OpenAI) -> None:
     def texts(prompt: Any, **more: Any) -> list[str]:
         return [choice.text for choice in client.completions.create(model="toy", prompt=prompt, temperature=0, **more).choices]
@@ -278,7 +290,7 @@ def test_completions_take_text_and_tokens_one_or_many(client: openai.OpenAI) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 65}, "n"), ({"max_tokens": 0}, "max_tokens"),
+    ({"temperature": 3}, "temperature"), ({"top_p": -0.1}, "top_p"), ({"n": 65}, "n"), ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 100_000}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"seed": 1.5}, "seed"),
     ({"stream_options": {"include_usage": True}}, "stream_options"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -294,6 +306,13 @@ def test_what_cannot_be_done_is_refused_by_its_name(given: dict[str, Any], param
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         client.chat.completions.create(**{"model": "toy", "messages": ASKED, **given})
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+
+
+def test_values_that_openai_allows_are_taken(client: openai.OpenAI) -> None:
+    assert ask(client, top_p=0).choices == ask(client).choices
+    unsaid: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+    nulls: dict[str, Any] = {"type": "function", "function": {"name": "f", "description": None, "parameters": None, "strict": None}}
+    assert ask(client, tools=[nulls]).choices == ask(client, tools=[unsaid]).choices
 
 
 def test_parameters_that_change_no_answer_are_taken(client: openai.OpenAI) -> None:
@@ -317,6 +336,16 @@ def test_bodies_that_are_no_request_are_refused(body: bytes, kind: str, status: 
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", cast_to=object, content=body, options={"headers": {"content-type": kind}})
     assert caught.value.status_code == status
+    assert status != 415 or caught.value.code == "unsupported_media"
+    assert ask(client).choices
+
+
+def test_kept_answers_are_told_not_to_be_there(client: openai.OpenAI, azure: openai.AzureOpenAI) -> None:
+    for one in (client, azure):
+        for call in (one.chat.completions.list, lambda one=one: one.chat.completions.retrieve("chatcmpl-1")):
+            with pytest.raises(openai.BadRequestError, match="answers are not kept") as caught:
+                call()
+            assert caught.value.code == "unsupported_endpoint"
     assert ask(client).choices
 
 
@@ -341,6 +370,20 @@ def test_a_worker_killed_in_the_middle_is_told_and_the_next_one_answers(place: P
     with worker(place, "slow"):
         assert ask(client, "slow").choices[0].finish_reason == "stop"
         assert not set(old) & set(registered(place, "slow"))  # the dead one's row is cleared
+
+
+def test_a_stream_that_breaks_in_the_middle_is_told_as_an_event(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr("kivnun.serve.reply.Stream.piece", broken)
+    with pytest.raises(openai.APIError, match="the answer failed") as caught:
+        list(ask(client, stream=True))
+    assert (caught.value.code, caught.value.type) == ("internal_error", "server_error")
+    (said,) = [record for record in caplog.records if record.exc_info and record.exc_info[0] is ZeroDivisionError]
+    assert getattr(said, "request", "").startswith("req_")
 
 
 @pytest.mark.parametrize("stream", [True, False])
