@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 from kivnun.artifacts import hash_file, hash_files
 from kivnun.errors import BaseModelError, IntegrityError
-from kivnun.model.hub import NOT_FOUND, OnBytes, commit_of, download, refuse_damaged
+from kivnun.model.hub import NOT_FOUND, OnBytes, commit_of, download, download_texts, refuse_damaged
 from kivnun.model.phi import REFUSED, REFUSED_FAMILY, USE_INSTEAD
 
 BUILT_IN = {"kivnun/tiny-phi": Path(__file__).parent.parent / "bases" / "tiny_phi"}
@@ -76,6 +76,15 @@ def find_base(model: str, revision: str | None = None, on_bytes: OnBytes = lambd
 
     `on_bytes` hears how far a download is. Raises BaseModelError when it is nowhere to be found, and as `hub.download` does.
     """
+    return _found(model, lambda: download(model, revision, on_bytes))
+
+
+def find_texts(model: str, revision: str | None = None) -> Path:
+    """Return a folder that holds a base's configuration and tokenizer, as `find_base`; weights are not fetched for it."""
+    return _found(model, lambda: download_texts(model, revision))
+
+
+def _found(model: str, from_hub: Callable[[], Path]) -> Path:
     if model in BUILT_IN:
         return BUILT_IN[model]
     if Path(model).is_dir():
@@ -89,7 +98,7 @@ def find_base(model: str, revision: str | None = None, on_bytes: OnBytes = lambd
             hint=f"built in: {', '.join(BUILT_IN)}; or ORG/NAME; or a folder",
             pages=(NOT_FOUND,),
         )
-    return download(model, revision, on_bytes)
+    return from_hub()
 
 
 def refuse_family(name: str, config: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,43 @@ def download(model: str, revision: str | None = None, on_bytes: OnBytes = lambda
     reached, or HF_HUB_OFFLINE is set, what the cache holds is taken, which a warning says. Raises BaseModelError, StorageError for
     a disk that is too small, IntegrityError for a file that is not what the hub says.
     """
+    return _had(model, revision, lambda: _fetched(model, revision, on_bytes), _cached)
+
+
+def download_texts(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a hub's model with its configuration and tokenizer in it; its weights may lack, and are not fetched.
+
+    Otherwise as `download`.
+    """
+    return _had(model, revision, lambda: _texts(model, revision).folder, _cached_texts)
+
+
+class HubUnreachable(BaseModelError):
+    """The hub cannot answer now, and what is asked for is not here: later it may be."""
+
+
+def _had(model: str, revision: str | None, fetch: Callable[[], Path], cached: Callable[[str, str | None, str], Path]) -> Path:
+    """Return a model's folder from the hub or, where that need not or cannot be asked, from the cache."""
     reason = refusal_of(model)
     if reason is not None:
         raise BaseModelError(f"{model}: {reason[0]}", hint=reason[1], pages=(REFUSED_FAMILY,))
     if is_offline():
-        return _cached(model, revision, "HF_HUB_OFFLINE is set")
+        return cached(model, revision, "HF_HUB_OFFLINE is set")
     if revision is not None and COMMIT.fullmatch(revision):
         try:
-            folder = _cached(model, revision, "it is a commit")
+            folder = cached(model, revision, "it is a commit")
         except BaseModelError:
             folder = None  # not here yet, or not whole
         if folder is not None and (folder / "tokenizer.json").is_file():  # another program may have fetched the weights alone
             return folder
     try:
         with _told(model, revision):
-            return _fetched(model, revision, on_bytes)
+            return fetch()
     except _Unreachable as error:
-        folder = _cached(model, revision, f"the hub cannot be reached ({error})")
+        try:
+            folder = cached(model, revision, f"the hub cannot be reached ({error})")
+        except BaseModelError as lacking:
+            raise HubUnreachable(lacking.message, hint=lacking.hint, pages=lacking.pages) from error
         log.warning("the hub cannot be reached (%s): taking what is here of %s, commit %s", error, model, commit_of(folder))
         return folder
 
@@ -109,7 +130,18 @@ def refuse_damaged(folder: Path, hashes: Mapping[str, str]) -> None:
 # --- the hub's answer ----------------------------------------------------------------------------------------------------------
 
 
-def _fetched(model: str, revision: str | None, on_bytes: OnBytes) -> Path:
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The small files of a model, which are here, and what else its repository holds at that commit."""
+
+    folder: Path
+    revision: Any
+    files: dict[str, Any]
+    small: list[str]
+
+
+def _texts(model: str, revision: str | None) -> _Texts:
+    """Fetch what is read of a model beside its weights."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -124,14 +156,20 @@ def _fetched(model: str, revision: str | None, on_bytes: OnBytes) -> Path:
     folder = _laid_out(model, resolved, small)
     _refuse_damaged_text(folder, {name: files[name].blob_id for name in small if files[name].lfs is None})
     _refuse_family(model, folder)
+    return _Texts(folder, resolved, files, small)
+
+
+def _fetched(model: str, revision: str | None, on_bytes: OnBytes) -> Path:
+    texts = _texts(model, revision)
+    folder, files = texts.folder, texts.files
     weights = _weights(model, list(files), folder)
     lacking = [name for name in weights if name not in files]
     if lacking:
         raise BaseModelError(f"{model} names weights that it does not hold: {', '.join(lacking[:3])}", hint="tell its authors")
     missing = [files[name] for name in weights if not (folder / name).is_file()]
     if missing:
-        _fetch_all(model, resolved.resolved, missing, folder.parent.parent, on_bytes)
-    return _laid_out(model, resolved, [*small, *weights])
+        _fetch_all(model, texts.revision.resolved, missing, folder.parent.parent, on_bytes)
+    return _laid_out(model, texts.revision, [*texts.small, *weights])
 
 
 def _laid_out(model: str, revision: Any, names: Sequence[str], local: bool = False) -> Path:
@@ -187,26 +225,40 @@ def _refuse_family(model: str, folder: Path) -> None:
 
 def _cached(model: str, revision: str | None, why: str) -> Path:
     """Return the cache's folder of a model, whole, without asking the hub. Raises BaseModelError."""
+    folder = _cached_folder(model, revision, why)
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    known = INDEX in names or any(name.endswith(".safetensors") for name in names)
+    _refuse_lacking(model, revision, folder, ["config.json", *(_weights(model, names, folder) if known else [WHOLE])], why)
+    return folder
+
+
+def _cached_texts(model: str, revision: str | None, why: str) -> Path:
+    """Return the cache's folder of a model with its configuration and tokenizer, as `_cached`."""
+    folder = _cached_folder(model, revision, why)
+    _refuse_lacking(model, revision, folder, ["config.json", "tokenizer.json"], why)
+    return folder
+
+
+def _cached_folder(model: str, revision: str | None, why: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = _laid_out(model, revision, ["config.json"], local=True)
+        return _laid_out(model, revision, ["config.json"], local=True)
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
             f"base {model!r}{_at(revision)} is not on this machine, and {why}",
             hint="fetch it once with a network and without HF_HUB_OFFLINE, or give a folder",
             pages=(NOT_FOUND,),
         ) from error
-    names = [file.name for file in folder.iterdir() if file.is_file()]
-    known = INDEX in names or any(name.endswith(".safetensors") for name in names)
-    weights = _weights(model, names, folder) if known else [WHOLE]
-    lacking = [name for name in ("config.json", *weights) if name not in names]
+
+
+def _refuse_lacking(model: str, revision: str | None, folder: Path, needed: Sequence[str], why: str) -> None:
+    lacking = [name for name in needed if not (folder / name).is_file()]
     if lacking:
         raise BaseModelError(
             f"base {model!r}{_at(revision)} is here in part: {', '.join(lacking[:3])} was not fetched, and {why}",
             hint="fetch the rest with a network and without HF_HUB_OFFLINE",
         )
-    return folder
 
 
 # --- large files ---------------------------------------------------------------------------------------------------------------

@@ -95,13 +95,6 @@ def number(body: Mapping[str, Any], name: str, default: float, low: float, high:
     return float(value)
 
 
-def share(body: Mapping[str, Any], name: str) -> float:
-    value = number(body, name, 1.0, 0, 1)
-    if value == 0:
-        raise bad(name, f"{name} must be above 0, got 0; for the likeliest token set temperature to 0")
-    return value
-
-
 def flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):

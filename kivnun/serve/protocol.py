@@ -71,7 +71,7 @@ class Ask(Message):
     stop_ids: list[TokenId]
     stop: list[str] = Field(max_length=4)
     temperature: float = Field(ge=0, le=2)
-    top_p: float = Field(gt=0, le=1)
+    top_p: float = Field(ge=0, le=1)  # 0: the likeliest alone
     seed: int
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

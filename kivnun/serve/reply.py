@@ -125,7 +125,7 @@ class Stream:
     def __init__(self, head: Head, prompts: Sequence[Sequence[TokenLogprobs]] | None) -> None:
         self._head, self._prompts = head, prompts
         self._held = [Choice() for _ in range(head.question.choices)]
-        self._shown = [0] * head.question.choices  # letters, for offsets
+        self._shown = [0] * head.question.choices  # letters: offsets, and whether there was text
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """Yield what comes before any text: who speaks, or the prompt where it is echoed."""
@@ -144,14 +144,14 @@ class Stream:
         held, use = self._held[index], self._head.question.tools
         held.text += text
         held.tokens += tokens
-        if use is not None and (use.grammar is not None or may_become_call(held.text)):
+        if use is not None and (use.grammar is not None or may_become_call(held.text, not self._shown[index])):
             return
         yield from self._release(index)
 
     def end(self, index: int, reason: str) -> Iterator[dict[str, Any]]:
         """Yield the rest of a choice and why it ended."""
         held, use = self._held[index], self._head.question.tools
-        text, calls = (held.text, []) if use is None else calls_in(held.text, use)
+        text, calls = (held.text, []) if use is None else calls_in(held.text, use, not self._shown[index])
         if calls:
             held.text = text
         yield from self._release(index)
@@ -224,8 +224,8 @@ def _legacy_logprobs(head: Head, tokens: Sequence[TokenLogprobs], start: int) ->
         offsets.append(at)
         at += len(text)
     tops = [
-        None if logprob is None else {_spelt(head.tokens, other): _number(said) for other, said in top}
-        for _, logprob, top in tokens
+        None if logprob is None else {_spelt(head.tokens, other): _number(said) for other, said in [*top, (token, logprob)]}
+        for token, logprob, top in tokens
     ]
     logprobs = [None if logprob is None else _number(logprob) for _, logprob, _ in tokens]
     return {"tokens": spelt, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}

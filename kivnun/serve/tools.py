@@ -79,7 +79,7 @@ def tool_use(body: Mapping[str, Any], tokens: CallTokens) -> ToolUse | None:
 
 def _offered(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     problems = Sentences()
-    tools = check_tools(body.get("tools"), problems) or ()
+    tools = check_tools(_without_nulls(body.get("tools")), problems) or ()
     if not problems and len({tool["function"]["name"] for tool in tools}) < len(tools):
         problems("tools: two functions have one name")
     if not problems and len(tools) > MAX_TOOLS:
@@ -87,6 +87,20 @@ def _offered(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if problems:
         raise bad("tools", "; ".join(problems[:20]))
     return tools
+
+
+def _without_nulls(tools: Any) -> Any:
+    """Return functions without what is null in them: a client that dumps its models says nothing by it."""
+    items = as_list(tools)
+    return tools if items is None else [_said_of(item) for item in items]
+
+
+def _said_of(tool: Any) -> Any:
+    given = as_object(tool)
+    function = None if given is None else as_object(given.get("function"))
+    if given is None or function is None:
+        return tool
+    return {**given, "function": {name: value for name, value in function.items() if value is not None}}
 
 
 def _named(choice: Any) -> str:
@@ -99,19 +113,25 @@ def _named(choice: Any) -> str:
     return name
 
 
-def calls_in(text: str, use: ToolUse) -> tuple[str, list[Call]]:
-    """Return what an answer says beside its calls, and the calls. What looks like a call and is none stays text."""
+def calls_in(text: str, use: ToolUse, alone: bool = True) -> tuple[str, list[Call]]:
+    """Return what an answer says beside its calls, and the calls. What looks like a call and is none stays text.
+
+    `alone` says that nothing of the answer stands before this text: else only what is marked is a call."""
+    if not (alone or any(opening in text for opening, _ in MARKS)):
+        return text, []
     before, written, after = _marked(text)
     calls = _calls(written, use)
-    return ((before + after).strip(), calls) if calls else (text, [])
+    return ((before + after).rstrip(), calls) if calls else (text, [])
 
 
-def may_become_call(text: str) -> bool:
-    """Return whether the text so far holds a mark, or could be the beginning of a call: then it is not shown yet."""
-    begun = text.lstrip()
+def may_become_call(text: str, alone: bool) -> bool:
+    """Return whether the text so far holds a mark, or could be the beginning of a call: then it is not shown yet.
+
+    Nor are blanks at its end, which are left out before a call. `alone` as in `calls_in`."""
     return (
-        not begun
-        or begun[0] in "[{"
+        not text
+        or text[-1].isspace()
+        or (alone and text.lstrip()[0] in "[{")
         or any(opening in text or any(text.endswith(opening[:size]) for size in range(1, len(opening))) for opening, _ in MARKS)
     )
 

@@ -27,7 +27,6 @@ from kivnun.serve.parameters import (
     number,
     object_in,
     required,
-    share,
     stops_in,
     token_limits,
     whole,
@@ -105,7 +104,7 @@ def parse(raw: bytes, endpoint: Endpoint, served: Served) -> Request:
     limits = token_limits(body, endpoint, prompts, served.longest)
     seed = whole(body, "seed", secrets.randbits(31), -(2**63), 2**63 - 1)
     params = SamplingParams(
-        max(limits), served.tokenizer.stop_ids, number(body, "temperature", 1.0, 0, 2), share(body, "top_p"), seed
+        max(limits), served.tokenizer.stop_ids, number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1), seed
     )
     stream, options = flag(body, "stream"), body.get("stream_options")
     return Request(endpoint, model, which, prompts, n, limits, params, stops_in(body), stream, include_usage_in(options, stream))

@@ -12,11 +12,10 @@ import hashlib
 import json
 import logging
 import math
-import threading
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,17 +26,17 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import limits_of
-from kivnun.model.families import find_base, longest_row
-from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required
 from kivnun.serve.protocol import Begun, Done, Failed, Piece
 from kivnun.serve.question import Asked as AskedOf
 from kivnun.serve.question import Question, read_question
 from kivnun.serve.reply import Choice, Head, Stream, new_id, whole
-from kivnun.serve.toy import LONGEST, ToyTokens
-from kivnun.service.answers import Asked, Heard, Link, Links, WorkerLost, addresses_of, find_deployed, find_model
+from kivnun.service.answers import Asked, Heard, Link, Links, WorkerLost, addresses_of, find_named
+from kivnun.service.batch_files import canonical
 from kivnun.service.context import Service
+from kivnun.service.dialect import Dialect
 from kivnun.service.errors import ApiError
+from kivnun.service.tokenizers import Tokenizers
 
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
 
@@ -54,17 +53,18 @@ class Answering:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Links] = WeakKeyDictionary()
-        self._bases: dict[str, AskedOf] = {}
+        self._tokenizers = Tokenizers(service.config)
         self._wished: dict[str, float] = {}
-        self._lock = threading.Lock()
 
     async def complete(self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the whole answer to a body for `/v1/chat/completions` or `/v1/completions`. Raises ApiError."""
-        if endpoint not in ENDPOINTS:
+        """Return the whole answer to a body for an endpoint, `/v1/chat/completions` or `/v1/completions`; named without /v1, as
+        Azure's scripts do, the body's model is a deployment first. Raises ApiError."""
+        full = canonical(endpoint)
+        if full is None:
             raise ApiError(400, f"endpoint must be one of {', '.join(ENDPOINTS)}", code="invalid_value", param="endpoint")
         if body.get("stream"):
             raise ApiError(400, "an answer of a batch is not streamed: leave stream out", code="invalid_value", param="stream")
-        answer = await self.begin(tenant, key_id, ENDPOINTS[endpoint], body)
+        answer = await self.begin(tenant, key_id, ENDPOINTS[full], body, "openai" if endpoint == full else "azure")
         return await answer.whole()
 
     async def begin(
@@ -73,10 +73,17 @@ class Answering:
         key_id: str | None,
         endpoint: Endpoint,
         body: Mapping[str, Any] | bytes,
+        dialect: Dialect,
         deployment: str | None = None,
     ) -> Answer:
-        """Return an answer that has begun to be written. Raises ApiError where none will be."""
-        asked, limits, question = await run_in_threadpool(self._read, tenant, endpoint, body, deployment)
+        """Return an answer that has begun to be written. Raises ApiError where none will be.
+
+        `deployment` is the name in the path, which goes before the body's; the dialect says what a name may mean."""
+        given, name, asked, limits = await run_in_threadpool(self._find, tenant, body, deployment, dialect)
+        if not self._tokenizers.is_here(asked.base):  # its weights may be far as well: whoever fetches them begins now
+            await self._wish(asked.base, missing=True)
+        of = await self._tokenizers.of(asked.base)
+        question = await run_in_threadpool(_question, given, endpoint, replace(of, model=name))
         bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question)
         try:
             link = await self._link(asked.base)
@@ -97,8 +104,7 @@ class Answering:
         content_hash = None if asked.adapter is None else asked.adapter.content_hash
         fingerprint = hashlib.sha256(f"{link.version} {content_hash}".encode()).hexdigest()[:12]
         extra = {"x_adapter_hash": content_hash}
-        tokens = self._bases[asked.base].tokens
-        head = Head(new_id(endpoint), int(self._service.clock()), question, tokens, f"kivnun-{fingerprint}", extra)
+        head = Head(new_id(endpoint), int(self._service.clock()), question, of.tokens, f"kivnun-{fingerprint}", extra)
         return Answer(asked, head, heard, begun, bill)
 
     async def _link(self, base: str) -> Link:
@@ -124,37 +130,35 @@ class Answering:
             self._wished[base] = now
             await run_in_threadpool(self._service.db.write, "base wanted", lambda tx: wanted.ask(tx, base))
 
-    def _read(
-        self, tenant: str, endpoint: Endpoint, body: Mapping[str, Any] | bytes, deployment: str | None
-    ) -> tuple[Asked, Limits, Question]:
-        """Return whom a request is put to, what its tenant may have, and the question in it. Raises ApiError."""
-        try:
+    def _find(
+        self, tenant: str, body: Mapping[str, Any] | bytes, deployment: str | None, dialect: Dialect
+    ) -> tuple[dict[str, Any], str, Asked, Limits]:
+        """Return a body, the name in it (or in the path), whom that means, and what the tenant may have. Raises ApiError."""
+        with _told():
             given = object_in(body if isinstance(body, bytes) else json.dumps(body).encode())
             name = deployment if deployment is not None else required(given, "model")
             if not isinstance(name, str):
                 raise Refusal(400, "model must be a string", param="model", code="invalid_value")
+        config = self._service.config
 
-            def look(tx: Transaction) -> tuple[Asked, Limits]:
-                find = find_model if deployment is None else find_deployed
-                return find(tx, self._service.config, tenant, name), limits_of(tx, tenant, self._service.config.limits)
+        def look(tx: Transaction) -> tuple[Asked, Limits]:
+            return find_named(tx, config, tenant, name, dialect), limits_of(tx, tenant, config.limits)
 
-            asked, limits = self._service.db.read(look)
-            of = self._of(asked.base)
-            return asked, limits, read_question(given, endpoint, AskedOf(name, of.tokens, of.longest, of.constrains))
-        except Refusal as refusal:
-            raise ApiError(refusal.status, refusal.message, code=refusal.code or "invalid_value", param=refusal.param) from None
+        return given, name, *self._service.db.read(look)
 
-    def _of(self, base: str) -> AskedOf:
-        """Return a base's tokenizer and longest row, read once."""
-        with self._lock:
-            if base not in self._bases:
-                entry = self._service.config.bases[base]
-                if entry.trainer == "toy":
-                    self._bases[base] = AskedOf(base, ToyTokens(), LONGEST, constrains=False)
-                else:
-                    folder = find_base(self._service.config.model_of(base), entry.revision)
-                    self._bases[base] = AskedOf(base, BaseTokens(folder), longest_row(folder))
-            return self._bases[base]
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell a request's refusal as the API's errors are told."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise ApiError(refusal.status, refusal.message, code=refusal.code or "invalid_value", param=refusal.param) from None
+
+
+def _question(given: Mapping[str, Any], endpoint: Endpoint, asked: AskedOf) -> Question:
+    with _told():
+        return read_question(given, endpoint, asked)
 
 
 @dataclass(frozen=True, slots=True)

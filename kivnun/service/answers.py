@@ -36,6 +36,7 @@ from kivnun.serve.protocol import (
     from_worker,
     line,
 )
+from kivnun.service.dialect import Dialect
 from kivnun.service.errors import ApiError, bad_request
 
 CONNECT_S = 5.0
@@ -81,15 +82,20 @@ def find_model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -
     return Asked(row.id, row.base, AdapterName(manifest=row.manifest, content_hash=row.content_hash))
 
 
-def find_deployed(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> Asked:
-    """Return what a deployment answers with; where there is none of the name, the model of the name. Raises ApiError."""
-    found = find_deployment(tx, tenant, name)
+def find_named(tx: Transaction, config: ServiceConfig, tenant: str, name: str, dialect: Dialect) -> Asked:
+    """Return what a request's name means. A deployment's name is a model's in both dialects: Azure's looks among deployments
+    first and then among models, OpenAI's the other way round. Raises ApiError."""
+    deployed = None if dialect == "openai" and _is_model(tx, config, tenant, name) else find_deployment(tx, tenant, name)
     try:
-        return find_model(tx, config, tenant, name if found is None else found.model)
+        return find_model(tx, config, tenant, name if deployed is None else deployed.model)
     except ApiError as error:
-        if error.status == 404:
+        if error.status == 404 and dialect == "azure":
             raise ApiError(404, f"there is no deployment {name[:200]!r}", code="DeploymentNotFound", param="model") from None
         raise
+
+
+def _is_model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) -> bool:
+    return config.base_id(name) is not None or name in config.refused or models.find(tx, name, tenant) is not None
 
 
 def addresses_of(tx: Transaction, base: str) -> list[Address]:

@@ -14,18 +14,18 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from kivnun.jobs import batches, deployments, files, tenants
+from kivnun.jobs import batches, files, tenants
 from kivnun.jobs.batches import Batch, Ending, LineAnswer
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
-from kivnun.service.batch_files import Request, Written, answer_line, canonical, requests_of, validated, write_answers
+from kivnun.service.batch_files import Request, Written, answer_line, requests_of, validated, write_answers
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 
@@ -47,7 +47,7 @@ class Answers(Protocol):
     """Answers questions, as `answering.Answering` does."""
 
     async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of the answer. Raises ApiError."""
+        """Return the body of the answer to a batch's endpoint as it was named, which tells the dialect. Raises ApiError."""
         ...
 
 
@@ -65,7 +65,6 @@ class _Run:
 
     batch: Batch
     share: int  # of its lines, being answered at once
-    deployed: Mapping[str, str]  # the models that its tenant's deployments name
     path: Path
     lines: Iterator[Request]
     again: list[_Asked] = field(default_factory=list[_Asked])
@@ -217,14 +216,13 @@ class RunBatches:
         if path is None:
             return None
         service = self._service
-        done, limits, deployed = service.db.read(
+        done, limits = service.db.read(
             lambda tx: (
                 batches.answered(tx, batch.id),
                 tenants.limits_of(tx, batch.tenant, service.config.limits),
-                {deployment.name: deployment.model for deployment in deployments.all_of(tx, batch.tenant)},
             )
         )
-        return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), deployed, path, requests_of(path, done))
+        return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), path, requests_of(path, done))
 
     def _end(self, run: _Run) -> None:
         """Ask nothing more of a batch; whatever is under way is cut off."""
@@ -329,12 +327,9 @@ class RunBatches:
                 return
 
     async def _answered(self, run: _Run, asked: _Asked) -> None:
-        batch, endpoint = run.batch, canonical(run.batch.endpoint)
-        assert endpoint is not None
+        batch = run.batch
         try:
-            model = asked.request.body["model"]
-            body = {**asked.request.body, "model": run.deployed.get(model, model)}
-            work = self._answering.complete(batch.tenant, batch.api_key, endpoint, body)
+            work = self._answering.complete(batch.tenant, batch.api_key, batch.endpoint, asked.request.body)
             answer: dict[str, Any] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
         except Exception as error:
             answer = error

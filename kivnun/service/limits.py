@@ -1,9 +1,10 @@
 """What a tenant may ask for in a minute: a bucket of requests and a bucket of tokens, each refilled evenly.
 
 The buckets are this process's own. One API process serves one SQLite file, so that is the whole service; several API processes on
-PostgreSQL each admit the full limit, and an operator divides it by their number. A restart fills the buckets: nothing that is paid
-for depends on them. Quotas (jobs, files, bytes) are counted in the database instead. Next: `auth.py`, which takes a request from
-its bucket, and `frame.py`, which writes the headers.
+PostgreSQL each admit the full limit, and an operator divides it by their number. Batches are answered by the clerk, whose buckets
+are its own as well: a tenant's batches have a minute's tokens to themselves, and no header shows what they took. A restart fills
+the buckets: nothing that is paid for depends on them. Quotas (jobs, files, bytes) are counted in the database instead. Next:
+`auth.py`, which takes a request from its bucket, and `frame.py`, which writes the headers.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def test_models_are_listed_and_found_and_health_needs_no_key(client: openai.Open
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"n": 0}, "n"),
     ({"n": 65}, "n"),
     ({"max_tokens": 0}, "max_tokens"),

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
-from kivnun.jobs import batches, deployments, files
+from kivnun.jobs import batches, files
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
@@ -325,16 +325,6 @@ def test_a_create_that_is_sent_again_makes_one_batch(service: Service, client: O
     assert len(client.batches.list().data) == 3
 
 
-def test_a_deployment_names_a_model_in_a_batch_too(service: Service, duty: RunBatches, client: OpenAI) -> None:
-    service.db.write("deploy", lambda tx: deployments.put(tx, "default", "mine", "toy", {}, service.clock()))
-    lines = [{**question("a"), "body": {**question("a")["body"], "model": name}} for name in ("mine",)]
-    done = ended(
-        client, duty, client.batches.create(input_file_id=upload(service, lines), endpoint=CHAT, completion_window="24h").id
-    )
-    (line,) = lines_of(service, done.output_file_id)
-    assert line["response"]["body"]["model"] == "toy"
-
-
 def test_a_cancel_is_prompt_and_keeps_what_was_answered(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn
 ) -> None:
@@ -517,4 +507,5 @@ def test_azure_leaves_out_v1_and_async_clients_do_the_same(
             return (await awaited.batches.create(input_file_id=prompts, endpoint="/v1/completions", completion_window="24h")).id
 
     assert ended(client, duty, asyncio.run(created())).status == "completed"
-    assert {endpoint for _, _, endpoint, _ in standin.asked} == {CHAT, "/v1/completions"}
+    # Whoever answers is told the endpoint as it was named: it says whether a model's name is a deployment's first.
+    assert {endpoint for _, _, endpoint, _ in standin.asked} == {"/chat/completions", "/v1/completions"}

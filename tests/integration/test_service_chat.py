@@ -6,22 +6,29 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import sqlalchemy as sa
+from huggingface_hub import constants
 
 from answer_parts import add_model, place_with, registered, until, worker, worker_process
+from hub import Hub
+from kivnun.jobs import wanted
 from kivnun.jobs.config import Limits
+from kivnun.jobs.deployments import put, remove
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import deployments, usage
+from kivnun.model.families import BUILT_IN
 from kivnun.serve.toy import ToyTokens, toy_answer
+from kivnun.service.answering import Answering
 from service_parts import KEY, OTHER_KEY, api, service_at
 
 CONFIG = """
 version: 1
-bases: {toy: {trainer: toy}, slow: {trainer: toy}, nobody: {trainer: toy}}
+bases: {toy: {trainer: toy}, slow: {trainer: toy}, nobody: {trainer: toy}, acme/tiny: {}, acme/gone: {}}
 aliases: {gpt-4o-mini: toy}
 """
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
@@ -134,6 +141,86 @@ def test_azure_answers_by_deployment_and_the_path_wins(place: Place, url: str, a
         assert ask(newer).choices
 
 
+def test_a_deployments_name_is_a_model_at_every_door(place: Place, url: str, client: openai.OpenAI) -> None:
+    """Azure looks among deployments first, OpenAI among models: where both have the name `slow`, they differ."""
+    db = place.database()
+    for name in ("named", "slow"):
+        db.write("deployment", lambda tx, name=name: put(tx, "default", name, "ft:toy:kivnun:one:abcdefgh", {}, 1.0))
+    one = hash_of(place, "one")
+    with openai.OpenAI(base_url=f"{url}/openai/v1", api_key=KEY, max_retries=0) as newer:
+        assert [ask(newer, name).x_adapter_hash for name in ("named", "slow")] == [one, one]
+        assert ask(newer, "named").model == "named"
+        with pytest.raises(openai.NotFoundError):
+            ask(newer, "missing")
+    assert ask(client, "named").x_adapter_hash == one
+    assert {chunk.x_adapter_hash for chunk in ask(client, "named", stream=True)} == {one}
+    answering = Answering(service_at(place, place.service_config()))
+
+    def in_a_batch(name: str, endpoint: str) -> Any:
+        body = {"model": name, "messages": ASKED, "temperature": 0}
+        return asyncio.run(answering.complete("default", None, endpoint, body))["x_adapter_hash"]
+
+    assert [in_a_batch("named", "/v1/chat/completions"), in_a_batch("slow", "/chat/completions")] == [one, one]
+    with worker(place, "slow"):
+        assert [ask(client, "slow").x_adapter_hash, in_a_batch("slow", "/v1/chat/completions")] == [None, None]
+    with pytest.raises(openai.NotFoundError), openai.OpenAI(base_url=f"{url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
+        ask(other, "named")
+    db.write("deployments", lambda tx: [remove(tx, "default", name) for name in ("named", "slow")])
+    db.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Return a hub that holds a base, and is the one that the API asks."""
+    with Hub() as hub:
+        hub.put("acme/tiny", BUILT_IN["kivnun/tiny-phi"])
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def test_a_base_that_is_fetched_delays_no_other_and_its_weights_are_left_to_workers(
+    hub: Hub, place: Place, client: openai.OpenAI
+) -> None:
+    hub.stall_at["tokenizer.json"] = 100
+    db = place.database()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, "acme/tiny")
+        assert hub.stalled.wait(20)
+        assert db.read(wanted.asks)["acme/tiny"] >= 1  # a worker may begin to fetch the weights
+        assert ask(client).choices
+        assert not waiting.done()
+        hub.released.set()
+        with pytest.raises(openai.InternalServerError, match="no worker answers for acme/tiny"):
+            waiting.result()
+    db.close()
+    assert {"config.json", "tokenizer.json"} <= hub.fetched()
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_a_base_whose_tokenizer_cannot_be_had_is_told_so_and_asked_for_again(
+    hub: Hub, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.status = 503
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "acme/gone")
+    assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+    hub.status = None
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, "acme/gone")  # the hub has none of this name
+    assert (refused.value.code, refused.value.param) == ("model_not_available", "model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, "acme/gone")
+    assert refused.value.code == "model_not_available"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.put("acme/gone", BUILT_IN["kivnun/tiny-phi"])
+    with pytest.raises(openai.InternalServerError, match="no worker answers"):
+        ask(client, "acme/gone")
+
+
 def test_another_tenants_model_answers_the_same_404_as_none(url: str, client: openai.OpenAI) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
         with pytest.raises(openai.NotFoundError) as foreign:
@@ -178,6 +265,18 @@ def test_log_probabilities_come_in_both_shapes(client: openai.OpenAI) -> None:
     assert legacy.logprobs.text_offset == list(range(7))
 
 
+@pytest.mark.parametrize(("asked", "likeliest"), [(0, []), (1, [(66, -0.1)])])
+def test_a_legacy_answers_likeliest_tokens_hold_the_sampled_one(
+    asked: int, likeliest: list[tuple[int, float]], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kivnun.serve.toy._scored", lambda token: (token, -3.0, likeliest))
+    said = client.completions.create(model="toy", prompt="abc", logprobs=asked, max_tokens=2, temperature=0).choices[0].logprobs
+    assert said is not None
+    assert said.top_logprobs == [
+        {letter: -3.0, **{chr(token): value for token, value in likeliest}} for letter in said.tokens or ()
+    ]
+
+
 def test_completions_take_text_and_tokens_one_or_many(client: openai.OpenAI) -> None:
     def texts(prompt: Any, **more: Any) -> list[str]:
         return [choice.text for choice in client.completions.create(model="toy", prompt=prompt, temperature=0, **more).choices]
@@ -191,7 +290,7 @@ def test_completions_take_text_and_tokens_one_or_many(client: openai.OpenAI) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 65}, "n"), ({"max_tokens": 0}, "max_tokens"),
+    ({"temperature": 3}, "temperature"), ({"top_p": -0.1}, "top_p"), ({"n": 65}, "n"), ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 100_000}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"seed": 1.5}, "seed"),
     ({"stream_options": {"include_usage": True}}, "stream_options"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -207,6 +306,13 @@ def test_what_cannot_be_done_is_refused_by_its_name(given: dict[str, Any], param
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         client.chat.completions.create(**{"model": "toy", "messages": ASKED, **given})
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+
+
+def test_values_that_openai_allows_are_taken(client: openai.OpenAI) -> None:
+    assert ask(client, top_p=0).choices == ask(client).choices
+    unsaid: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+    nulls: dict[str, Any] = {"type": "function", "function": {"name": "f", "description": None, "parameters": None, "strict": None}}
+    assert ask(client, tools=[nulls]).choices == ask(client, tools=[unsaid]).choices
 
 
 def test_parameters_that_change_no_answer_are_taken(client: openai.OpenAI) -> None:
@@ -230,6 +336,16 @@ def test_bodies_that_are_no_request_are_refused(body: bytes, kind: str, status: 
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", cast_to=object, content=body, options={"headers": {"content-type": kind}})
     assert caught.value.status_code == status
+    assert status != 415 or caught.value.code == "unsupported_media"
+    assert ask(client).choices
+
+
+def test_kept_answers_are_told_not_to_be_there(client: openai.OpenAI, azure: openai.AzureOpenAI) -> None:
+    for one in (client, azure):
+        for call in (one.chat.completions.list, lambda one=one: one.chat.completions.retrieve("chatcmpl-1")):
+            with pytest.raises(openai.BadRequestError, match="answers are not kept") as caught:
+                call()
+            assert caught.value.code == "unsupported_endpoint"
     assert ask(client).choices
 
 
@@ -254,6 +370,20 @@ def test_a_worker_killed_in_the_middle_is_told_and_the_next_one_answers(place: P
     with worker(place, "slow"):
         assert ask(client, "slow").choices[0].finish_reason == "stop"
         assert not set(old) & set(registered(place, "slow"))  # the dead one's row is cleared
+
+
+def test_a_stream_that_breaks_in_the_middle_is_told_as_an_event(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr("kivnun.serve.reply.Stream.piece", broken)
+    with pytest.raises(openai.APIError, match="the answer failed") as caught:
+        list(ask(client, stream=True))
+    assert (caught.value.code, caught.value.type) == ("internal_error", "server_error")
+    (said,) = [record for record in caplog.records if record.exc_info and record.exc_info[0] is ZeroDivisionError]
+    assert getattr(said, "request", "").startswith("req_")
 
 
 @pytest.mark.parametrize("stream", [True, False])

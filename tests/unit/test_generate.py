@@ -134,4 +134,4 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert drawn(0.6) == {0, 1}
     assert drawn(0.81) == {0, 1, 2}
     assert drawn(1.0) == {0, 1, 2}
-    assert drawn(1e-9) == {0}
+    assert drawn(1e-9) == drawn(0.0) == {0}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from kivnun.data.rows import ChatRecord, Where
 from kivnun.data.template import ChatTokenizer
 from kivnun.data.tokenizer import Tokenizer
 from kivnun.data.tool_text import tool_text
+from kivnun.serve.question import Asked, read_question
+from kivnun.serve.reply import Choice, Head, Stream, whole
 from kivnun.serve.tools import calls_in, may_become_call, tool_use
+from kivnun.serve.toy import ToyTokens
 from template_corpus import FAMILIES, TOKENIZERS, write_base
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": {"type": "object"}}}
@@ -121,6 +126,39 @@ def test_calls_are_read_and_what_is_none_stays_text(text: str, content: str | No
 
 
 def test_text_is_shown_as_soon_as_it_can_be_no_call() -> None:
-    assert not may_become_call("It is sunny")
+    assert not may_become_call("It is sunny", alone=True)
     for text in ("", "  ", "{", '[{"na', "So <tool", "<|tool_call|>[", "see <tool_call>[{}]"):
-        assert may_become_call(text)
+        assert may_become_call(text, alone=True)
+    for text in ("[1", "{", '{"name": "weather"'):  # after other text only a mark begins a call
+        assert not may_become_call(text, alone=False)
+
+
+PARTS = (
+    "Sure: ", " ", "\n", "a < b", "[1]", "{x}", '{"name": "weather", "arguments": {}}',
+    '[{"name": "weather", "arguments": {"a": 1}}]',
+    '<tool_call>{"name": "weather"}</tool_call>', "<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>",
+    '{"name": "no"}', "<tool",
+)  # fmt: skip
+
+
+def seen(parts: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]], str]:
+    """Return what an answer's messages or deltas say: the text, the functions called, and why it ended."""
+    said = [part.get("message") or part["delta"] for part in parts]
+    calls = [call["function"] for one in said for call in one.get("tool_calls", ())]
+    return "".join(one.get("content") or "" for one in said), calls, parts[-1]["finish_reason"]
+
+
+def test_an_answer_is_the_same_streamed_and_whole_however_it_is_cut() -> None:
+    body = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
+    asked = read_question(body, "chat.completion", Asked("toy", ToyTokens(), 8192))
+    head, random, called = Head("chatcmpl-1", 1, asked, ToyTokens(), "f", {}), Random(6), 0
+    for _ in range(3000):
+        text = "".join(random.choices(PARTS, k=random.randint(0, 6)))
+        cuts = sorted(random.sample(range(len(text) + 1), min(len(text), random.randint(0, 6))))
+        pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        stream, reason = Stream(head, None), random.choice(["stop", "length"])
+        chunks = [chunk for piece in pieces for chunk in stream.piece(0, piece, [])] + list(stream.end(0, reason))
+        streamed = seen([chunk["choices"][0] for chunk in chunks])
+        assert streamed == seen(whole(head, [Choice(text, [], reason)], 1, None)["choices"]), pieces
+        called += bool(streamed[1])
+    assert 300 < called < 1500

@@ -7,6 +7,7 @@ Next: `../answering.py`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, TypeVar
 
@@ -20,10 +21,11 @@ from kivnun.serve.question import NO_EFFECT, READ
 from kivnun.service.answering import Answer, Answering
 from kivnun.service.auth import Caller, Chatter
 from kivnun.service.context import Shared
-from kivnun.service.dialect import Dialect, dialect_of
+from kivnun.service.dialect import dialect_of
 from kivnun.service.errors import ApiError
 
 router = APIRouter()
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -73,12 +75,12 @@ async def _answer(
     request: Request, who: Caller, ways: Answering, max_bytes: int, endpoint: Endpoint, deployment: str | None = None
 ) -> Response:
     body = await _body(request, max_bytes)
-    beginning = asyncio.create_task(ways.begin(who.tenant, who.key.id, endpoint, body, deployment))
+    beginning = asyncio.create_task(ways.begin(who.tenant, who.key.id, endpoint, body, dialect_of(request), deployment))
     answer = await _unless_gone(request, beginning)
     if answer is None:
         return _nobody()
     if answer.head.question.stream:
-        return EventStream(_events(answer, dialect_of(request)), answer.leave)
+        return EventStream(_events(answer, request), answer.leave)
     found = await _unless_gone(request, asyncio.create_task(answer.whole()))
     return _nobody() if found is None else JSONResponse(found)
 
@@ -90,7 +92,7 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"the body must be application/json, got {kind[:100] or 'no type'}", code="unsupported_media_type")
+        raise ApiError(415, f"the body must be application/json, got {kind[:100] or 'no type'}", code="unsupported_media")
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -120,11 +122,20 @@ def _nobody() -> Response:
     return Response(status_code=499)  # never seen: the client has left
 
 
-async def _events(answer: Answer, dialect: Dialect) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, request: Request) -> AsyncIterator[bytes]:
     """Yield the server-sent events of an answer. What fails in the middle is told as an event, which the clients raise."""
     try:
         async for chunk in answer.chunks():
             yield event(chunk)
         yield b"data: [DONE]\n\n"
     except ApiError as error:
-        yield b"event: error\n" + event(error.body(dialect))
+        yield _error(error, request)
+    except Exception as error:  # a connection that closes says less, and clients that do not look take it for the end
+        told = {"action": "stream_failed", "request": request.state.id}
+        logger.error("an answer failed in the middle", exc_info=error, extra=told)
+        message = "the answer failed; the server's log says why"
+        yield _error(ApiError(500, message, code="internal_error", type="server_error"), request)
+
+
+def _error(error: ApiError, request: Request) -> bytes:
+    return b"event: error\n" + event(error.body(dialect_of(request)))

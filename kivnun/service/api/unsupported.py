@@ -20,6 +20,8 @@ OFFERED = {
     "fine_tuning/alpha/graders": f"graders are part of reinforcement tuning; {_TUNING}",
     "fine_tuning/checkpoints": "checkpoints are not shared: the keys of the tenant whose job made them can call them all",
     "evals": "held-out examples are scored in a job that has a validation_file; its events and results files hold the scores",
+    # All but the POST that asks: chat.py has that, and its routes are looked at first.
+    "chat/completions": "answers are not kept, with store: true neither; POST /chat/completions answers, and the client keeps it",
     "responses": _CHAT,
     "embeddings": _CHAT,
     "images": f"text alone is read and written; {_CHAT}",
