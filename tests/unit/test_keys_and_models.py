@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from kivnun.jobs import deployments, models, tenants, tuning
+from kivnun.jobs import deployments, models, running, tenants, tuning
 from kivnun.jobs.database import Database
 from kivnun.jobs.holdings import Holdings, holdings_of
 from kivnun.jobs.ids import new_id
@@ -75,6 +75,19 @@ def test_an_unfinished_job_that_continues_from_a_model_is_named(db: Database) ->
     for job in (replace(JOB, id="ftjob-2", model=MODEL.id), replace(JOB, id="ftjob-3", model=MODEL.id, status="succeeded")):
         db.write("job", lambda tx, job=job: tuning.create(tx, job, new_id))
     assert db.read(lambda tx: models.jobs_from(tx, MODEL.id, "default")) == ["ftjob-2"]
+
+
+def test_a_checkpoint_that_is_deployed_stays_when_newer_ones_come(db: Database) -> None:
+    def expose(step: int) -> None:
+        adapter = running.Adapter(step, "default/0", "hash", {})
+        db.write("expose", lambda tx: running.expose(tx, JOB, adapter, "kivnun", float(step), new_id))
+
+    expose(10)
+    deployed = db.read(lambda tx: models.page(tx, "default")[0][0].id)
+    db.write("put", lambda tx: deployments.put(tx, "default", "prod", deployed, {}, 11.0))
+    for step in (20, 30, 40, 50):
+        expose(step)
+    assert [model.step for model in db.read(lambda tx: models.page(tx, "default"))[0]] == [50, 40, 30, 10]
 
 
 def test_a_deployment_is_made_changed_and_removed_under_its_tenant(db: Database) -> None:
