@@ -22,7 +22,7 @@ from kivnun.service.creating import create_job
 from kivnun.service.dialect import Dialect, dialect_of
 from kivnun.service.dry_run import dry_run
 from kivnun.service.errors import ApiError, bad_request, not_found
-from kivnun.service.sent import Received
+from kivnun.service.sent import Received, sent_as
 from kivnun.service.tuning_request import body_schema, read_create
 from kivnun.service.tuning_wire import Waiting, checkpoint_object, event_object, job_object, page_object
 
@@ -30,6 +30,7 @@ router = APIRouter()
 
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}}}
 Limit = Annotated[int, Query(ge=1, le=100)]
+PARAM = "fine_tuning_job_id"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
@@ -121,11 +122,14 @@ def report(job_id: str, service: Shared, who: Reader) -> StreamingResponse:
 
 
 def _commanded(request: Request, job_id: str, service: Service, who: Caller, kind: Command) -> dict[str, Any]:
-    """Carry out a command whose body, empty with stock clients, is not looked at."""
+    """Carry out a command whose body, empty with stock clients, is not looked at. One whose answer was lost is answered again."""
+    is_retry = sent_as(request, "").retry_count > 0
 
     def work(tx: Transaction) -> Job:
         job = _found(tx, job_id, who)
         done = tuning.command(tx, job, kind, service.clock(), service.new_id)
+        if done is None and is_retry and tuning.last_command(tx, job.id) == kind:
+            return job
         if done is None:
             raise _not_allowed(job, kind)
         return done
@@ -135,11 +139,11 @@ def _commanded(request: Request, job_id: str, service: Service, who: Caller, kin
 
 def _not_allowed(job: Job, kind: Command) -> ApiError:
     if job.status in TERMINAL:
-        return bad_request(f"the job {job.id} has ended ({job.status}): it cannot be {_done(kind)}", code="job_terminal")
+        return bad_request(f"the job {job.id} has ended ({job.status}): it cannot be {_done(kind)}", PARAM, "job_terminal")
     what = {"pause": "a job that is queued or running can be paused", "resume": "a job that is paused can be resumed"}
     code = {"pause": "job_not_pausable", "resume": "job_not_resumable"}
     # Every job that has not ended can be cancelled, so that only these two are refused here.
-    return bad_request(f"the job {job.id} is {job.status}; {what[kind]}", code=code[kind])
+    return bad_request(f"the job {job.id} is {job.status}; {what[kind]}", PARAM, code[kind])
 
 
 def _done(kind: Command) -> str:
@@ -149,7 +153,7 @@ def _done(kind: Command) -> str:
 def _found(tx: Transaction, job_id: str, who: Caller) -> Job:
     found = tuning.find(tx, job_id, who.tenant) if _ID.fullmatch(job_id) else None
     if found is None:
-        raise not_found("fine-tuning job", job_id, "fine_tuning_job_id")
+        raise not_found("fine-tuning job", job_id, PARAM)
     return found
 
 
