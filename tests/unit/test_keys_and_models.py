@@ -58,6 +58,7 @@ def test_models_and_checkpoints_are_paged_newest_first(db: Database) -> None:
         replace(MODEL, id=f"{MODEL.id}:ckpt-step-{n}", step=n, checkpoint=f"ftckpt_{n}", created_at=float(n)) for n in (1, 2, 3)
     ]
     _add(db, *steps, replace(MODEL, created_at=4.0))
+    late = replace(steps[0], id=f"{MODEL.id}:ckpt-step-4", step=4, checkpoint="ftckpt_4", created_at=0.5)
     found, more = db.read(lambda tx: models.page(tx, "default", 2))
     assert ([model.step for model in found], more) == ([9, 3], True)
     rest, more = db.read(lambda tx: models.page(tx, "default", 2, found[-1].id))
@@ -68,6 +69,9 @@ def test_models_and_checkpoints_are_paged_newest_first(db: Database) -> None:
     assert ([model.checkpoint for model in last], more) == (["ftckpt_1"], False)
     assert db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "default", 2, "ftckpt_9")) == ([], False)
     assert db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "other", 2)) == ([], False)
+    _add(db, late)
+    after_jump, _ = db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "default", 9))
+    assert [model.step for model in after_jump] == [4, 3, 2, 1], "by step, though the clock went back"
 
 
 def test_an_unfinished_job_that_continues_from_a_model_is_named(db: Database) -> None:
