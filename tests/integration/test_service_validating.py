@@ -25,6 +25,7 @@ from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
 from kivnun.plan.devices import Device
 from kivnun.plan.verdict import Question
 from kivnun.service.context import Service
+from kivnun.service.logs import JsonLines
 from kivnun.service.planning import START, TRAINING, VALIDATION
 from kivnun.service.validating import ValidateJobs
 from kivnun.spec import parse_spec
@@ -249,8 +250,9 @@ def test_a_fault_of_the_program_ends_the_job_and_tells_the_log_no_content(
     error = world.client.fine_tuning.jobs.retrieve(job_id).error
     assert error is not None
     assert error.code == "internal_error"
-    assert "KeyError" in caplog.text
-    assert "what a line said" not in caplog.text
+    logged = "".join(map(JsonLines().format, caplog.records))
+    assert "KeyError" in logged
+    assert "what a line said" not in logged
 
 
 def test_a_dry_run_makes_nothing_and_says_what_the_job_then_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
