@@ -114,6 +114,9 @@ class Evaluated:
         "what the model gives to text that has nothing to do with the task: source, rows, nll and its interval, and of the tuned "
         "model the interval of tuned minus base and the verdict; empty where none was scored",
     ] = field(default_factory=dict[str, object])
+    accuracy: Annotated[
+        float, "share of the held-out rows' trained tokens that no other token was likelier than; nan where it was not measured"
+    ] = math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ class Evaluation:
 
     `intervals` holds the 95 % interval of each figure, and with a base also that of tuned minus base as `nll_difference` and so
     on; there is none for a figure that rests on fewer than ten rows. `keys` names the rows by what they hold: `rows` those that
-    were scored, `replies` those that a reply or a label was asked of. `forgetting` is of other text, and part of no measure.
+    were scored, `replies` those that a reply or a label was asked of. `forgetting` is of other text, and part of no measure;
+    neither is `accuracy`, the share of trained tokens that no other was likelier than, which the record of the run tells.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class Evaluation:
     samples: tuple[Sample, ...]
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     forgetting: Forgetting | None = None
+    accuracy: float = math.nan
 
     @property
     def nll(self) -> float:
@@ -103,7 +106,8 @@ def evaluate_scorer(
         result = run_tasks(scorer, picked, tokenizer, with_prompt, settings.max_new_tokens, stage)
         measures.update((measure.name, measure) for measure in result.measures)
         samples = _some(result.samples, settings.samples, seed)
-    evaluation = _with_intervals(Evaluation(len(rows), measures, {}, tuple(samples), keys), settings.bootstrap, seed, base)
+    found = Evaluation(len(rows), measures, {}, tuple(samples), keys, accuracy=held_out.accuracy)
+    evaluation = _with_intervals(found, settings.bootstrap, seed, base)
     if probe is None:
         return evaluation
     before, stage = base.forgetting if base is not None else None, _stage(on_progress, "score")
@@ -128,7 +132,7 @@ def reply_key(row: TokenRow, tokenizer: ChatTokenizer) -> str:
 
 
 def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the fields of an `evaluated` event but `which` and `step`: nll, rows, metrics, intervals, samples, forgetting."""
+    """Return the fields of an `evaluated` event but `which` and `step`."""
     return {
         "nll": evaluation.nll,
         "rows": evaluation.rows,
@@ -136,6 +140,7 @@ def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
         "intervals": {name: tuple(interval) for name, interval in evaluation.intervals.items()},
         "samples": [asdict(sample) for sample in evaluation.samples],
         "forgetting": forgetting_fields(evaluation.forgetting),
+        "accuracy": evaluation.accuracy,
     }
 
 
@@ -164,6 +169,7 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
         "per_row": {name: measure.rows_ND.tolist() for name, measure in evaluation.measures.items()},
         "row_keys": {name: list(keys) for name, keys in evaluation.keys.items()},
         "forgetting": to_record(evaluation.forgetting),
+        "accuracy": None if math.isnan(evaluation.accuracy) else evaluation.accuracy,
     }
     atomic_write(path, json.dumps(record, ensure_ascii=False, allow_nan=False))
 
@@ -176,7 +182,11 @@ def load_evaluation(path: Path) -> Evaluation:
         intervals = {name: Interval(*ends) for name, ends in record["intervals"].items()}
         samples = tuple(Sample(**fields) for fields in record["samples"])
         keys = {name: tuple(own) for name, own in record.get("row_keys", {}).items()}  # older records have none
-        return Evaluation(record["rows"], measures, intervals, samples, keys, from_record(record.get("forgetting", {})))
+        accuracy = record.get("accuracy")  # as the keys
+        return Evaluation(
+            record["rows"], measures, intervals, samples, keys, from_record(record.get("forgetting", {})),
+            math.nan if accuracy is None else accuracy,
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{path} is not a saved evaluation: {error}", hint="delete it; the base is scored again") from error
 

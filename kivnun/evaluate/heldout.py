@@ -7,6 +7,7 @@ Next: `evaluation.py`, which joins this with the tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,10 @@ class Scorer(Protocol):
         """Return the log-probability of each target of the batch, float32 [S], in batch order."""
         ...
 
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `forward` does, and for each target whether no token is likelier there, bool [S]."""
+        ...
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -44,7 +49,8 @@ class Scorer(Protocol):
 class HeldOut:
     """The loss over held-out rows. `sums_N`, `weights_N` float64: each row's weighted loss (nats) and weight.
 
-    `chosen_wins_N` is there for preference pairs alone: 1 where the chosen reply is the likelier of the two, else 0.
+    `chosen_wins_N` is there for preference pairs alone: 1 where the chosen reply is the likelier of the two, else 0. `accuracy` is
+    the share of the trained tokens that no other was likelier than; told as it is, and no measure that runs are compared by.
     """
 
     nll: float
@@ -52,6 +58,7 @@ class HeldOut:
     weights_N: np.ndarray
     rows: int
     chosen_wins_N: np.ndarray | None = None
+    accuracy: float = math.nan
 
     def measures(self) -> list[Measure]:
         """Return the loss, and for pairs the preference accuracy, as measures that can be resampled."""
@@ -70,35 +77,47 @@ def held_out_nll(
     `rows` must not be empty. Preference pairs count with their chosen reply; both replies are scored. Raises
     NonFiniteLossError, naming the first row.
     """
-    scored, log_probs = target_log_probs(scorer, rows, micro_batch_tokens, on_progress)
+    scored, values = _of_targets(scorer.forward_and_choice, rows, micro_batch_tokens, on_progress)
+    log_probs, hits = [found.astype(np.float64) for found, _ in values], [chosen for _, chosen in values]
     sums = np.array([-np.dot(_target_weights(row), values) for row, values in zip(scored, log_probs, strict=True)])
     _refuse_non_finite(scored, sums)
     weights = np.array([row.total_weight for row in scored])
     chosen_wins = None
     if isinstance(rows[0], PreferencePair):
         chosen_wins = (sums[0::2] < sums[1::2]).astype(np.float64)
-        sums, weights = sums[0::2], weights[0::2]
-    return HeldOut(float(sums.sum() / weights.sum()), sums, weights, len(rows), chosen_wins)
+        sums, weights, hits = sums[0::2], weights[0::2], hits[0::2]
+    return HeldOut(float(sums.sum() / weights.sum()), sums, weights, len(rows), chosen_wins, float(np.concatenate(hits).mean()))
 
 
 def target_log_probs(
     scorer: Scorer, rows: Sequence[Trainable], micro_batch_tokens: int, on_progress: Progress | None
 ) -> tuple[list[TokenRow], list[np.ndarray]]:
     """Return the token rows scored (of a pair: chosen, rejected) and each one's target log-probabilities, float64."""
+    scored, values = _of_targets(lambda batch: (scorer.forward(batch),), rows, micro_batch_tokens, on_progress)
+    return scored, [found.astype(np.float64) for (found,) in values]
+
+
+def _of_targets(
+    verb: Callable[[PackedBatch], tuple[np.ndarray, ...]],
+    rows: Sequence[Trainable],
+    micro_batch_tokens: int,
+    on_progress: Progress | None,
+) -> tuple[list[TokenRow], list[tuple[np.ndarray, ...]]]:
+    """Return the token rows (of a pair: chosen, rejected), and what a verb says of the targets [S] of each."""
     scored: list[TokenRow] = []
-    log_probs: list[np.ndarray] = []
+    found: list[tuple[np.ndarray, ...]] = []
     done = 0
     for run in micro_batches(rows, micro_batch_tokens):
         batch_rows = [row for item in run for row in item.sides]
         ends = np.cumsum([len(_target_weights(row)) for row in batch_rows])
-        values = scorer.forward(pack(run)).astype(np.float64)
-        assert len(values) == ends[-1], (len(values), ends[-1])
+        values = verb(pack(run))
+        assert all(len(part) == ends[-1] for part in values), ([len(part) for part in values], ends[-1])
         scored.extend(batch_rows)
-        log_probs.extend(np.split(values, ends[:-1]))
+        found.extend(zip(*(np.split(part, ends[:-1]) for part in values), strict=True))
         done += len(run)
         if on_progress is not None:
             on_progress(done, len(rows))
-    return scored, log_probs
+    return scored, found
 
 
 def _target_weights(row: TokenRow) -> np.ndarray:

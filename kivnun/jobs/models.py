@@ -56,11 +56,12 @@ def page(tx: Transaction, tenant: str, limit: int | None = None, after: str | No
 def checkpoints_page(tx: Transaction, job_id: str, tenant: str, limit: int, after: str | None = None) -> tuple[list[Model], bool]:
     """Return a job's checkpoints, the last one first, and whether more follow. `after` is the `checkpoint` of the last one had."""
     query = _of(tenant).where(models.c.job == job_id, models.c.checkpoint.is_not(None))
-    last = None
     if after is not None:
-        row = tx.execute(query.where(models.c.checkpoint == after)).mappings().one_or_none()
-        last = None if row is None else Model(**row)
-    return _cut(tx, query.order_by(models.c.created_at.desc(), models.c.id.desc()), limit, last, after)
+        last = tx.execute(query.where(models.c.checkpoint == after)).mappings().one_or_none()
+        if last is None:
+            return [], False
+        query = query.where(models.c.step < last["step"])
+    return _limited(tx, query.order_by(models.c.step.desc()), limit)
 
 
 def delete(tx: Transaction, model_id: str, tenant: str, now: float) -> bool:
@@ -87,5 +88,9 @@ def _cut(
             return [], False
         place = sa.tuple_(sa.literal(last.created_at), sa.literal(last.id))
         query = query.where(sa.tuple_(models.c.created_at, models.c.id) < place)
+    return _limited(tx, query, limit)
+
+
+def _limited(tx: Transaction, query: sa.Select[Any], limit: int | None) -> tuple[list[Model], bool]:
     found = [Model(**row) for row in tx.execute(query if limit is None else query.limit(limit + 1)).mappings()]
     return (found, False) if limit is None else (found[:limit], len(found) > limit)

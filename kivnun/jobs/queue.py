@@ -53,10 +53,16 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a job stands: 1 is next. `tokens_ahead` are those of jobs that run or come before it."""
+    """Where a job stands: 1 is next. `tokens_ahead` are those of jobs that run or come before it, `at_once` how many jobs run: as
+    many as there are workers, where others wait."""
 
     position: int
     tokens_ahead: int
+    at_once: int = 1
+
+    def wait(self, seconds: float | None, tokens: int | None) -> float | None:
+        """Return in how many seconds a job may begin, at the speed that was foretold of itself; None where none was."""
+        return None if seconds is None or not tokens else seconds / tokens * self.tokens_ahead / self.at_once
 
 
 class Line:
@@ -108,7 +114,7 @@ class Line:
     def places(self) -> Iterator[tuple[str, Place]]:
         """Yield the waiting jobs in the order in which they begin, and where each stands. Uses the line up."""
         ahead = sum(job.tokens for job in self._running)
-        position = 0
+        position, at_once = 0, max(1, len(self._running))
         while any(self._waiting.values()):
             job = self.next()
             if job is None:  # all who wait have as many jobs running as they may: one of these has to end
@@ -118,7 +124,7 @@ class Line:
                 self.finish(busy)
                 continue
             position += 1
-            yield job.id, Place(position, ahead)
+            yield job.id, Place(position, ahead, at_once)
             self.begin(job)
             ahead += job.tokens
 

@@ -3,6 +3,9 @@
 A client that sends `Idempotency-Key` is taken at its word. The stock `openai` client sends none, but counts its retries in
 `x-stainless-retry-count`: a count above zero with the body of a create that was accepted a moment ago is that create, whose answer
 was lost. A count of zero is a new wish, equal body or not. All of it is part of the create's own transaction. Next: `tuning.py`.
+
+"A moment ago" is three quarters of an hour. That client waits ten minutes for an answer, then for as long as the server asked it to
+(two minutes at most), and tries twice: its last try may come 24 minutes after the first, and a large body takes its time as well.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from kivnun.jobs.database import Transaction
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import accepted
 
-RETRIED_WITHIN_S = 15 * 60
+RETRIED_WITHIN_S = 45 * 60
 KEPT_S = 24 * 3600  # how long a key is known
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from kivnun.jobs import files, leases, models, naming, queue, tuning, usage
+from kivnun.jobs import deployments, files, leases, models, naming, queue, tuning, usage
 from kivnun.jobs.config import Limits, Price
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import File
@@ -217,7 +217,7 @@ def _add_snapshot(tx: Transaction, lease: Lease, job_id: str, snapshot: Snapshot
 
 
 def expose(tx: Transaction, job: Job, adapter: Adapter, organization: str, now: float, new_id: NewId) -> None:
-    """Make a checkpoint of the job callable, unless it is; of those before it the last ones stay."""
+    """Make a checkpoint of the job callable, unless it is; of those before it the last ones stay, and any that is still used."""
     name = naming.checkpoint_name(job, organization, adapter.step)
     if tx.execute(sa.select(model_rows.c.id).where(model_rows.c.id == name)).first() is not None:
         return
@@ -226,7 +226,7 @@ def expose(tx: Transaction, job: Job, adapter: Adapter, organization: str, now: 
     of_job = (model_rows.c.job == job.id) & model_rows.c.checkpoint.is_not(None) & model_rows.c.deleted_at.is_(None)
     shown = tx.execute(sa.select(model_rows.c.id).where(of_job).order_by(model_rows.c.step.desc())).scalars().all()
     for old in shown[EXPOSED:]:
-        if not models.jobs_from(tx, old, job.tenant):
+        if not models.jobs_from(tx, old, job.tenant) and not deployments.of_model(tx, job.tenant, old):
             models.delete(tx, old, job.tenant, now)
 
 

@@ -249,7 +249,7 @@ webhook_endpoints = sa.Table(
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("url", sa.Text, nullable=False),
     sa.Column("event_types", sa.JSON, nullable=False),
-    sa.Column("secrets", sa.JSON, nullable=False),  # [{"secret": "whsec_...", "until": time or null}], the newest first
+    sa.Column("secrets", sa.JSON, nullable=False),  # see `webhooks.Endpoint`; the newest first
 )  # fmt: skip
 
 outbox = sa.Table(

@@ -158,6 +158,12 @@ def command(tx: Transaction, job: Job, kind: Command, now: float, new_id: NewId)
     return job
 
 
+def last_command(tx: Transaction, job_id: str) -> str | None:
+    """Return the kind of a job's newest command; None where it had none."""
+    query = sa.select(commands.c.kind).where(commands.c.job == job_id)
+    return tx.execute(query.order_by(commands.c.created_at.desc(), commands.c.id.desc()).limit(1)).scalar_one_or_none()
+
+
 def append_event(
     tx: Transaction,
     job_id: str,

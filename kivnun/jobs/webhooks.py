@@ -34,7 +34,8 @@ KEPT_S = 30 * 24 * 3600.0  # how long what became of an event is known
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a tenant wants to be told. `secrets` holds `{"secret", "until"}`, the newest first."""
+    """Where a tenant wants to be told. `secrets` holds `{"secret", "until"}`, the newest first;
+    `rotated` in one says that it was not shown when the endpoint was made."""
 
     id: str
     tenant: str
@@ -120,7 +121,8 @@ def rotate(tx: Transaction, endpoint: Endpoint, secret: str, now: float, *, keep
     old = endpoint.valid_secrets(now) if keep_old else []
     until = {held["secret"]: held["until"] for held in endpoint.secrets}
     kept = [{"secret": one, "until": until[one] or now + OLD_SECRET_S} for one in old]
-    return _change(tx, endpoint, {"secrets": [{"secret": secret, "until": None}, *kept], "updated_at": now})
+    new = {"secret": secret, "until": None, "rotated": True}
+    return _change(tx, endpoint, {"secrets": [new, *kept], "updated_at": now})
 
 
 def _change(tx: Transaction, endpoint: Endpoint, values: Mapping[str, Any]) -> Endpoint:

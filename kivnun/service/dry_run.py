@@ -143,10 +143,9 @@ def _changes(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _wait(found: Outlook, place: queue.Place, now: float) -> dict[str, Any]:
-    """Return where the job would stand, and how long the tokens ahead take at the speed that is foretold of it."""
-    pace = None if found.seconds is None or not found.planned_tokens else found.seconds / found.planned_tokens
-    seconds = None if pace is None else round(pace * place.tokens_ahead, 1)
-    start = None if seconds is None else int(now + seconds)
+    """Return where the job would stand, and how long it would wait there."""
+    wait = place.wait(found.seconds, found.planned_tokens)
+    seconds, start = (None, None) if wait is None else (round(wait, 1), int(now + wait))
     return {"position": place.position, "tokens_ahead": place.tokens_ahead, "seconds": seconds, "estimated_start": start}
 
 

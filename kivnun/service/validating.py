@@ -12,11 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from kivnun.errors import KivnunError, StorageError
-from kivnun.jobs import files, models, tuning
+from kivnun.jobs import files, models, queue, tuning
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
@@ -178,6 +179,15 @@ def _queue(tx: Transaction, service: Service, job: Job, found: Outlook, kept: Fi
         tx, current, "queued", now, new_id, hyperparameters=found.hyperparameters.shown(), spec=found.spec, facts=facts,
         total_steps=found.total_steps, planned_tokens=found.planned_tokens, planned_seconds=found.seconds, queued_at=now,
     )  # fmt: skip
+    place = queue.position(tx, job.id, service.config.limits)
+    if place is not None and place.position > 1:
+        tuning.append_event(tx, job.id, now, _place_told(place, found, now), new_id)
+
+
+def _place_told(place: queue.Place, found: Outlook, now: float) -> str:
+    wait = place.wait(found.seconds, found.planned_tokens)
+    start = "" if wait is None else f", estimated start {datetime.fromtimestamp(now + wait, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"Queue position {place.position}{start}"
 
 
 def _told(job: Job, found: Outlook) -> Iterator[tuple[tuning.Level, str]]:

@@ -75,6 +75,10 @@ class DataParallelTrainee:
         """Return the log-probability (nats, float32 [S]) of each target token of the pack; no gradient, no dropout."""
         return self._whole.forward(batch)
 
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `forward` does, and for each target whether no token is likelier there (bool [S])."""
+        return self._whole.forward_and_choice(batch)
+
     def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
         """Add the pack's share of the step's gradient; return all processes' share of the step's loss.
 

@@ -33,11 +33,10 @@ from kivnun.data.rows import Trainable, Where
 from kivnun.model.generate import OnToken, SamplingParams, generate
 from kivnun.model.linear import LowRankSite
 from kivnun.model.load import Base
-from kivnun.model.loss import token_log_probs
 from kivnun.model.quantised import FrozenMatrix
 from kivnun.train.data_parallel import dealt_packs, weight_of_pass
 from kivnun.train.deepspeed_settings import ShardSettings, deepspeed_config
-from kivnun.train.engine import StepResult, broken_rows, check_fit, hidden, loss_of, non_finite, token_places
+from kivnun.train.engine import StepResult, broken_rows, check_fit, hidden, log_probs_and_choice, loss_of, non_finite, token_places
 from kivnun.train.objectives import Objective
 from kivnun.train.optim import AdamWSettings, MuonSettings
 from kivnun.train.passes import telling_shortage
@@ -81,8 +80,13 @@ class DeepSpeedTrainee:
 
     def forward(self, batch: PackedBatch) -> np.ndarray:
         """Return the log-probability (nats, float32 [S]) of each target token of the pack; no gradient, no dropout."""
+        return self.forward_and_choice(batch)[0]
+
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `forward` does, and for each target whether no token is likelier there (bool [S])."""
         with self._base.using(self.weights.sites()), torch.no_grad(), lost_processes():
-            return self._model(batch, None).cpu().numpy()
+            log_probs_S, likeliest_S = self._model(batch, None)
+            return log_probs_S.cpu().numpy(), likeliest_S.cpu().numpy()
 
     def forward_backward(self, batch: PackedBatch, total_weight: float) -> float:
         """Add the packs' shares of the step's gradient; return their share of the step's loss, summed over processes.
@@ -295,12 +299,12 @@ class _Head(nn.Module):
             self.register_parameter(name.replace(".", "_"), parameter)
 
     def forward(self, h_SD: Tensor, batch: PackedBatch, total_weight: float | None) -> Any:
-        """Return (what to take the gradient of, share of the loss, NLL [S]), or without a total weight log-probabilities [S].
+        """Return (what to take the gradient of, share of the loss, NLL [S]); with no total weight, what `forward_and_choice` does.
 
         DeepSpeed takes the mean of gradients over processes: here they are shares of a sum."""
         base, weights, objective, count = self._of
         if total_weight is None:
-            return token_log_probs(base.language_head(()), h_SD, torch.from_numpy(batch.targets_S).to(base.device))
+            return log_probs_and_choice(base.language_head(()), h_SD, torch.from_numpy(batch.targets_S).to(base.device))
         head = base.language_head(weights.head_parameters())
         surrogate, loss, nll_S = loss_of(head, h_SD, batch, objective, total_weight)
         return surrogate * count, loss, nll_S

@@ -111,6 +111,11 @@ class Trainee:
         with self._base.using(self.weights.sites()):
             return _forward(self._base, batch)
 
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `forward` does, and for each target whether no token is likelier there (bool [S])."""
+        with self._base.using(self.weights.sites()):
+            return _forward_and_choice(self._base, batch)
+
     def packs_of(self, items: Sequence[Trainable], micro_batch_tokens: int, share_prefixes: bool) -> tuple[list[PackedBatch], int]:
         """Return a step's items as packs, and the tokens of all packs."""
         packs = [pack(part, share_prefixes) for part in micro_batches(items, micro_batch_tokens, share_prefixes)]
@@ -278,12 +283,17 @@ def _forward(base: Base, batch: PackedBatch) -> np.ndarray:
 
 @torch.no_grad()
 def _forward_and_choice(base: Base, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
-    head, h_SD, targets_S = base.language_head(()), hidden(base, batch), _on(base, batch.targets_S)
+    found, chosen = log_probs_and_choice(base.language_head(()), hidden(base, batch), _on(base, batch.targets_S))
+    return found.cpu().numpy(), chosen.cpu().numpy()
+
+
+def log_probs_and_choice(head: Head, h_SD: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target's log-probability (float32 [S]) and whether no token is likelier (bool [S])."""
     log_probs_S = token_log_probs(head, h_SD, targets_S)
     likeliest_S = log_probs_S > math.log(0.5)  # nothing else can be as likely
     open_S = torch.nonzero(~likeliest_S)[:, 0]
     likeliest_S[open_S] = are_likeliest(head, h_SD[open_S], targets_S[open_S])
-    return log_probs_S.cpu().numpy(), likeliest_S.cpu().numpy()
+    return log_probs_S, likeliest_S
 
 
 def _on(base: Base, array: np.ndarray) -> Tensor:

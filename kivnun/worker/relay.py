@@ -95,7 +95,7 @@ class Relay:
         self._told = {step: dict(data) for step, data in told.items()}
         self._messages = set(messages)
         self._length = 0
-        self._held: tuple[StepDone, float | None] | None = None
+        self._held: tuple[StepDone, Evaluated | None] | None = None
         self._holds = False
 
     def read(self, *, to_the_end: bool = False) -> list[Told | Saved]:
@@ -117,7 +117,7 @@ class Relay:
     def _hear(self, event: Event) -> Sequence[Told | Saved]:
         self.pace.hear(event)
         if isinstance(event, Evaluated) and event.which == "tuned" and self._held and self._held[0].step == event.step:
-            self._held = (self._held[0], event.nll)
+            self._held = (self._held[0], event)
             return []
         if isinstance(event, StepDone):
             before = self._release()
@@ -152,24 +152,31 @@ class Relay:
             "step": step.step,
             "total_steps": step.steps,
             "train_loss": step.loss,
-            "train_mean_token_accuracy": None if math.isnan(step.accuracy) else step.accuracy,
+            "train_mean_token_accuracy": _known(step.accuracy),
             "learning_rate": step.learning_rate,
             "trained_tokens": step.trained_tokens,
             "epoch": step.epoch,
         }
         message = f"Step {step.step}/{step.steps}: training loss={step.loss:.2f}"
-        if score is not None and math.isfinite(score):
-            data |= {"full_valid_loss": score, "full_valid_mean_token_accuracy": None}
-            message += f", full validation loss={score:.2f}"
+        if score is not None and math.isfinite(score.nll):
+            # A step is scored on all the held-out rows or on none: both pairs of names are of the same rows.
+            for name in ("valid", "full_valid"):
+                data |= {f"{name}_loss": score.nll, f"{name}_mean_token_accuracy": _known(score.accuracy)}
+            message += f", full validation loss={score.nll:.2f}"
         self.metrics[step.step] = data
         before = self._told.get(step.step)
         if before is None:
             self._told[step.step] = data
             return [Told(message, type="metrics", data=data, step=step.step, trained_tokens=step.trained_tokens)]
-        if before != data:
-            changed = ", ".join(sorted(name for name in {*before, *data} if before.get(name) != data.get(name)))
-            raise NotReproduced(f"step {step.step} was made again and differs in {changed}")
+        # An older version of the service told less of a step: what it did not tell cannot differ.
+        changed = sorted(name for name, value in before.items() if value is not None and data.get(name) != value)
+        if changed:
+            raise NotReproduced(f"step {step.step} was made again and differs in {', '.join(changed)}")
         return []
+
+
+def _known(share: float) -> float | None:
+    return None if math.isnan(share) else share
 
 
 def _words_of(event: Warned | PassesShortened) -> str:

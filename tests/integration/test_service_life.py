@@ -248,7 +248,8 @@ def test_each_command_does_in_each_status_what_the_table_says(
     wanted = states.after_command(status, kind)
     if wanted is None:
         error = refusal(call, job_id)
-        assert (error.status_code, error.code) == (400, REFUSALS.pop((kind, status), None))
+        refused = (error.status_code, error.code, error.param)
+        assert refused == (400, REFUSALS.pop((kind, status), None), "fine_tuning_job_id")
         assert client.fine_tuning.jobs.retrieve(job_id) == before
         return
     assert (kind, status) not in REFUSALS
@@ -257,6 +258,24 @@ def test_each_command_does_in_each_status_what_the_table_says(
     if states.after_command(wanted, kind) == wanted:
         assert call(job_id).status == wanted, "a repeated command is no error, and changes nothing"
     assert len(client.fine_tuning.jobs.list_events(job_id).data) == (3 if wanted != status else 2), "a change has one event"
+
+
+@pytest.mark.parametrize("then", ["queued", "running", "succeeded"])
+def test_a_resume_whose_answer_was_lost_is_no_error_when_it_comes_again(still: Living, file_id: str, then: states.Status) -> None:
+    client = openai_client(still.address)
+    job_id = client.fine_tuning.jobs.create(model="toy", training_file=file_id).id
+    first: tuple[states.Status, ...] = ("queued", "running")
+    for step in first:
+        move(still.service, job_id, step)
+    retried = {"x-stainless-retry-count": "1"}
+    assert refusal(client.fine_tuning.jobs.resume, job_id, extra_headers=retried).code == "job_not_resumable"
+    client.fine_tuning.jobs.pause(job_id)
+    move(still.service, job_id, "paused")
+    client.fine_tuning.jobs.resume(job_id)
+    for step in WAYS[then][1:] if then != "queued" else ():
+        move(still.service, job_id, step)
+    assert client.fine_tuning.jobs.resume(job_id, extra_headers=retried).status == then
+    assert refusal(client.fine_tuning.jobs.resume, job_id).code == ("job_terminal" if then == "succeeded" else "job_not_resumable")
 
 
 def move(service: Service, job_id: str, status: states.Status) -> None:
@@ -291,7 +310,8 @@ def test_jobs_are_listed_by_pages_and_by_metadata(still: Living, file_id: str) -
     assert client.fine_tuning.jobs.list(after="ftjob-none").data == []
     foreign = openai_client(still.address).fine_tuning.jobs.create(model="toy", training_file=file_id).id
     assert client.fine_tuning.jobs.list(after=foreign).data == []
-    for bad in ({"limit": 0}, {"limit": 101}, {"limit": "x"}):
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=10**30)] == made, "a page has 100 at most, whatever is asked for"
+    for bad in ({"limit": 0}, {"limit": "x"}):
         assert refusal(client.fine_tuning.jobs.list, extra_query=bad).status_code == 400
 
 

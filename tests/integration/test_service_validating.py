@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
 from kivnun.plan.devices import Device
 from kivnun.plan.verdict import Question
 from kivnun.service.context import Service
+from kivnun.service.logs import JsonLines
 from kivnun.service.planning import START, TRAINING, VALIDATION
 from kivnun.service.validating import ValidateJobs
 from kivnun.spec import parse_spec
@@ -108,6 +110,18 @@ def test_a_job_is_validated_in_the_published_order_and_shows_the_numbers_that_au
     facts = job["x_examples"]
     assert isinstance(facts, dict)
     assert (facts["examples"], facts["held_out"], facts["overlap"], facts["refused"]) == (12, 3, 0, 0)
+
+
+def test_a_job_behind_others_is_told_its_place_and_when_it_may_begin_once(world: World) -> None:
+    training = uploaded(world.client, conversations(12))
+    jobs = [world.create(training) for _ in range(2)]
+    world.validate()
+    place = world.client.fine_tuning.jobs.retrieve(jobs[1]).to_dict()["x_queue"]
+    assert isinstance(place, dict)
+    said = [message for message in world.messages(jobs[1]) if message.startswith("Queue position")]
+    assert len(said) == 1
+    assert re.fullmatch(rf"Queue position {place['position']}, estimated start \d{{4}}-\d\d-\d\d \d\d:\d\d UTC", said[0])
+    assert world.messages(jobs[1]).index(said[0]) == len(world.messages(jobs[1])) - 1
 
 
 def test_a_toy_jobs_plan_is_what_the_toy_trainer_will_do(world: World) -> None:
@@ -236,8 +250,9 @@ def test_a_fault_of_the_program_ends_the_job_and_tells_the_log_no_content(
     error = world.client.fine_tuning.jobs.retrieve(job_id).error
     assert error is not None
     assert error.code == "internal_error"
-    assert "KeyError" in caplog.text
-    assert "what a line said" not in caplog.text
+    logged = "".join(map(JsonLines().format, caplog.records))
+    assert "KeyError" in logged
+    assert "what a line said" not in logged
 
 
 def test_a_dry_run_makes_nothing_and_says_what_the_job_then_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

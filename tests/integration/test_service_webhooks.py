@@ -173,6 +173,23 @@ def test_a_create_that_is_sent_again_shows_the_same_endpoint_and_its_secret(clie
     assert len(client.webhooks.list().data) == 1
 
 
+def test_a_create_sent_again_after_its_endpoint_was_changed_shows_no_newer_secret_and_brings_none_back(client: OpenAI) -> None:
+    def create() -> Any:
+        named = {"Idempotency-Key": "once"}
+        return client.webhooks.create(name="n", url="https://hooks.example.com/", event_types=[SUCCEEDED], extra_headers=named)
+
+    made = create()
+    assert create().signing_secret == made.signing_secret
+    client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+    again = create().to_dict()
+    assert (again["id"], "signing_secret" in again) == (made.id, False)
+    client.webhooks.delete(made.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        create()
+    assert refused.value.code == "webhook_endpoint_deleted"
+    assert client.webhooks.list().data == []
+
+
 def test_another_tenant_finds_no_endpoint_of_ours(client: OpenAI, base_url: str) -> None:
     ours = client.webhooks.create(name="n", url="https://hooks.example.com/", event_types=[SUCCEEDED]).id
     with OpenAI(base_url=base_url, api_key=OTHER_KEY, max_retries=0) as other:

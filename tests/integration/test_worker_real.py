@@ -100,7 +100,8 @@ def test_a_real_job_killed_with_its_worker_and_paused_ends_with_the_same_bytes(
     rows = db.read(lambda tx: tx.execute(sa.select(models).where(models.c.job == job_id)).all())
     final = next(row for row in rows if row.checkpoint is None)
     assert final.step == STEPS
-    assert final.metrics["full_valid_loss"] > 0
+    assert final.metrics["full_valid_loss"] == final.metrics["valid_loss"] > 0
+    assert 0 <= final.metrics["full_valid_mean_token_accuracy"] == final.metrics["valid_mean_token_accuracy"] <= 1
     assert all(0 <= event.data["train_mean_token_accuracy"] <= 1 for event in events_of(db, job_id) if event.type == "metrics")
     db.close()
 

@@ -26,6 +26,9 @@ class TableScorer:
         self.batches.append(batch)
         return self.log_probs[batch.targets_S].astype(np.float32)
 
+    def forward_and_choice(self, batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+        return self.forward(batch), batch.targets_S < 3
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -49,6 +52,15 @@ def test_nll_is_weighted_sum_over_weight() -> None:
     assert found.weights_N.tolist() == [2.0, 0.5]
     assert found.nll == 1.75 / 2.5
     assert found.rows == 2
+
+
+def test_accuracy_is_the_share_of_trained_tokens_that_nothing_was_likelier_than_in_chosen_replies_alone() -> None:
+    rows = [row([1, 2, 3], [0, 1, 1], 0), row([1, 1, 8], [0, 0.5, 0], 1)]
+    found = held_out_nll(TableScorer(TABLE), rows, micro_batch_tokens=4)
+    assert found.accuracy == 2 / 3, "of 2, 3 and 1: weights above nothing count alike, as in a step's accuracy"
+    assert [measure.name for measure in found.measures()] == ["nll"]
+    pair = PreferencePair(row([1, 2], [0, 1]), row([1, 9, 9], [0, 1, 1]), 0, Where("p.jsonl", 1))
+    assert held_out_nll(TableScorer(TABLE), [pair], micro_batch_tokens=100).accuracy == 1.0
 
 
 def test_batches_do_not_change_any_row() -> None:

@@ -49,6 +49,12 @@ def test_a_retry_that_is_counted_gives_the_object_of_the_lost_answer(creates: Cr
     assert [creates.send(retry=1), creates.send(retry=2)] == [(first, False), (first, False)]
 
 
+def test_three_posts_that_each_ran_into_the_stock_clients_time_out_make_one_object(creates: Creates) -> None:
+    first, _ = creates.send()
+    waited = 600 + 120  # its time-out, and the longest pause that it lets a server ask for
+    assert [creates.send(retry=n, at=n * waited) for n in (1, 2)] == [(first, False), (first, False)]
+
+
 def test_the_same_body_sent_anew_is_a_new_object(creates: Creates) -> None:
     assert creates.send()[0] != creates.send()[0]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from kivnun.jobs import deployments, models, tenants, tuning
+from kivnun.jobs import deployments, models, running, tenants, tuning
 from kivnun.jobs.database import Database
 from kivnun.jobs.holdings import Holdings, holdings_of
 from kivnun.jobs.ids import new_id
@@ -58,6 +58,7 @@ def test_models_and_checkpoints_are_paged_newest_first(db: Database) -> None:
         replace(MODEL, id=f"{MODEL.id}:ckpt-step-{n}", step=n, checkpoint=f"ftckpt_{n}", created_at=float(n)) for n in (1, 2, 3)
     ]
     _add(db, *steps, replace(MODEL, created_at=4.0))
+    late = replace(steps[0], id=f"{MODEL.id}:ckpt-step-4", step=4, checkpoint="ftckpt_4", created_at=0.5)
     found, more = db.read(lambda tx: models.page(tx, "default", 2))
     assert ([model.step for model in found], more) == ([9, 3], True)
     rest, more = db.read(lambda tx: models.page(tx, "default", 2, found[-1].id))
@@ -68,6 +69,9 @@ def test_models_and_checkpoints_are_paged_newest_first(db: Database) -> None:
     assert ([model.checkpoint for model in last], more) == (["ftckpt_1"], False)
     assert db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "default", 2, "ftckpt_9")) == ([], False)
     assert db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "other", 2)) == ([], False)
+    _add(db, late)
+    after_jump, _ = db.read(lambda tx: models.checkpoints_page(tx, "ftjob-1", "default", 9))
+    assert [model.step for model in after_jump] == [4, 3, 2, 1], "by step, though the clock went back"
 
 
 def test_an_unfinished_job_that_continues_from_a_model_is_named(db: Database) -> None:
@@ -75,6 +79,19 @@ def test_an_unfinished_job_that_continues_from_a_model_is_named(db: Database) ->
     for job in (replace(JOB, id="ftjob-2", model=MODEL.id), replace(JOB, id="ftjob-3", model=MODEL.id, status="succeeded")):
         db.write("job", lambda tx, job=job: tuning.create(tx, job, new_id))
     assert db.read(lambda tx: models.jobs_from(tx, MODEL.id, "default")) == ["ftjob-2"]
+
+
+def test_a_checkpoint_that_is_deployed_stays_when_newer_ones_come(db: Database) -> None:
+    def expose(step: int) -> None:
+        adapter = running.Adapter(step, "default/0", "hash", {})
+        db.write("expose", lambda tx: running.expose(tx, JOB, adapter, "kivnun", float(step), new_id))
+
+    expose(10)
+    deployed = db.read(lambda tx: models.page(tx, "default")[0][0].id)
+    db.write("put", lambda tx: deployments.put(tx, "default", "prod", deployed, {}, 11.0))
+    for step in (20, 30, 40, 50):
+        expose(step)
+    assert [model.step for model in db.read(lambda tx: models.page(tx, "default"))[0]] == [50, 40, 30, 10]
 
 
 def test_a_deployment_is_made_changed_and_removed_under_its_tenant(db: Database) -> None:

@@ -114,7 +114,11 @@ def test_the_database_gives_jobs_in_the_fair_order_and_tells_it_before(place: Pl
     assert job_of(db, other).status == "running"
     rows = {row.id: row for row in db.read(lambda tx: tx.execute(sa.select(tenants)).all())}
     assert (rows["default"].served, rows["other"].served) == (200.0, 40.0)
-    assert db.read(lambda tx: queue.position(tx, first[2], limits)) == queue.Place(1, 240)
+    place_of_last = db.read(lambda tx: queue.position(tx, first[2], limits))
+    assert place_of_last == queue.Place(1, 240, at_once=3)
+    assert place_of_last is not None
+    assert place_of_last.wait(60.0, 120) == 40.0, "three are trained at once"
+    assert place_of_last.wait(None, 120) is None
     db.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +39,8 @@ def data(held_out: int) -> DataLoaded:
     return DataLoaded("messages", 4, held_out, 40, 28, 0, 0)
 
 
-def scored(number: int, nll: float) -> Evaluated:
-    return Evaluated("tuned", number, nll, 2, {}, {}, [])
+def scored(number: int, nll: float, accuracy: float = 0.75) -> Evaluated:
+    return Evaluated("tuned", number, nll, 2, {}, {}, [], accuracy=accuracy)
 
 
 def saved(number: int) -> CheckpointSaved:
@@ -76,7 +77,9 @@ def test_with_held_out_rows_a_step_waits_for_its_score(record: Path) -> None:
     told = relay.read()
     assert heard(told) == ["Step 2/4: training loss=0.50, full validation loss=0.40", 2, "Step 3/4: training loss=0.50"]
     assert isinstance(told[0], Told)
-    assert told[0].data["full_valid_loss"] == 0.4
+    assert {name: told[0].data[name] for name in told[0].data if "valid" in name} == {
+        "valid_loss": 0.4, "valid_mean_token_accuracy": 0.75, "full_valid_loss": 0.4, "full_valid_mean_token_accuracy": 0.75,
+    }  # fmt: skip
     write(record, saved(4))
     assert heard(relay.read()) == [4], "the last step's score follows its checkpoint"
     write(record, scored(4, 0.3), RunFinished("succeeded", 4, 28, 4.0, 0))
@@ -109,6 +112,24 @@ def test_steps_made_again_are_not_told_again_and_must_be_the_same(record: Path) 
     lied = {**told, 2: {**told[2], "train_loss": 0.51}}
     with pytest.raises(NotReproduced, match="step 2 was made again and differs in train_loss"):
         Relay(record, lied, frozenset()).read()
+
+
+def test_a_job_half_way_at_an_upgrade_goes_on_though_more_is_told_of_a_step_than_before(record: Path) -> None:
+    before = Relay(record, {}, frozenset())
+    write(record, data(2), step(1), scored(1, 0.4), step(2))
+    before.read()
+    old = {name: value for name, value in before.metrics[1].items() if not name.startswith("valid")}
+    old["full_valid_mean_token_accuracy"] = None
+    assert Relay(record, {1: old}, frozenset()).read() == []
+    with pytest.raises(NotReproduced, match="differs in full_valid_loss"):
+        Relay(record, {1: {**old, "full_valid_loss": 0.41}}, frozenset()).read()
+
+
+def test_an_accuracy_that_was_not_measured_is_null(record: Path) -> None:
+    write(record, data(2), step(1), scored(1, 0.4, math.nan), saved(1))
+    told = Relay(record, {}, frozenset()).read()[0]
+    assert isinstance(told, Told)
+    assert (told.data["valid_loss"], told.data["valid_mean_token_accuracy"]) == (0.4, None)
 
 
 def test_a_warning_is_told_once_over_all_workers_of_a_job(record: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from kivnun.jobs import batches, files
@@ -14,6 +14,7 @@ from kivnun.service.auth import Caller, Chatter, Reader
 from kivnun.service.batch_files import ENDPOINTS, canonical
 from kivnun.service.context import Shared
 from kivnun.service.errors import ApiError, bad_request, not_found
+from kivnun.service.paging import PageLimit
 from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
@@ -82,9 +83,7 @@ def create_batch(body: NewBatch, came: Received, who: Chatter, service: Shared) 
 
 
 @router.get("/batches")
-def list_batches(
-    who: Reader, service: Shared, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
-) -> dict[str, Any]:
+def list_batches(who: Reader, service: Shared, limit: PageLimit = 20, after: str | None = None) -> dict[str, Any]:
     """List batches, newest first."""
     found, more = service.db.read(lambda tx: batches.page(tx, who.tenant, limit, after if after is None else _id(after)))
     ids = [batch.id for batch in found]

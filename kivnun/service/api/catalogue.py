@@ -24,7 +24,8 @@ router = APIRouter()
 
 
 class CatalogueBase(BaseModel):
-    """A base. `window` and `family` are null where its files are not on this machine yet."""
+    """A base. `window` and `family` are null where its files are not on this machine yet. The family of a Phi model is the one it
+    is published as ("Phi-4"), that of another base its architecture ("llama")."""
 
     id: str
     aliases: list[str]
@@ -85,7 +86,7 @@ def _facts(model: str) -> tuple[str | None, int | None]:
     """Return a base's family and window. What a hub holds is not asked for."""
     phi = phi_by_id(model)
     if phi is not None:
-        config: Mapping[str, object] = phi.config
+        config: Mapping[str, object] = {**phi.config, "model_type": phi.family}  # its type is "phi3" from Phi-3 to Phi-4
     elif model in BUILT_IN or Path(model).is_dir():
         try:
             config = read_config(find_base(model))

@@ -76,14 +76,14 @@ class DeletedModel(BaseModel):
 
 @router.get("/models", response_model=ModelList, response_model_exclude_unset=True)
 def list_models(request: Request, service: Shared, who: Reader) -> dict[str, Any]:
-    """Return the bases, then the tenant's tuned models and checkpoints, the newest first."""
+    """Return the bases and their other names, then the tenant's tuned models and checkpoints, the newest first."""
     config, dialect = service.config, dialect_of(request)
 
     def look(tx: Transaction) -> tuple[float, list[Model]]:
         return _since(tx, who.tenant), models.page(tx, who.tenant)[0]
 
     since, tuned = service.db.read(look)
-    bases = [base_object(base, since, config, dialect) for base in config.bases]
+    bases = [base_object(name, since, config, dialect) for name in (*config.bases, *config.aliases)]
     return {"object": "list", "data": [*bases, *(tuned_object(model, config, dialect) for model in tuned)]}
 
 
@@ -91,9 +91,8 @@ def list_models(request: Request, service: Shared, who: Reader) -> dict[str, Any
 def retrieve_model(model: str, request: Request, service: Shared, who: Reader) -> dict[str, Any]:
     """Return a base (by its id or an alias of it), a tuned model or a checkpoint."""
     config, dialect = service.config, dialect_of(request)
-    base = config.base_id(model)
-    if base is not None:
-        return base_object(base, service.db.read(lambda tx: _since(tx, who.tenant)), config, dialect)
+    if config.base_id(model) is not None:
+        return base_object(model, service.db.read(lambda tx: _since(tx, who.tenant)), config, dialect)
     found = service.db.read(lambda tx: models.find(tx, model, who.tenant))
     if found is None:
         raise no_such_model(model, config)
@@ -131,9 +130,12 @@ def no_such_model(name: str, config: ServiceConfig) -> ApiError:
     )
 
 
-def base_object(base: str, since: float, config: ServiceConfig, dialect: Dialect) -> dict[str, Any]:
-    """Return a base on the wire. Its `created` is when its tenant was made: it was offered from then on."""
-    told: dict[str, Any] = {"id": base, "object": "model", "created": int(since), "owned_by": config.organization}
+def base_object(name: str, since: float, config: ServiceConfig, dialect: Dialect) -> dict[str, Any]:
+    """Return a base on the wire, by its id or an alias. Its `created` is when its tenant was made: it was offered from then on."""
+    base = config.base_id(name) or name
+    told: dict[str, Any] = {"id": name, "object": "model", "created": int(since), "owned_by": config.organization}
+    if base != name:
+        told["x_base"] = base
     return told if dialect == "openai" else {**told, **_azure(base, None)}
 
 

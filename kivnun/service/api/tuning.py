@@ -6,9 +6,9 @@ Next: `service/creating.py`, `service/tuning_wire.py`, `jobs/tuning.py`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -22,14 +22,15 @@ from kivnun.service.creating import create_job
 from kivnun.service.dialect import Dialect, dialect_of
 from kivnun.service.dry_run import dry_run
 from kivnun.service.errors import ApiError, bad_request, not_found
-from kivnun.service.sent import Received
+from kivnun.service.paging import PageLimit
+from kivnun.service.sent import Received, sent_as
 from kivnun.service.tuning_request import body_schema, read_create
 from kivnun.service.tuning_wire import Waiting, checkpoint_object, event_object, job_object, page_object
 
 router = APIRouter()
 
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}}}
-Limit = Annotated[int, Query(ge=1, le=100)]
+PARAM = "fine_tuning_job_id"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
@@ -45,7 +46,7 @@ def create(request: Request, service: Shared, who: Tuner, came: Received) -> dic
 
 
 @router.get("/fine_tuning/jobs")
-def page(request: Request, service: Shared, who: Reader, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+def page(request: Request, service: Shared, who: Reader, limit: PageLimit = 20, after: str | None = None) -> dict[str, Any]:
     """List jobs, the newest first. `metadata[key]=value` keeps those that hold the pairs, `metadata=null` those without any."""
     wanted, dialect = _metadata(request), dialect_of(request)
     if after is not None and not _ID.fullmatch(after):
@@ -78,7 +79,7 @@ def resume(request: Request, job_id: str, service: Shared, who: Tuner) -> dict[s
 @router.get("/fine_tuning/jobs/{job_id}/events")
 @router.post("/fine_tuning/jobs/{job_id}/events", include_in_schema=False)  # as Azure's documents have it
 def events(
-    request: Request, job_id: str, service: Shared, who: Reader, limit: Limit = 20, after: str | None = None
+    request: Request, job_id: str, service: Shared, who: Reader, limit: PageLimit = 20, after: str | None = None
 ) -> dict[str, Any]:
     """List a job's events, the newest first."""
     dialect = dialect_of(request)
@@ -92,7 +93,7 @@ def events(
 
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints")
-def checkpoints(job_id: str, service: Shared, who: Reader, limit: Limit = 10, after: str | None = None) -> dict[str, Any]:
+def checkpoints(job_id: str, service: Shared, who: Reader, limit: PageLimit = 10, after: str | None = None) -> dict[str, Any]:
     """List the checkpoints of a job that can be called, the last one first."""
 
     def work(tx: Transaction) -> tuple[list[models.Model], bool]:
@@ -121,11 +122,14 @@ def report(job_id: str, service: Shared, who: Reader) -> StreamingResponse:
 
 
 def _commanded(request: Request, job_id: str, service: Service, who: Caller, kind: Command) -> dict[str, Any]:
-    """Carry out a command whose body, empty with stock clients, is not looked at."""
+    """Carry out a command whose body, empty with stock clients, is not looked at. One whose answer was lost is answered again."""
+    is_retry = sent_as(request, "").retry_count > 0
 
     def work(tx: Transaction) -> Job:
         job = _found(tx, job_id, who)
         done = tuning.command(tx, job, kind, service.clock(), service.new_id)
+        if done is None and is_retry and tuning.last_command(tx, job.id) == kind:
+            return job
         if done is None:
             raise _not_allowed(job, kind)
         return done
@@ -135,11 +139,11 @@ def _commanded(request: Request, job_id: str, service: Service, who: Caller, kin
 
 def _not_allowed(job: Job, kind: Command) -> ApiError:
     if job.status in TERMINAL:
-        return bad_request(f"the job {job.id} has ended ({job.status}): it cannot be {_done(kind)}", code="job_terminal")
+        return bad_request(f"the job {job.id} has ended ({job.status}): it cannot be {_done(kind)}", PARAM, "job_terminal")
     what = {"pause": "a job that is queued or running can be paused", "resume": "a job that is paused can be resumed"}
     code = {"pause": "job_not_pausable", "resume": "job_not_resumable"}
     # Every job that has not ended can be cancelled, so that only these two are refused here.
-    return bad_request(f"the job {job.id} is {job.status}; {what[kind]}", code=code[kind])
+    return bad_request(f"the job {job.id} is {job.status}; {what[kind]}", PARAM, code[kind])
 
 
 def _done(kind: Command) -> str:
@@ -149,7 +153,7 @@ def _done(kind: Command) -> str:
 def _found(tx: Transaction, job_id: str, who: Caller) -> Job:
     found = tuning.find(tx, job_id, who.tenant) if _ID.fullmatch(job_id) else None
     if found is None:
-        raise not_found("fine-tuning job", job_id, "fine_tuning_job_id")
+        raise not_found("fine-tuning job", job_id, PARAM)
     return found
 
 
@@ -167,10 +171,8 @@ def _waiting(service: Service, jobs: list[Job]) -> dict[str, Waiting]:
         if job.id not in places:
             continue
         place = places[job.id]
-        # At the speed that was foretold of this job, on one worker.
-        pace = job.planned_seconds / job.planned_tokens if job.planned_seconds is not None and job.planned_tokens else None
-        start = None if pace is None else now + pace * place.tokens_ahead
-        found[job.id] = Waiting(place.position, place.tokens_ahead, start)
+        wait = place.wait(job.planned_seconds, job.planned_tokens)
+        found[job.id] = Waiting(place.position, place.tokens_ahead, None if wait is None else now + wait)
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from kivnun.jobs import webhooks
@@ -18,6 +18,7 @@ from kivnun.service.context import Service, Shared
 from kivnun.service.delivering import body_of, signed
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.outward import Outward, RefusedAddress, Unreachable, target_of
+from kivnun.service.paging import PageLimit
 from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
@@ -27,7 +28,6 @@ MAX_ENDPOINTS = 20  # of a tenant
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Types = Annotated[list[EventType], Field(min_length=1, max_length=100)]
-PageLimit = Annotated[int, Query(ge=1, le=100)]
 
 
 class _Body(BaseModel):
@@ -66,7 +66,7 @@ def list_event_types(who: Reader) -> dict[str, Any]:
 
 @router.post("/webhook_endpoints")
 def create_endpoint(body: NewEndpoint, came: Received, who: Tuner, service: Shared) -> dict[str, Any]:
-    """Make an endpoint. The answer shows its secret, once."""
+    """Make an endpoint. The answer shows its secret, once; sent again, the create shows it until it is replaced."""
     _check_url(service, body.url)
     now = service.clock()
     made = Endpoint(
@@ -84,13 +84,20 @@ def create_endpoint(body: NewEndpoint, came: Received, who: Tuner, service: Shar
 
     def create(tx: webhooks.Transaction) -> Endpoint:
         endpoint_id, _ = accept(tx, who.tenant, "webhook_endpoints", came.sent, now, service.new_id, lambda: make(tx))
-        return _found(tx, endpoint_id, who)
+        found = webhooks.find(tx, endpoint_id, who.tenant)
+        if found is None:
+            raise bad_request(
+                f"this create made {endpoint_id}, which was deleted since; for another, send it anew without the Idempotency-Key",
+                code="webhook_endpoint_deleted",
+            )
+        return found
 
     try:
         created = service.db.write("create endpoint", create)
     except KeyReused:
         raise key_reused() from None
-    return {**_shown(created), "signing_secret": created.secrets[0]["secret"]}
+    secret = created.secrets[0]
+    return _shown(created) if secret.get("rotated") else {**_shown(created), "signing_secret": secret["secret"]}
 
 
 @router.get("/webhook_endpoints")

@@ -45,7 +45,7 @@ function card(base, currency) {
     h(
       "div",
       { class: "line" },
-      h("span", { class: "family" }, base.family ? `Architecture ${base.family}` : "Not on this machine yet"),
+      h("span", { class: "family" }, base.family ? `Family ${base.family}` : "Not on this machine yet"),
       base.resident && chip("Loaded", "good"),
     ),
     h("h3", {}, said(base.id)),

@@ -34,7 +34,7 @@ export function playground({ place, query, signal }) {
 
 function draw(models, query, signal) {
   const tuned = tunedOf(models);
-  const bases = models.filter(({ id }) => !id.startsWith("ft:"));
+  const bases = models.filter(({ id, x_base }) => !id.startsWith("ft:") && !x_base); // an alias is no other base
   const chosen = tuned.find(({ id }) => id === query.get("tuned")) ?? (query.get("base") ? null : tuned[0]);
   const base = query.get("base") ?? chosen?.x_base ?? bases[0]?.id;
   const records = new Map(models.map((model) => [model.id, model]));
