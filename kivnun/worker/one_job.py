@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from kivnun.artifacts import make_folder
+from kivnun.artifacts import make_folder, storage_errors
 from kivnun.errors import IntegrityError, KivnunError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
@@ -142,9 +142,7 @@ class OneJob:
         """Fill the work folder: spec, data, the adapter to start from, the newest snapshot."""
         for old in self._shared.folder.glob(f"{self._job.id}-*"):
             shutil.rmtree(old, ignore_errors=True)
-        make_folder(self._folder)
-        assert self._job.spec is not None, "a job is queued with its spec"
-        (self._folder / "spec.yaml").write_text(self._job.spec, encoding="utf-8")
+        self._patiently(self._write_spec)
         self._fetch(self._job.training_file, "training.jsonl")
         if self._job.validation_file is not None:
             self._fetch(self._job.validation_file, "validation.jsonl")
@@ -157,6 +155,12 @@ class OneJob:
             except IntegrityError as error:
                 log.error("a snapshot is damaged: %s", error, extra={"action": "snapshot", "job": self._job.id})
                 shutil.rmtree(self._run, ignore_errors=True)
+
+    def _write_spec(self) -> None:
+        assert self._job.spec is not None, "a job is queued with its spec"
+        with storage_errors(self._folder):
+            make_folder(self._folder)
+            (self._folder / "spec.yaml").write_text(self._job.spec, encoding="utf-8")
 
     def _fetch(self, file_id: str, name: str) -> None:
         query = sa.select(files.c.blob).where(files.c.id == file_id, files.c.tenant == self._job.tenant)
@@ -205,7 +209,7 @@ class OneJob:
                 if outcome.code == RunFolderError.code and self._saved_step > 0:
                     self._start_over(outcome)
                     return False
-                if self._after(relay, outcome, status):
+                if self._after(relay, outcome):
                     return True
                 continue
             self._ask_to_stop_where_due(trainer, status)
@@ -270,12 +274,15 @@ class OneJob:
         for place in ("spec.yaml", "resolved.yaml", "start.json", "evaluation/base.json", "reference.npz"):
             if (self._run / place).is_file():
                 wanted[place] = self._run / place
-        record = self._folder / "record"  # the trainer goes on writing: the record up to the line of this checkpoint
-        with (self._run / RECORD).open("rb") as file:
-            record.write_bytes(file.read(saved.length))
-        wanted[RECORD] = record
+        wanted[RECORD] = self._folder / "record"
+        self._patiently(lambda: self._copy_record(wanted[RECORD], saved.length))
         manifest, _ = self._keep(wanted)
         return Snapshot(saved.step, manifest) if checkpoint.is_dir() else None  # else what was listed may be a part
+
+    def _copy_record(self, target: Path, length: int) -> None:
+        """Copy the record up to the line of a checkpoint: the trainer goes on writing."""
+        with storage_errors(target), (self._run / RECORD).open("rb") as file:
+            target.write_bytes(file.read(length))
 
     def _exposed(self, relay: Relay, step: int) -> Adapter | None:
         """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
@@ -297,29 +304,40 @@ class OneJob:
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
-    def _after(self, relay: Relay, outcome: Outcome, status: Status) -> bool:
+    def _after(self, relay: Relay, outcome: Outcome) -> bool:
         """Do what is due once the trainer has ended; return False where it was started again."""
-        asked = self._asked_at is not None
         if outcome.status == "succeeded":
             self._succeed(relay)
             return True
-        if outcome.status == "interrupted" or (outcome.status == "crashed" and asked):
-            if status == "pausing":
-                return self._settle("pause", running.pause) != "running"
-            if self._shared.stop.is_set():
-                self._settle("hand back", running.hand_back)
-                return True
-            self._start()  # somebody else asked it to stop
-            return False
-        if outcome.status == "failed" and outcome.code != StorageError.code:
+        no_room = outcome.code == StorageError.code
+        if outcome.status == "failed" and not no_room:
             self._fail_as(outcome, relay)
             return True
-        if outcome.status == "failed":  # a full disk of one machine says nothing of the job
-            log.error("a trainer waits: %s", outcome.message, extra={"action": "wait", "job": self._job.id})
-            self._lost.wait(LONGEST_WAIT_S)
-            self._start()
-            return False
-        return self._crashed()
+        if outcome.status == "interrupted" or self._asked_at is not None:
+            return self._again()
+        if outcome.status == "crashed":
+            return self._crashed()
+        # A full disk of one machine, or the loss of the process that trainers come from, says nothing of the job.
+        log.error("a trainer waits: %s", outcome.message or outcome.status, extra={"action": "wait", "job": self._job.id})
+        return self._again(LONGEST_WAIT_S if no_room else CRASH_WAIT_S)
+
+    def _again(self, wait_s: float = 0.0) -> bool:
+        """Start a trainer again after a while, unless the job is to end or to rest meanwhile; return whether it is."""
+        shared = self._shared
+        until, status = shared.monotonic() + wait_s, self._status()
+        while status == "running" and not shared.stop.is_set() and shared.monotonic() < until:
+            self._lost.wait(shared.look_s)
+            status = self._status()
+        if status not in ACTIVE:
+            self._end_early(status)
+            return True
+        if status == "pausing":
+            return self._settle("pause", running.pause) != "running"
+        if shared.stop.is_set():
+            self._settle("hand back", running.hand_back)
+            return True
+        self._start()
+        return False
 
     def _start_over(self, outcome: Outcome) -> None:
         """Begin a job from its first step that was begun where numbers are computed otherwise: an upgrade, another machine."""
@@ -339,9 +357,7 @@ class OneJob:
             what = f"the training process ended unexpectedly {count} times at the same place"
             self._fail("worker_crashed", f"{what}; nothing is charged")
             return True
-        self._lost.wait(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
-        self._start()
-        return False
+        return self._again(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
 
     def _succeed(self, relay: Relay) -> None:
         told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]

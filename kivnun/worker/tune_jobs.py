@@ -31,6 +31,7 @@ from kivnun.worker.trainer import Trainers
 
 LOOK_S = 0.25  # between two looks at the line, the commands and the record of a run
 DRAIN_S = 25.0  # for steps in progress, once the worker is told to end
+ROOM_BYTES = 256 << 20  # of the disk of the work folders: with less left, no job is taken
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def work(
     beat_s: float = BEAT_S,
     look_s: float = LOOK_S,
     drain_s: float = DRAIN_S,
+    room_bytes: int = ROOM_BYTES,
     until_idle: bool = False,
     trainers: Trainers | None = None,
 ) -> None:
@@ -71,7 +73,7 @@ def work(
     loads_torch = any(base.trainer == "pipeline" for base in config.bases.values())
     own = trainers or Trainers(loads_torch=loads_torch)
     try:
-        _Worker(shared, own, Watcher(monotonic, term_s), concurrency, beat_s).run(until_idle)
+        _Worker(shared, own, Watcher(monotonic, term_s), concurrency, beat_s, room_bytes).run(until_idle)
     finally:
         if trainers is None:
             own.close()
@@ -81,9 +83,12 @@ def work(
 class _Worker:
     """The loop that claims, and the threads of the jobs that it has claimed."""
 
-    def __init__(self, shared: Shared, trainers: Trainers, watcher: Watcher, concurrency: int, beat_s: float) -> None:
+    def __init__(
+        self, shared: Shared, trainers: Trainers, watcher: Watcher, concurrency: int, beat_s: float, room_bytes: int
+    ) -> None:
         self._shared, self._trainers, self._watcher = shared, trainers, watcher
-        self._concurrency, self._beat_s = concurrency, beat_s
+        self._concurrency, self._beat_s, self._room_bytes = concurrency, beat_s, room_bytes
+        self._short_of_room = False
         self._jobs: dict[OneJob, threading.Thread] = {}
         self._ended = threading.Event()
 
@@ -116,7 +121,7 @@ class _Worker:
         """Claim jobs while there is room; return whether there was one."""
         self._jobs = {job: thread for job, thread in self._jobs.items() if thread.is_alive()}
         found = False
-        while len(self._jobs) < self._concurrency and not self._shared.stop.is_set():
+        while len(self._jobs) < self._concurrency and not self._shared.stop.is_set() and self._has_room():
             claim = self._claim()
             if claim is None:
                 break
@@ -126,6 +131,16 @@ class _Worker:
             self._jobs[job] = thread
             thread.start()
         return found
+
+    def _has_room(self) -> bool:
+        """Return whether the disk has room for a job's folder; say once that it has not."""
+        free = shutil.disk_usage(self._shared.folder).free
+        short = free < self._room_bytes
+        if short and not self._short_of_room:
+            what = "this worker takes no job: its disk has %.1f MiB left, of %.1f MiB that a job's folder may need"
+            log.error(what, free / 2**20, self._room_bytes / 2**20, extra={"action": "disk"})
+        self._short_of_room = short
+        return not short
 
     def _claim(self) -> Claim | None:
         """Take a job whose worker was lost, else the one whose turn it is. Nothing is written where there is none."""

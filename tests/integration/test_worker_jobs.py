@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from disks import small_disk
 from kivnun.errors import KivnunError
 from kivnun.jobs import running
 from kivnun.jobs.blobs import FolderBlobs
@@ -25,6 +26,7 @@ from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import leases, models, outbox, snapshots, usage
 from kivnun.jobs.toy import ToySpec
+from kivnun.worker import one_job
 from kivnun.worker.trainer import Trainers
 from toy_jobs import (
     adapter_bytes,
@@ -444,6 +446,48 @@ def test_a_store_that_fails_every_third_time_loses_nothing(
     assert_whole(quick, db, job_id)
     assert adapter_bytes(quick, db, job_id) == undisturbed
     assert next(calls) > 20
+    db.close()
+
+
+def test_a_full_disk_of_a_worker_makes_a_job_wait_and_with_room_it_ends_with_the_same_bytes(
+    quick: Place, trainers: Trainers, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full when the job is prepared, and again while it trains: then not even how the trainer ended can be written."""
+    monkeypatch.setattr(one_job, "LONGEST_WAIT_S", 0.2)
+    job_id, db = queue_job(quick, spec=SLOW), quick.database()
+    with small_disk(quick.data / "work", 192 << 10) as disk:
+        fill_up(disk)
+        with worker_thread(quick, trainers=trainers, room_bytes=0):
+            until(lambda: "the disk is full" in caplog.text)
+            assert job_of(db, job_id).status == "running"
+            (disk / "filler").unlink()
+            until(lambda: trains(db, job_id))
+            fill_up(disk)
+            until(lambda: "a trainer waits" in caplog.text)
+            time.sleep(0.5)
+            assert job_of(db, job_id).status == "running"
+            (disk / "filler").unlink()
+            until(lambda: job_of(db, job_id).status != "running")
+    assert_whole(quick, db, job_id)
+    assert job_of(db, job_id).crashes == 0
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    db.close()
+
+
+def fill_up(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_worker_takes_no_job_while_its_disk_has_little_room(
+    quick: Place, trainers: Trainers, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = queue_job(quick)
+    work_here(quick, trainers=trainers, room_bytes=1 << 60)
+    db = quick.database()
+    assert job_of(db, job_id).status == "queued"
+    assert caplog.text.count("takes no job") == 1
     db.close()
 
 
