@@ -126,6 +126,13 @@ def claim_next(tx: Transaction, owner: str, limits: Limits, now: float, new_id: 
     return Claim(lease, job)
 
 
+def cancelled(tx: Transaction, held: Iterable[Lease]) -> list[Lease]:
+    """Return those of a worker's leases whose jobs were cancelled."""
+    names = {lease.name.partition(":")[2]: lease for lease in held}
+    query = sa.select(jobs.c.id).where(jobs.c.id.in_(list(names)), jobs.c.status == "cancelled")
+    return [names[job_id] for job_id in tx.execute(query).scalars()]
+
+
 # --- as it goes -------------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,10 @@ class GivenUp(Exception):
     """The worker has to end and something does not answer: another worker goes on from what was saved."""
 
 
+class Cancelled(Exception):
+    """The job was cancelled while its thread waited for something else than the database."""
+
+
 class Unusable(Exception):
     """The job cannot be run: what it needs is not there, or is not what it should be."""
 
@@ -88,7 +92,7 @@ class OneJob:
         self.done = threading.Event()
         self._shared, self._trainers, self._job = shared, trainers, claim.job
         self._folder = shared.folder / f"{claim.job.id}-{claim.lease.epoch}"
-        self._lost = threading.Event()
+        self._lost, self._over = threading.Event(), threading.Event()  # the lease; the job, which may also have been cancelled
         self._trainer: Trainer | None = None
         self._asked_at: float | None = None  # when the trainer was asked to stop
         self._saved_step = 0
@@ -100,6 +104,11 @@ class OneJob:
     def lose(self) -> None:
         """Stop at once: the lease is somebody else's."""
         self._lost.set()
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Compute no more, whatever the job's own thread waits for; it settles what is due."""
+        self._over.set()
         if self._trainer is not None:
             self._trainer.kill()
 
@@ -107,8 +116,7 @@ class OneJob:
         """Go the whole way. Whatever happens, the trainer is gone and the lease free or lost at the end."""
         job = self._job.id
         try:
-            self._prepare()
-            self._train()
+            self._go()
         except StaleLease:
             log.warning("lost the job to another worker", extra={"action": "lost", "job": job})
         except GivenUp:
@@ -130,6 +138,13 @@ class OneJob:
             self.done.set()
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _go(self) -> None:
+        try:
+            self._prepare()
+            self._train()
+        except Cancelled:
+            self._end_early("cancelled")
+
     def _let_go(self) -> None:
         """Put the job back into its line where that can be done at once; else its lease runs out."""
         now, new_id = self._shared.clock(), self._shared.new_id
@@ -142,7 +157,7 @@ class OneJob:
         """Fill the work folder: spec, data, the adapter to start from, the newest snapshot."""
         for old in self._shared.folder.glob(f"{self._job.id}-*"):
             shutil.rmtree(old, ignore_errors=True)
-        self._patiently(self._write_spec)
+        self._unless_cancelled(self._write_spec)
         self._fetch(self._job.training_file, "training.jsonl")
         if self._job.validation_file is not None:
             self._fetch(self._job.validation_file, "validation.jsonl")
@@ -167,7 +182,7 @@ class OneJob:
         blob = self._read(lambda tx: tx.execute(query).scalar_one_or_none())
         if blob is None:
             raise Unusable(f"the file {file_id} is not there")
-        self._patiently(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
+        self._unless_cancelled(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
 
     def _fetch_start(self) -> None:
         """Fetch the adapter that the job goes on with, where its model is a tuned one."""
@@ -181,7 +196,7 @@ class OneJob:
             raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
 
     def _fetch_folder(self, manifest: str, folder: Path) -> list[snapshots.Entry]:
-        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._patiently)
+        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._unless_cancelled)
 
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +290,7 @@ class OneJob:
             if (self._run / place).is_file():
                 wanted[place] = self._run / place
         wanted[RECORD] = self._folder / "record"
-        self._patiently(lambda: self._copy_record(wanted[RECORD], saved.length))
+        self._unless_cancelled(lambda: self._copy_record(wanted[RECORD], saved.length))
         manifest, _ = self._keep(wanted)
         return Snapshot(saved.step, manifest) if checkpoint.is_dir() else None  # else what was listed may be a part
 
@@ -300,7 +315,7 @@ class OneJob:
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
 
     def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
-        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._patiently)
+        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._unless_cancelled)
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
@@ -368,7 +383,7 @@ class OneJob:
         events = self._read(lambda tx: tuning.events_page(tx, self._job.id, 1 << 30)[0])
         made: list[File] = []
         for name, content in results.tables(events):
-            blob = self._patiently(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
+            blob = self._unless_cancelled(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
             made.append(self._result_file(name, blob, len(content)))
         shared = self._shared
         status: Status = self._write(
@@ -439,8 +454,18 @@ class OneJob:
     def _write(self, name: str, work: Callable[[Transaction], T]) -> T:
         return self._patiently(lambda: self._shared.db.write(name, work))
 
-    def _patiently(self, act: Callable[[], T]) -> T:
-        """Do what needs the database or the store, again and again while these do not answer: the trainer goes on meanwhile."""
+    def _unless_cancelled(self, act: Callable[[], T]) -> T:
+        """Do what needs the store or the disk, for as long as the job is not cancelled."""
+
+        def act_unless_cancelled() -> T:
+            if self._over.is_set():
+                raise Cancelled
+            return act()
+
+        return self._patiently(act_unless_cancelled, self._over)
+
+    def _patiently(self, act: Callable[[], T], woken_by: threading.Event | None = None) -> T:
+        """Do what may not answer, again and again until it does: the trainer goes on meanwhile."""
         wait, began = 0.05, None
         while True:
             if self._lost.is_set():
@@ -454,7 +479,7 @@ class OneJob:
                     began = began if began is not None else now
                     if now - began > self._shared.drain_s / 2:
                         raise GivenUp from error
-                self._lost.wait(wait * random.uniform(0.5, 1.0))
+                (woken_by or self._lost).wait(wait * random.uniform(0.5, 1.0))
                 wait = min(LONGEST_WAIT_S, wait * 2)
 
 

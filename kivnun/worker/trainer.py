@@ -5,7 +5,8 @@
 
 The origin has one thread and forks, so a trainer starts in milliseconds with the numbers of a process of its own. Whoever is killed
 takes those below along (PR_SET_PDEATHSIG): no trainer outlives its worker. A trainer writes only into its work folder; how it ended
-is its exit status, which no disk has to have room for, and why a run failed is in `outcome.json` there. Next: `tune_jobs.py` (who starts them), `real.py`, `toy.py` (what they run).
+is its exit status, which no disk has to have room for, and why a run failed is in `outcome.json` there. Next: `tune_jobs.py` (who
+starts them), `real.py`, `toy.py` (what they run).
 """
 
 from __future__ import annotations
@@ -114,11 +115,16 @@ class Trainers:
         ours, its = socket.socketpair()
         environment = {**os.environ} if "LD_PRELOAD" in os.environ or not self._loads_torch else {**_ALLOCATOR, **os.environ}
         words = ["-m", "kivnun.worker.trainer", str(its.fileno()), str(os.getpid()), "torch" if self._loads_torch else "light"]
-        # A session of its own: an interrupt typed at a terminal is the worker's to heed.
-        self._origin = subprocess.Popen(
-            [sys.executable, *words], pass_fds=[its.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
-        )
-        its.close()
+        try:
+            # A session of its own: an interrupt typed at a terminal is the worker's to heed.
+            self._origin = subprocess.Popen(
+                [sys.executable, *words], pass_fds=[its.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            its.close()
         self._channel = ours
         self._listener = threading.Thread(target=self._listen, args=(ours,), name="kivnun-trainers", daemon=True)
         self._listener.start()

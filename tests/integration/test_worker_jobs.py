@@ -7,16 +7,19 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from disks import small_disk
 from kivnun.errors import KivnunError
+from kivnun.jobs import leases as leases_of_jobs
 from kivnun.jobs import running
 from kivnun.jobs.blobs import FolderBlobs
 from kivnun.jobs.config import Limits
@@ -26,7 +29,7 @@ from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import leases, models, outbox, snapshots, usage
 from kivnun.jobs.toy import ToySpec
-from kivnun.worker import one_job
+from kivnun.worker import one_job, tune_jobs
 from kivnun.worker.trainer import Trainers
 from toy_jobs import (
     adapter_bytes,
@@ -488,6 +491,69 @@ def test_a_worker_takes_no_job_while_its_disk_has_little_room(
     db = quick.database()
     assert job_of(db, job_id).status == "queued"
     assert caplog.text.count("takes no job") == 1
+    db.close()
+
+
+def test_trouble_of_a_worker_s_own_loops_is_no_failure_of_the_job_that_runs(
+    quick: Place, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while they last, nor when the process that trainers come from is lost and cannot be started, nor when they end."""
+    monkeypatch.setattr(one_job, "CRASH_WAIT_S", 0.02)
+    monkeypatch.setattr(tune_jobs, "AFTER_TROUBLE_S", 0.1)
+    job_id, db, ails = queue_job(quick, spec=SLOW), quick.database(), threading.Event()
+
+    def ailing(act: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+        def acted(*words: Any, **named: Any) -> Any:
+            if ails.is_set():
+                raise error
+            return act(*words, **named)
+
+        return acted
+
+    def beats() -> int:
+        return db.read(lambda tx: tx.execute(sa.select(leases.c.beat)).scalar_one())
+
+    monkeypatch.setattr(running, "something_waits", ailing(running.something_waits, RuntimeError("can't start new thread")))
+    monkeypatch.setattr(leases_of_jobs, "beat", ailing(leases_of_jobs.beat, RuntimeError("out of memory")))
+    monkeypatch.setattr(subprocess, "Popen", ailing(subprocess.Popen, BlockingIOError(11, "no more processes")))
+    with worker_thread(quick, concurrency=2):
+        until(lambda: trains(db, job_id))
+        ails.set()
+        os.kill(parent_of(trainer_of(job_id) or 0), signal.SIGKILL)
+        time.sleep(0.5)
+        ails.clear()
+        before = beats()
+        until(lambda: trains(db, job_id, 6) and beats() > before)
+    assert (job_of(db, job_id).status, job_of(db, job_id).crashes) == ("queued", 0)
+    monkeypatch.setattr(Trainers, "mend", ailing(Trainers.mend, KeyboardInterrupt()))
+    threading.Thread(target=lambda: until(lambda: trains(db, job_id, 9)) and ails.set()).start()
+    with pytest.raises(KeyboardInterrupt):
+        work_here(quick)
+    assert job_of(db, job_id).status == "running"
+    ails.clear()
+    work_here(quick, term_s=0.3)
+    assert_whole(quick, db, job_id)
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    db.close()
+
+
+def test_a_job_cancelled_while_the_store_does_not_answer_stops_computing_at_once(
+    quick: Place, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, db, down = queue_job(quick, spec=SLOW.model_copy(update={"step_ms": 200.0})), quick.database(), threading.Event()
+
+    def put(*_: object) -> str:
+        down.set()
+        raise StoreDown("the store does not answer", hint="wait")
+
+    monkeypatch.setattr(FolderBlobs, "put", put)
+    with worker_thread(quick, trainers=trainers):
+        until(down.is_set)
+        began = time.monotonic()
+        command(db, job_id, "cancel")
+        until(lambda: trainer_of(job_id) is None and not db.read(running.left_alone))
+        assert time.monotonic() - began < 2
+    assert db.read(lambda tx: tx.execute(sa.select(usage.c.tokens)).scalars().all()) == [job_of(db, job_id).trained_tokens]
     db.close()
 
 
