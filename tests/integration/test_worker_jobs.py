@@ -19,15 +19,15 @@ import sqlalchemy as sa
 
 from disks import small_disk
 from kivnun.errors import KivnunError
+from kivnun.jobs import deployments, running
 from kivnun.jobs import leases as leases_of_jobs
-from kivnun.jobs import running
 from kivnun.jobs.blobs import FolderBlobs
 from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
-from kivnun.jobs.schema import leases, models, outbox, snapshots, usage
+from kivnun.jobs.schema import leases, models, outbox, snapshots, tenants, usage
 from kivnun.jobs.toy import ToySpec
 from kivnun.worker import one_job, tune_jobs
 from kivnun.worker.trainer import Trainers
@@ -582,4 +582,62 @@ def test_no_write_of_a_job_passes_under_a_lease_that_is_lost(place: Place) -> No
             db.write("late", late)
     assert rows_of_database(db) == before
     assert issubclass(StaleLease, KivnunError)
+    db.close()
+
+
+def test_a_cancelled_job_gives_back_its_share_once_whether_it_runs_or_was_interrupted_or_waits(place: Place) -> None:
+    db = place.database()
+
+    def served() -> float:
+        return db.read(lambda tx: tx.execute(sa.select(tenants.c.served).where(tenants.c.id == "default")).scalar_one())
+
+    def claimed() -> running.Claim:
+        claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
+        assert claim is not None
+        assert claim.job.planned_tokens
+        told = [running.Told("Step 1", step=1, trained_tokens=5)]
+        db.write("tell", lambda tx: running.tell(tx, claim.lease, claim.job.id, told, None, 2.0, new_id))
+        return claim
+
+    def settled(claim: running.Claim) -> float:
+        command(db, claim.job.id, "cancel")
+        for job_id, seen in db.read(running.left_alone):
+            db.write("settle", lambda tx, j=job_id, s=seen: running.take_over(tx, j, s, "second", {}, 3.0, new_id))
+        assert not db.read(running.left_alone)
+        return served()
+
+    queue_job(place)
+    assert settled(claimed()) == pytest.approx(5)
+    queue_job(place)
+    interrupted = claimed()
+    db.write("start", leases_of_jobs.release_all)
+    assert settled(interrupted) == pytest.approx(10)
+    queue_job(place)
+    waits = claimed()
+    db.write("back", lambda tx: running.hand_back(tx, waits.lease, waits.job.id, 3.0, new_id))
+    assert settled(waits) == pytest.approx(15)
+    db.close()
+
+
+def test_checkpoints_of_a_run_that_was_started_over_go_unless_they_are_in_use(place: Place) -> None:
+    job_id, db = queue_job(place), place.database()
+    claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
+    assert claim is not None
+
+    def commit(step: int, content_hash: str) -> None:
+        adapter = running.Adapter(step, "default/" + "0" * 64, content_hash, {"step": step})
+        db.write("commit", lambda tx: running.commit(tx, claim.lease, job_id, None, adapter, "kivnun", 2.0, new_id))
+
+    def shown() -> dict[int, str]:
+        return {row.step: row.content_hash for row in db.read(lambda tx: tx.execute(sa.select(models)).all())}
+
+    for step in (3, 6, 9):
+        commit(step, "before")
+    names = {row.step: row.id for row in db.read(lambda tx: tx.execute(sa.select(models)).all())}
+    queue_job(place, model=names[6])
+    db.write("deploy", lambda tx: deployments.put(tx, "default", "mine", names[9], {}, 2.0))
+    db.write("over", lambda tx: running.start_over(tx, claim.lease, job_id, 3.0, new_id))
+    assert shown() == {6: "before", 9: "before"}
+    commit(3, "after")
+    assert shown() == {3: "after", 6: "before", 9: "before"}
     db.close()
