@@ -38,7 +38,9 @@ from kivnun.worker.trainer import Outcome, Trainer, Trainers
 T = TypeVar("T")
 CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
 RECORD = "events.jsonl"
-CRASH_WAIT_S = 0.5  # before a trainer that was killed is started again; twice as long each time
+CRASH_WAIT_S = 0.5  # before a trainer that ended by an error is started again; twice as long each time
+# Before one that was killed is: mostly for memory, which others use. What they do ends in minutes, and is no fault of this job.
+KILLED_WAITS_S = (0.5, 60.0, 300.0)
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
@@ -365,14 +367,14 @@ class OneJob:
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""
-        where = self._trainer.where_it_ended() if self._trainer is not None else ""
-        log.warning("a trainer ended unexpectedly: %s", where, extra={"action": "crash", "job": self._job.id})
+        trainer = self._living()
+        log.warning("a trainer ended unexpectedly: %s", trainer.where_it_ended(), extra={"action": "crash", "job": self._job.id})
         count = self._write("crash", lambda tx: running.crashed(tx, self.lease, self._job.id))
         if count > running.MAX_CRASHES:
             what = f"the training process ended unexpectedly {count} times at the same place"
             self._fail("worker_crashed", f"{what}; nothing is charged")
             return True
-        return self._again(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
+        return self._again(KILLED_WAITS_S[count - 1] if trainer.was_killed else CRASH_WAIT_S * 2 ** (count - 1))
 
     def _succeed(self, relay: Relay) -> None:
         told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]

@@ -85,6 +85,10 @@ class Trainer:
         kinds = [line.partition(":")[0] for line in lines if line[:1].isalpha() and "Traceback" not in line]
         return f"{kinds[-1]} at {places[-1]}" if places and kinds else "nowhere: it was killed"
 
+    @property
+    def was_killed(self) -> bool:
+        return self.status is not None and self.status < 0
+
     def outcome(self) -> Outcome:
         """Return how it ended, once it has."""
         if self.status is None:

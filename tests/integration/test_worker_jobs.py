@@ -299,14 +299,17 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(quick: Place, undisturbed: dict[str, str]) -> None:
+def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(
+    quick: Place, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So is one whose origin is killed, from which all of a worker's trainers come."""
+    monkeypatch.setattr(one_job, "KILLED_WAITS_S", (0.1, 0.1, 0.1))
     job_id = queue_job(quick, spec=SLOW)
     always = queue_job(quick, "other", spec=SLOW.model_copy(update={"dies_at_step": 5, "step_ms": 0.0}))
     db = quick.database()
     with worker_thread(quick, concurrency=2):
         until(lambda: trains(db, job_id))
-        trainer = trainer_of(job_id)
+        trainer = until(lambda: trainer_of(job_id))
         os.kill(trainer, signal.SIGKILL)
         until(lambda: trainer_of(job_id) not in (trainer, None) and trains(db, job_id, 6))
         os.kill(parent_of(trainer_of(job_id) or 0), signal.SIGKILL)
@@ -319,6 +322,21 @@ def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job
     assert failed.error["code"] == "worker_crashed"
     assert failed.step == 4
     assert db.read(lambda tx: tx.execute(sa.select(usage).where(usage.c.job == always)).all()) == []
+    db.close()
+
+
+def test_a_job_whose_trainer_was_killed_twice_waits_for_minutes_and_can_be_paused_meanwhile(
+    quick: Place, trainers: Trainers
+) -> None:
+    assert one_job.KILLED_WAITS_S[1] >= 60
+    job_id = queue_job(quick, spec=SLOW.model_copy(update={"dies_at_step": 2, "step_ms": 0.0}))
+    db = quick.database()
+    with worker_thread(quick, trainers=trainers):
+        until(lambda: job_of(db, job_id).crashes == 2)
+        time.sleep(1.5)
+        assert (job_of(db, job_id).status, job_of(db, job_id).crashes) == ("running", 2)
+        command(db, job_id, "pause")
+        until(lambda: job_of(db, job_id).status == "paused")
     db.close()
 
 
