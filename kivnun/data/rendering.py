@@ -9,7 +9,7 @@ that. Next: `tokenizer.py` (text to ids), `template.py` (which of the text is tr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +29,10 @@ Message = Mapping[str, Any]
 # A date that never moves: a template that prints today's date would otherwise give a resumed run other token ids than the run it
 # resumes. The value is the one Llama 3.1's template falls back to when it is given no clock.
 PINNED_DATE = datetime(2024, 7, 26)
+
+# A template may come from anywhere, and is run where others wait: what it writes has an end, and so has its counting.
+MAX_LETTERS = 64 << 20
+MAX_TURNS = 1_000_000
 
 # Names a message's reasoning goes by. Templates read the first; older data writes the others.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
@@ -57,16 +61,42 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool) -> str:
         """Return the text of a conversation. Raises DataError with the template's own message where it refuses or fails."""
         try:
-            return self._compiled.render(
+            pieces = self._compiled.generate(
                 messages=[_plain_message(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                range=_Ranges(),
                 **self._variables,
             )
+            return "".join(_capped(pieces))
         except Exception as error:
             # The template is a program from outside: any exception in it is a fact about the row or the template.
             raise DataError(f"the chat template refuses this conversation: {error}", hint=_RENDER_HINT) from None
+
+
+class _Ranges:
+    """`range` for one rendering, with an end: loops within loops of it count together."""
+
+    def __init__(self) -> None:
+        self._left = MAX_TURNS
+
+    def __call__(self, *bounds: int) -> range:
+        made = range(*bounds)
+        self._left -= len(made)
+        if self._left < 0:
+            raise jinja2.TemplateError(f"it counts further than {MAX_TURNS:,}")
+        return made
+
+
+def _capped(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield what a template writes, up to MAX_LETTERS."""
+    letters = 0
+    for piece in pieces:
+        letters += len(piece)
+        if letters > MAX_LETTERS:
+            raise jinja2.TemplateError(f"it writes more than {MAX_LETTERS:,} letters")
+        yield piece
 
 
 _RENDER_HINT = "change the row to what the template allows, or give another template with data.template"

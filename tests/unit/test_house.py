@@ -97,6 +97,15 @@ def test_a_module_says_why_it_is_there_and_is_a_chapter_not_a_book(module: Path)
     assert len(text.splitlines()) < 600
 
 
+def test_nothing_is_read_that_could_run_as_code() -> None:
+    """Weights and caches are safetensors and plain arrays: no pickle, whatever it is called, and no code of a model's folder."""
+    unsafe = re.compile(r"torch\.load\(|allow_pickle=True|trust_remote_code=True")
+    for module in MODULES:
+        names = {name.partition(".")[0] for name in imported(module)}
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, module
+        assert not unsafe.search(module.read_text(encoding="utf-8")), module
+
+
 def test_there_is_no_utils() -> None:
     assert [path for path in MODULES if path.stem in ("utils", "util", "helpers", "common", "misc")] == []
 

@@ -237,6 +237,18 @@ def test_an_error_or_escape_inside_a_template_is_a_sentence(source: str, tmp_pat
         tokenizer.prompt_ids([USER])
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for i in range(5000) %}{% for j in range(5000) %}{% endfor %}{% endfor %}", "counts further than 1,000,000"),
+        ("{% set x = 'x' * 1000000 %}{% for i in range(1000) %}{{ x }}{% endfor %}", "writes more than"),
+    ],
+)
+def test_a_template_without_an_end_is_refused(source: str, said: str, tmp_path: Path, raw: dict[str, Tokenizer]) -> None:
+    with pytest.raises(DataError, match=said):
+        with_template(tmp_path, raw["bytes"], source).prompt_ids([USER])
+
+
 def test_a_template_cannot_change_the_messages_it_is_shown(tmp_path: Path, raw: dict[str, Tokenizer]) -> None:
     tokenizer = with_template(tmp_path, raw["bytes"], "{% set x = messages.append(messages[0]) %}")
     with pytest.raises(DataError, match="refuses"):
