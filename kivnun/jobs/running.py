@@ -99,7 +99,7 @@ def take_over(
     if job.status == "pausing":
         pause(tx, lease, job_id, now, new_id)
     elif job.status == "cancelled":
-        settle_cancelled(tx, lease, job_id, prices, now, was_running=seen.owner is not None)
+        settle_cancelled(tx, lease, job_id, prices, now)
     else:
         leases.release(tx, lease)
     return None
@@ -124,6 +124,13 @@ def claim_next(tx: Transaction, owner: str, limits: Limits, now: float, new_id: 
     said = f"Fine-tuning job resumed from step {newest_step(tx, job_id)}" if began else "Fine-tuning job started"
     tuning.append_event(tx, job_id, now, said, new_id)
     return Claim(lease, job)
+
+
+def cancelled(tx: Transaction, held: Iterable[Lease]) -> list[Lease]:
+    """Return those of a worker's leases whose jobs were cancelled."""
+    names = {lease.name.partition(":")[2]: lease for lease in held}
+    query = sa.select(jobs.c.id).where(jobs.c.id.in_(list(names)), jobs.c.status == "cancelled")
+    return [names[job_id] for job_id in tx.execute(query).scalars()]
 
 
 # --- as it goes -------------------------------------------------------------------------------------------------------------
@@ -246,13 +253,19 @@ def _model(name: str, job: Job, adapter: Adapter, now: float, checkpoint: str | 
 
 
 def start_over(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: NewId) -> Status:
-    """Forget how far a job is: what runs it now could not go on to the same bits. Its steps are told anew, and charged once."""
+    """Forget how far a job is: what runs it now could not go on to the same bits. Its steps are told anew, and charged once.
+
+    Its checkpoints go too, so that the new run's are under their names; those that are in use stay as they are."""
     job = held(tx, lease, job_id)
     if job.status in ACTIVE:
         tx.execute(sa.delete(snapshots).where(snapshots.c.job == job_id))
+        for shown in tx.execute(sa.select(model_rows.c.id).where(model_rows.c.job == job_id)).scalars().all():
+            if not models.jobs_from(tx, shown, job.tenant) and not deployments.of_model(tx, job.tenant, shown):
+                tx.execute(sa.delete(model_rows).where(model_rows.c.id == shown))
         tuning.update(tx, job_id, step=0, trained_tokens=0, estimated_finish=None)
         said = (
-            "The service's machine or software has changed: the training starts over, so that its result is that of one whole run"
+            "The service's machine or software has changed: the training starts over, so that its result is that of one whole run;"
+            " its checkpoints are made anew, but for those that a deployment or another job uses"
         )
         tuning.append_event(tx, job_id, now, said, new_id, level="warn")
     return job.status
@@ -292,16 +305,12 @@ def hand_back(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: Ne
     return job.status
 
 
-def settle_cancelled(
-    tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, *, was_running: bool = True
-) -> None:
+def settle_cancelled(tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float) -> None:
     """Charge what was trained of a cancelled job, once, and let go of it. Its checkpoints stay."""
     job = held(tx, lease, job_id)
     assert job.status == "cancelled"
     if "cancel" in tuning.unapplied(tx, job_id):
         _charge(tx, job, prices, now)
-        if was_running:  # one that had stopped before gave them back then
-            queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
         tuning.apply_commands(tx, job_id, now)
     leases.release(tx, lease)
 

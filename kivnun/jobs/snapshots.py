@@ -74,10 +74,10 @@ def read_manifest(blobs: BlobStore, manifest: str) -> list[Entry]:
 def fetch_folder(blobs: BlobStore, manifest: str, folder: Path, attempt: Attempt = once) -> list[Entry]:
     """Write the files that a manifest names into a new folder, each checked by its hash. Raises IntegrityError."""
     entries = attempt(lambda: read_manifest(blobs, manifest))
-    make_folder(folder)
+    attempt(functools.partial(make_folder, folder))
     for entry in entries:
         target = folder / entry.path
-        make_folder(target.parent)
+        attempt(functools.partial(make_folder, target.parent))
         attempt(functools.partial(fetch_file, blobs, entry.blob, target))
     return entries
 

@@ -12,10 +12,11 @@ from typing import Any, Literal, cast
 
 import sqlalchemy as sa
 
+from kivnun.jobs import queue
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import commands, files, job_events, jobs, models, outbox
-from kivnun.jobs.states import TERMINAL, Command, Status, after_command, may_follow
+from kivnun.jobs.states import ACTIVE, TERMINAL, Command, Status, after_command, may_follow
 
 Level = Literal["info", "warn", "error"]
 TOLD: dict[Status, str] = {
@@ -150,6 +151,8 @@ def command(tx: Transaction, job: Job, kind: Command, now: float, new_id: NewId)
     tx.execute(
         sa.insert(commands).values(id=new_id("cmd_"), job=job.id, created_at=now, kind=kind, applied_at=None if working else now)
     )
+    if kind == "cancel" and job.status in ACTIVE:  # one that waits gave back what is left of it when it stopped
+        queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
     values: dict[str, Any] = {"queued_at": now} if status == "queued" else {}
     job = move(tx, job, status, now, new_id, **values)
     said = {"pausing": "Job is pausing: the step in progress is finished and saved", "paused": "Job paused",

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from kivnun.artifacts import make_folder
+from kivnun.artifacts import make_folder, storage_errors
 from kivnun.errors import IntegrityError, KivnunError, RunFolderError, StorageError
 from kivnun.jobs import results, running, snapshots, tuning
 from kivnun.jobs.blobs import BlobStore
@@ -38,7 +38,9 @@ from kivnun.worker.trainer import Outcome, Trainer, Trainers
 T = TypeVar("T")
 CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
 RECORD = "events.jsonl"
-CRASH_WAIT_S = 0.5  # before a trainer that was killed is started again; twice as long each time
+CRASH_WAIT_S = 0.5  # before a trainer that ended by an error is started again; twice as long each time
+# Before one that was killed is: mostly for memory, which others use. What they do ends in minutes, and is no fault of this job.
+KILLED_WAITS_S = (0.5, 60.0, 300.0)
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
@@ -76,6 +78,10 @@ class GivenUp(Exception):
     """The worker has to end and something does not answer: another worker goes on from what was saved."""
 
 
+class Cancelled(Exception):
+    """The job was cancelled while its thread waited for something else than the database."""
+
+
 class Unusable(Exception):
     """The job cannot be run: what it needs is not there, or is not what it should be."""
 
@@ -88,7 +94,7 @@ class OneJob:
         self.done = threading.Event()
         self._shared, self._trainers, self._job = shared, trainers, claim.job
         self._folder = shared.folder / f"{claim.job.id}-{claim.lease.epoch}"
-        self._lost = threading.Event()
+        self._lost, self._over = threading.Event(), threading.Event()  # the lease; the job, which may also have been cancelled
         self._trainer: Trainer | None = None
         self._asked_at: float | None = None  # when the trainer was asked to stop
         self._saved_step = 0
@@ -100,6 +106,11 @@ class OneJob:
     def lose(self) -> None:
         """Stop at once: the lease is somebody else's."""
         self._lost.set()
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Compute no more, whatever the job's own thread waits for; it settles what is due."""
+        self._over.set()
         if self._trainer is not None:
             self._trainer.kill()
 
@@ -107,8 +118,7 @@ class OneJob:
         """Go the whole way. Whatever happens, the trainer is gone and the lease free or lost at the end."""
         job = self._job.id
         try:
-            self._prepare()
-            self._train()
+            self._go()
         except StaleLease:
             log.warning("lost the job to another worker", extra={"action": "lost", "job": job})
         except GivenUp:
@@ -130,6 +140,13 @@ class OneJob:
             self.done.set()
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _go(self) -> None:
+        try:
+            self._prepare()
+            self._train()
+        except Cancelled:
+            self._end_early("cancelled")
+
     def _let_go(self) -> None:
         """Put the job back into its line where that can be done at once; else its lease runs out."""
         now, new_id = self._shared.clock(), self._shared.new_id
@@ -142,9 +159,7 @@ class OneJob:
         """Fill the work folder: spec, data, the adapter to start from, the newest snapshot."""
         for old in self._shared.folder.glob(f"{self._job.id}-*"):
             shutil.rmtree(old, ignore_errors=True)
-        make_folder(self._folder)
-        assert self._job.spec is not None, "a job is queued with its spec"
-        (self._folder / "spec.yaml").write_text(self._job.spec, encoding="utf-8")
+        self._unless_cancelled(self._write_spec)
         self._fetch(self._job.training_file, "training.jsonl")
         if self._job.validation_file is not None:
             self._fetch(self._job.validation_file, "validation.jsonl")
@@ -158,12 +173,18 @@ class OneJob:
                 log.error("a snapshot is damaged: %s", error, extra={"action": "snapshot", "job": self._job.id})
                 shutil.rmtree(self._run, ignore_errors=True)
 
+    def _write_spec(self) -> None:
+        assert self._job.spec is not None, "a job is queued with its spec"
+        with storage_errors(self._folder):
+            make_folder(self._folder)
+            (self._folder / "spec.yaml").write_text(self._job.spec, encoding="utf-8")
+
     def _fetch(self, file_id: str, name: str) -> None:
         query = sa.select(files.c.blob).where(files.c.id == file_id, files.c.tenant == self._job.tenant)
         blob = self._read(lambda tx: tx.execute(query).scalar_one_or_none())
         if blob is None:
             raise Unusable(f"the file {file_id} is not there")
-        self._patiently(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
+        self._unless_cancelled(lambda: snapshots.fetch_file(self._shared.blobs, blob, self._folder / name))
 
     def _fetch_start(self) -> None:
         """Fetch the adapter that the job goes on with, where its model is a tuned one."""
@@ -177,7 +198,7 @@ class OneJob:
             raise IntegrityError(f"the adapter of {name} is not what its row says", hint="restore the store from a copy")
 
     def _fetch_folder(self, manifest: str, folder: Path) -> list[snapshots.Entry]:
-        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._patiently)
+        return snapshots.fetch_folder(self._shared.blobs, manifest, folder, self._unless_cancelled)
 
     # --- while it trains ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +226,7 @@ class OneJob:
                 if outcome.code == RunFolderError.code and self._saved_step > 0:
                     self._start_over(outcome)
                     return False
-                if self._after(relay, outcome, status):
+                if self._after(relay, outcome):
                     return True
                 continue
             self._ask_to_stop_where_due(trainer, status)
@@ -270,12 +291,15 @@ class OneJob:
         for place in ("spec.yaml", "resolved.yaml", "start.json", "evaluation/base.json", "reference.npz"):
             if (self._run / place).is_file():
                 wanted[place] = self._run / place
-        record = self._folder / "record"  # the trainer goes on writing: the record up to the line of this checkpoint
-        with (self._run / RECORD).open("rb") as file:
-            record.write_bytes(file.read(saved.length))
-        wanted[RECORD] = record
+        wanted[RECORD] = self._folder / "record"
+        self._unless_cancelled(lambda: self._copy_record(wanted[RECORD], saved.length))
         manifest, _ = self._keep(wanted)
         return Snapshot(saved.step, manifest) if checkpoint.is_dir() else None  # else what was listed may be a part
+
+    def _copy_record(self, target: Path, length: int) -> None:
+        """Copy the record up to the line of a checkpoint: the trainer goes on writing."""
+        with storage_errors(target), (self._run / RECORD).open("rb") as file:
+            target.write_bytes(file.read(length))
 
     def _exposed(self, relay: Relay, step: int) -> Adapter | None:
         """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
@@ -293,33 +317,44 @@ class OneJob:
         return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
 
     def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
-        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._patiently)
+        return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._unless_cancelled)
 
     # --- ends ---------------------------------------------------------------------------------------------------------------
 
-    def _after(self, relay: Relay, outcome: Outcome, status: Status) -> bool:
+    def _after(self, relay: Relay, outcome: Outcome) -> bool:
         """Do what is due once the trainer has ended; return False where it was started again."""
-        asked = self._asked_at is not None
         if outcome.status == "succeeded":
             self._succeed(relay)
             return True
-        if outcome.status == "interrupted" or (outcome.status == "crashed" and asked):
-            if status == "pausing":
-                return self._settle("pause", running.pause) != "running"
-            if self._shared.stop.is_set():
-                self._settle("hand back", running.hand_back)
-                return True
-            self._start()  # somebody else asked it to stop
-            return False
-        if outcome.status == "failed" and outcome.code != StorageError.code:
+        no_room = outcome.code == StorageError.code
+        if outcome.status == "failed" and not no_room:
             self._fail_as(outcome, relay)
             return True
-        if outcome.status == "failed":  # a full disk of one machine says nothing of the job
-            log.error("a trainer waits: %s", outcome.message, extra={"action": "wait", "job": self._job.id})
-            self._lost.wait(LONGEST_WAIT_S)
-            self._start()
-            return False
-        return self._crashed()
+        if outcome.status == "interrupted" or self._asked_at is not None:
+            return self._again()
+        if outcome.status == "crashed":
+            return self._crashed()
+        # A full disk of one machine, or the loss of the process that trainers come from, says nothing of the job.
+        log.error("a trainer waits: %s", outcome.message or outcome.status, extra={"action": "wait", "job": self._job.id})
+        return self._again(LONGEST_WAIT_S if no_room else CRASH_WAIT_S)
+
+    def _again(self, wait_s: float = 0.0) -> bool:
+        """Start a trainer again after a while, unless the job is to end or to rest meanwhile; return whether it is."""
+        shared = self._shared
+        until, status = shared.monotonic() + wait_s, self._status()
+        while status == "running" and not shared.stop.is_set() and shared.monotonic() < until:
+            self._lost.wait(shared.look_s)
+            status = self._status()
+        if status not in ACTIVE:
+            self._end_early(status)
+            return True
+        if status == "pausing":
+            return self._settle("pause", running.pause) != "running"
+        if shared.stop.is_set():
+            self._settle("hand back", running.hand_back)
+            return True
+        self._start()
+        return False
 
     def _start_over(self, outcome: Outcome) -> None:
         """Begin a job from its first step that was begun where numbers are computed otherwise: an upgrade, another machine."""
@@ -332,16 +367,14 @@ class OneJob:
 
     def _crashed(self) -> bool:
         """Start a trainer that was killed again, from its last checkpoint; a job that kills it again and again is ended."""
-        where = self._trainer.where_it_ended() if self._trainer is not None else ""
-        log.warning("a trainer ended unexpectedly: %s", where, extra={"action": "crash", "job": self._job.id})
+        trainer = self._living()
+        log.warning("a trainer ended unexpectedly: %s", trainer.where_it_ended(), extra={"action": "crash", "job": self._job.id})
         count = self._write("crash", lambda tx: running.crashed(tx, self.lease, self._job.id))
         if count > running.MAX_CRASHES:
             what = f"the training process ended unexpectedly {count} times at the same place"
             self._fail("worker_crashed", f"{what}; nothing is charged")
             return True
-        self._lost.wait(CRASH_WAIT_S * 2 ** (count - 1))  # what it was killed for may pass
-        self._start()
-        return False
+        return self._again(KILLED_WAITS_S[count - 1] if trainer.was_killed else CRASH_WAIT_S * 2 ** (count - 1))
 
     def _succeed(self, relay: Relay) -> None:
         told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]
@@ -352,7 +385,7 @@ class OneJob:
         events = self._read(lambda tx: tuning.events_page(tx, self._job.id, 1 << 30)[0])
         made: list[File] = []
         for name, content in results.tables(events):
-            blob = self._patiently(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
+            blob = self._unless_cancelled(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
             made.append(self._result_file(name, blob, len(content)))
         shared = self._shared
         status: Status = self._write(
@@ -423,8 +456,18 @@ class OneJob:
     def _write(self, name: str, work: Callable[[Transaction], T]) -> T:
         return self._patiently(lambda: self._shared.db.write(name, work))
 
-    def _patiently(self, act: Callable[[], T]) -> T:
-        """Do what needs the database or the store, again and again while these do not answer: the trainer goes on meanwhile."""
+    def _unless_cancelled(self, act: Callable[[], T]) -> T:
+        """Do what needs the store or the disk, for as long as the job is not cancelled."""
+
+        def act_unless_cancelled() -> T:
+            if self._over.is_set():
+                raise Cancelled
+            return act()
+
+        return self._patiently(act_unless_cancelled, self._over)
+
+    def _patiently(self, act: Callable[[], T], woken_by: threading.Event | None = None) -> T:
+        """Do what may not answer, again and again until it does: the trainer goes on meanwhile."""
         wait, began = 0.05, None
         while True:
             if self._lost.is_set():
@@ -438,7 +481,7 @@ class OneJob:
                     began = began if began is not None else now
                     if now - began > self._shared.drain_s / 2:
                         raise GivenUp from error
-                self._lost.wait(wait * random.uniform(0.5, 1.0))
+                (woken_by or self._lost).wait(wait * random.uniform(0.5, 1.0))
                 wait = min(LONGEST_WAIT_S, wait * 2)
 
 

@@ -5,7 +5,8 @@
 
 The origin has one thread and forks, so a trainer starts in milliseconds with the numbers of a process of its own. Whoever is killed
 takes those below along (PR_SET_PDEATHSIG): no trainer outlives its worker. A trainer writes only into its work folder; how it ended
-is in `outcome.json` there, and one without was killed. Next: `tune_jobs.py` (who starts them), `real.py`, `toy.py` (what they run).
+is its exit status, which no disk has to have room for, and why a run failed is in `outcome.json` there. Next: `tune_jobs.py` (who
+starts them), `real.py`, `toy.py` (what they run).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from kivnun.artifacts import atomic_write
-from kivnun.errors import InterruptedRun, KivnunError
+from kivnun.artifacts import atomic_write, storage_errors
+from kivnun.errors import InterruptedRun, KivnunError, StorageError
 
 Kind = Literal["toy", "pipeline"]
 OUTCOME, LOG = "outcome.json", "trainer.log"
@@ -43,9 +44,10 @@ _ALLOCATOR = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trainer ended. `crashed`: it was killed, or ended by an error that is a fault of the program."""
+    """How a trainer ended. `crashed`: it was killed, or ended by an error that is a fault of the program. `lost`: it was never
+    started, or ended together with the process that it came from, which says nothing of its job."""
 
-    status: Literal["succeeded", "interrupted", "failed", "crashed"]
+    status: Literal["succeeded", "interrupted", "failed", "crashed", "lost"]
     code: str = ""
     message: str = ""
 
@@ -57,6 +59,12 @@ class Trainer:
     folder: Path
     _signal: Callable[[int], None]
     ended: threading.Event = field(default_factory=threading.Event)
+    status: int | None = None  # once it has ended: its exit status, less than 0 for the signal that ended it; None: nobody knows
+
+    def end(self, status: int | None) -> None:
+        """Let those who wait for its end know it, and with which status."""
+        self.status = status
+        self.ended.set()
 
     def ask_to_stop(self) -> None:
         """Have the step in progress finished and saved. A trainer that is still loading ends at once."""
@@ -77,12 +85,24 @@ class Trainer:
         kinds = [line.partition(":")[0] for line in lines if line[:1].isalpha() and "Traceback" not in line]
         return f"{kinds[-1]} at {places[-1]}" if places and kinds else "nowhere: it was killed"
 
+    @property
+    def was_killed(self) -> bool:
+        return self.status is not None and self.status < 0
+
     def outcome(self) -> Outcome:
         """Return how it ended, once it has."""
-        try:
-            return Outcome(**json.loads((self.folder / OUTCOME).read_bytes()))
-        except (OSError, ValueError):
-            return Outcome("crashed")
+        if self.status is None:
+            return Outcome("lost")
+        if self.status == 0:
+            return Outcome("succeeded")
+        if self.status == InterruptedRun.exit_status:
+            return Outcome("interrupted")
+        if self.status == StorageError.exit_status:
+            return Outcome("failed", StorageError.code, "the disk of its work folder cannot be written to")
+        if self.status > 0:
+            with contextlib.suppress(OSError, ValueError):
+                return Outcome("failed", **json.loads((self.folder / OUTCOME).read_bytes()))
+        return Outcome("crashed")
 
 
 class Trainers:
@@ -99,11 +119,16 @@ class Trainers:
         ours, its = socket.socketpair()
         environment = {**os.environ} if "LD_PRELOAD" in os.environ or not self._loads_torch else {**_ALLOCATOR, **os.environ}
         words = ["-m", "kivnun.worker.trainer", str(its.fileno()), str(os.getpid()), "torch" if self._loads_torch else "light"]
-        # A session of its own: an interrupt typed at a terminal is the worker's to heed.
-        self._origin = subprocess.Popen(
-            [sys.executable, *words], pass_fds=[its.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
-        )
-        its.close()
+        try:
+            # A session of its own: an interrupt typed at a terminal is the worker's to heed.
+            self._origin = subprocess.Popen(
+                [sys.executable, *words], pass_fds=[its.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            its.close()
         self._channel = ours
         self._listener = threading.Thread(target=self._listen, args=(ours,), name="kivnun-trainers", daemon=True)
         self._listener.start()
@@ -140,20 +165,21 @@ class Trainers:
             except OSError:  # the origin is gone, and so is the trainer
                 gone = self._living.pop(message["number"], None)
                 if gone is not None:
-                    gone.ended.set()
+                    gone.end(None)
 
     def _listen(self, channel: socket.socket) -> None:
         with contextlib.suppress(OSError), channel.makefile("rb") as lines:
             for line in lines:
+                told = json.loads(line)
                 with self._write:
-                    trainer = self._living.pop(json.loads(line)["number"], None)
+                    trainer = self._living.pop(told["number"], None)
                 if trainer is not None:
-                    trainer.ended.set()
+                    trainer.end(told["status"])
         with self._write:
             lost = list(self._living.values())
             self._living.clear()
         for trainer in lost:
-            trainer.ended.set()
+            trainer.end(None)
 
 
 # --- the origin --------------------------------------------------------------------------------------------------------------
@@ -195,8 +221,8 @@ def serve(channel: socket.socket, parent: int, loads_torch: bool) -> None:
         if woken in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(woken, 512)
-        for number in _ended(numbers):
-            channel.sendall(json.dumps({"number": number}).encode() + b"\n")
+        for number, status in _ended(numbers):
+            channel.sendall(json.dumps({"number": number, "status": status}).encode() + b"\n")
 
 
 def _obey(message: dict[str, Any], numbers: dict[int, int], open_files: list[int]) -> None:
@@ -212,14 +238,14 @@ def _obey(message: dict[str, Any], numbers: dict[int, int], open_files: list[int
     numbers[pid] = message["number"]
 
 
-def _ended(numbers: dict[int, int]) -> list[int]:
-    """Return the numbers of the trainers that have ended since."""
-    found: list[int] = []
+def _ended(numbers: dict[int, int]) -> list[tuple[int, int]]:
+    """Return the numbers of the trainers that have ended since, and their exit statuses."""
+    found: list[tuple[int, int]] = []
     while numbers:
-        pid, _ = os.waitpid(-1, os.WNOHANG)
+        pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             break
-        found.append(numbers.pop(pid))
+        found.append((numbers.pop(pid), os.waitstatus_to_exitcode(status)))
     return found
 
 
@@ -228,6 +254,7 @@ def _ended(numbers: dict[int, int]) -> list[int]:
 
 def _become(kind: Kind, folder: Path, origin: int, open_files: list[int]) -> NoReturn:
     """Turn this fork into a trainer, run it, and end the process."""
+    status = 1
     try:
         die_with_parent(origin)
         signal.set_wakeup_fd(-1)
@@ -235,41 +262,51 @@ def _become(kind: Kind, folder: Path, origin: int, open_files: list[int]) -> NoR
         for number in open_files:
             os.close(number)
         os.chdir(folder)
-        log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
-            score.write("1000")  # where memory runs out, the trainer goes and its worker stays to tell of it
-        outcome = _run(kind)
-        if outcome.status != "crashed":
-            content = {"status": outcome.status, "code": outcome.code, "message": outcome.message}
-            atomic_write(Path(OUTCOME), json.dumps(content))
+        status = _ran(kind, folder)
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(Exception):  # its log may be on a disk that is full
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
 
 
-def _run(kind: Kind) -> Outcome:
-    """Train in this folder; return how it ended."""
-    text = Path("spec.yaml").read_text(encoding="utf-8")
+def _ran(kind: Kind, folder: Path) -> int:
+    """Train in this folder, where the process is by now; return the exit status that says how it ended."""
     try:
-        if kind == "toy":
-            from kivnun.worker.toy import tune_toy
-
-            tune_toy(text)
-        else:
-            from kivnun.worker.real import tune_real
-
-            tune_real(text)
-    except InterruptedRun:
-        return Outcome("interrupted")
+        with storage_errors(folder):
+            log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for stream in (1, 2):
+                os.dup2(log, stream)
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
+                score.write("1000")  # where memory runs out, the trainer goes and its worker stays to tell of it
+            _run(kind)
+    except InterruptedRun as error:
+        return error.exit_status
     except KivnunError as error:
-        print(error, file=sys.stderr)
-        return Outcome("failed", error.code, error.message)
-    return Outcome("succeeded")
+        with contextlib.suppress(OSError):
+            print(error, file=sys.stderr)
+        try:
+            atomic_write(Path(OUTCOME), json.dumps({"code": error.code, "message": error.message}))
+        except StorageError as full:
+            return full.exit_status  # run again where there is room, it comes to the same end
+        return error.exit_status
+    return 0
+
+
+def _run(kind: Kind) -> None:
+    """Train in this folder. Raises KivnunError subclasses."""
+    text = Path("spec.yaml").read_text(encoding="utf-8")
+    if kind == "toy":
+        from kivnun.worker.toy import tune_toy
+
+        tune_toy(text)
+    else:
+        from kivnun.worker.real import tune_real
+
+        tune_real(text)
 
 
 if __name__ == "__main__":

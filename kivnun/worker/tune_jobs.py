@@ -31,6 +31,9 @@ from kivnun.worker.trainer import Trainers
 
 LOOK_S = 0.25  # between two looks at the line, the commands and the record of a run
 DRAIN_S = 25.0  # for steps in progress, once the worker is told to end
+AFTER_TROUBLE_S = 1.0  # before the next look at the line
+HEED_S = 0.5  # between two looks for jobs that were cancelled, whatever their own threads wait for
+ROOM_BYTES = 256 << 20  # of the disk of the work folders: with less left, no job is taken
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ def work(
     beat_s: float = BEAT_S,
     look_s: float = LOOK_S,
     drain_s: float = DRAIN_S,
+    room_bytes: int = ROOM_BYTES,
     until_idle: bool = False,
     trainers: Trainers | None = None,
 ) -> None:
@@ -71,7 +75,7 @@ def work(
     loads_torch = any(base.trainer == "pipeline" for base in config.bases.values())
     own = trainers or Trainers(loads_torch=loads_torch)
     try:
-        _Worker(shared, own, Watcher(monotonic, term_s), concurrency, beat_s).run(until_idle)
+        _Worker(shared, own, Watcher(monotonic, term_s), concurrency, beat_s, room_bytes).run(until_idle)
     finally:
         if trainers is None:
             own.close()
@@ -81,19 +85,34 @@ def work(
 class _Worker:
     """The loop that claims, and the threads of the jobs that it has claimed."""
 
-    def __init__(self, shared: Shared, trainers: Trainers, watcher: Watcher, concurrency: int, beat_s: float) -> None:
+    def __init__(
+        self, shared: Shared, trainers: Trainers, watcher: Watcher, concurrency: int, beat_s: float, room_bytes: int
+    ) -> None:
         self._shared, self._trainers, self._watcher = shared, trainers, watcher
-        self._concurrency, self._beat_s = concurrency, beat_s
+        self._concurrency, self._beat_s, self._room_bytes = concurrency, beat_s, room_bytes
+        self._short_of_room = False
         self._jobs: dict[OneJob, threading.Thread] = {}
         self._ended = threading.Event()
 
     def run(self, until_idle: bool) -> None:
-        shared = self._shared
-        shared.folder.mkdir(parents=True, exist_ok=True)
         beating = threading.Thread(target=self._beat, name="kivnun-beat", daemon=True)
         beating.start()
-        swept = False
+        try:
+            self._claim_until_told(until_idle)
+        except BaseException:
+            for job in list(self._jobs):  # their trainers are about to go: that is no crash of theirs
+                job.lose()
+            raise
+        finally:
+            for thread in list(self._jobs.values()):
+                thread.join()
+            self._ended.set()
+            beating.join()
+
+    def _claim_until_told(self, until_idle: bool) -> None:
+        shared, swept = self._shared, False
         while not shared.stop.is_set():
+            found = False
             try:
                 if not swept:
                     self._sweep()
@@ -102,30 +121,38 @@ class _Worker:
                 found = self._claim_what_fits()
             except DatabaseDown:
                 log.warning("the database does not answer", extra={"action": "claim"})
-                found = False
-                shared.stop.wait(1.0)
+                shared.stop.wait(AFTER_TROUBLE_S)
+            except Exception:  # what ails the machine, or a fault of the program: the jobs that run have no part in it
+                log.exception("could not look for jobs", extra={"action": "claim"})
+                shared.stop.wait(AFTER_TROUBLE_S)
             if until_idle and not found and not self._jobs and not self._is_anything_left():
                 break
             shared.stop.wait(0.0 if found else shared.look_s)
-        for thread in list(self._jobs.values()):
-            thread.join()
-        self._ended.set()
-        beating.join()
 
     def _claim_what_fits(self) -> bool:
         """Claim jobs while there is room; return whether there was one."""
         self._jobs = {job: thread for job, thread in self._jobs.items() if thread.is_alive()}
         found = False
-        while len(self._jobs) < self._concurrency and not self._shared.stop.is_set():
+        while len(self._jobs) < self._concurrency and not self._shared.stop.is_set() and self._has_room():
             claim = self._claim()
             if claim is None:
                 break
             found = True
             job = OneJob(self._shared, self._trainers, claim)
             thread = threading.Thread(target=job.run, name=f"kivnun-{claim.job.id}")
-            self._jobs[job] = thread
             thread.start()
+            self._jobs[job] = thread
         return found
+
+    def _has_room(self) -> bool:
+        """Return whether the disk has room for a job's folder; say once that it has not."""
+        free = shutil.disk_usage(self._shared.folder).free
+        short = free < self._room_bytes
+        if short and not self._short_of_room:
+            what = "this worker takes no job: its disk has %.1f MiB left, of %.1f MiB that a job's folder may need"
+            log.error(what, free / 2**20, self._room_bytes / 2**20, extra={"action": "disk"})
+        self._short_of_room = short
+        return not short
 
     def _claim(self) -> Claim | None:
         """Take a job whose worker was lost, else the one whose turn it is. Nothing is written where there is none."""
@@ -151,6 +178,7 @@ class _Worker:
 
     def _sweep(self) -> None:
         """Remove the work folders that a killed worker of this machine left."""
+        self._shared.folder.mkdir(parents=True, exist_ok=True)
         folders = {folder: folder.name.rpartition("-") for folder in self._shared.folder.iterdir()}
         names = [running.lease_name(job_id) for job_id, _, _ in folders.values()]
         held = self._shared.db.read(lambda tx: leases.look(tx, names))
@@ -160,18 +188,26 @@ class _Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _beat(self) -> None:
-        """Show that the holder of the leases lives; a job whose lease is somebody else's by now is stopped at once."""
-        while not self._ended.wait(self._beat_s):
+        """Show that the holder of the leases lives; stop at once what was cancelled, or whose lease is somebody else's by now."""
+        shared, due = self._shared, 0.0
+        while not self._ended.wait(min(self._beat_s, HEED_S)):
             holding = {job.lease: job for job in list(self._jobs) if not job.done.is_set()}
             if not holding:
                 continue
             try:
-                lost = self._shared.db.write("beat", lambda tx, held=list(holding): _beaten(tx, held))
+                cancelled = shared.db.read(lambda tx, held=list(holding): running.cancelled(tx, held))
+                for lease in cancelled:
+                    holding[lease].cancel()
+                if shared.monotonic() < due:
+                    continue
+                lost = shared.db.write("beat", lambda tx, held=list(holding): _beaten(tx, held))
+                due = shared.monotonic() + self._beat_s
+                for lease in lost:
+                    holding[lease].lose()
             except KivnunError:
                 log.warning("the database does not answer", extra={"action": "beat"})
-                continue
-            for lease in lost:
-                holding[lease].lose()
+            except Exception:  # whatever it was, a beat that ends would let every job of this worker be taken
+                log.exception("a beat was missed", extra={"action": "beat"})
 
 
 def _beaten(tx: Transaction, held: list[Lease]) -> list[Lease]:

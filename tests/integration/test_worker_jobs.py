@@ -7,24 +7,29 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from disks import small_disk
 from kivnun.errors import KivnunError
-from kivnun.jobs import running
+from kivnun.jobs import deployments, running
+from kivnun.jobs import leases as leases_of_jobs
 from kivnun.jobs.blobs import FolderBlobs
 from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
-from kivnun.jobs.schema import leases, models, outbox, snapshots, usage
+from kivnun.jobs.schema import leases, models, outbox, snapshots, tenants, usage
 from kivnun.jobs.toy import ToySpec
+from kivnun.worker import one_job, tune_jobs
 from kivnun.worker.trainer import Trainers
 from toy_jobs import (
     adapter_bytes,
@@ -294,14 +299,17 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(quick: Place, undisturbed: dict[str, str]) -> None:
+def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job(
+    quick: Place, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So is one whose origin is killed, from which all of a worker's trainers come."""
+    monkeypatch.setattr(one_job, "KILLED_WAITS_S", (0.1, 0.1, 0.1))
     job_id = queue_job(quick, spec=SLOW)
     always = queue_job(quick, "other", spec=SLOW.model_copy(update={"dies_at_step": 5, "step_ms": 0.0}))
     db = quick.database()
     with worker_thread(quick, concurrency=2):
         until(lambda: trains(db, job_id))
-        trainer = trainer_of(job_id)
+        trainer = until(lambda: trainer_of(job_id))
         os.kill(trainer, signal.SIGKILL)
         until(lambda: trainer_of(job_id) not in (trainer, None) and trains(db, job_id, 6))
         os.kill(parent_of(trainer_of(job_id) or 0), signal.SIGKILL)
@@ -314,6 +322,21 @@ def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job
     assert failed.error["code"] == "worker_crashed"
     assert failed.step == 4
     assert db.read(lambda tx: tx.execute(sa.select(usage).where(usage.c.job == always)).all()) == []
+    db.close()
+
+
+def test_a_job_whose_trainer_was_killed_twice_waits_for_minutes_and_can_be_paused_meanwhile(
+    quick: Place, trainers: Trainers
+) -> None:
+    assert one_job.KILLED_WAITS_S[1] >= 60
+    job_id = queue_job(quick, spec=SLOW.model_copy(update={"dies_at_step": 2, "step_ms": 0.0}))
+    db = quick.database()
+    with worker_thread(quick, trainers=trainers):
+        until(lambda: job_of(db, job_id).crashes == 2)
+        time.sleep(1.5)
+        assert (job_of(db, job_id).status, job_of(db, job_id).crashes) == ("running", 2)
+        command(db, job_id, "pause")
+        until(lambda: job_of(db, job_id).status == "paused")
     db.close()
 
 
@@ -447,6 +470,111 @@ def test_a_store_that_fails_every_third_time_loses_nothing(
     db.close()
 
 
+def test_a_full_disk_of_a_worker_makes_a_job_wait_and_with_room_it_ends_with_the_same_bytes(
+    quick: Place, trainers: Trainers, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full when the job is prepared, and again while it trains: then not even how the trainer ended can be written."""
+    monkeypatch.setattr(one_job, "LONGEST_WAIT_S", 0.2)
+    job_id, db = queue_job(quick, spec=SLOW), quick.database()
+    with small_disk(quick.data / "work", 192 << 10) as disk:
+        fill_up(disk)
+        with worker_thread(quick, trainers=trainers, room_bytes=0):
+            until(lambda: "the disk is full" in caplog.text)
+            assert job_of(db, job_id).status == "running"
+            (disk / "filler").unlink()
+            until(lambda: trains(db, job_id))
+            fill_up(disk)
+            until(lambda: "a trainer waits" in caplog.text)
+            time.sleep(0.5)
+            assert job_of(db, job_id).status == "running"
+            (disk / "filler").unlink()
+            until(lambda: job_of(db, job_id).status != "running")
+    assert_whole(quick, db, job_id)
+    assert job_of(db, job_id).crashes == 0
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    db.close()
+
+
+def fill_up(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_worker_takes_no_job_while_its_disk_has_little_room(
+    quick: Place, trainers: Trainers, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = queue_job(quick)
+    work_here(quick, trainers=trainers, room_bytes=1 << 60)
+    db = quick.database()
+    assert job_of(db, job_id).status == "queued"
+    assert caplog.text.count("takes no job") == 1
+    db.close()
+
+
+def test_trouble_of_a_worker_s_own_loops_is_no_failure_of_the_job_that_runs(
+    quick: Place, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while they last, nor when the process that trainers come from is lost and cannot be started, nor when they end."""
+    monkeypatch.setattr(one_job, "CRASH_WAIT_S", 0.02)
+    monkeypatch.setattr(tune_jobs, "AFTER_TROUBLE_S", 0.1)
+    job_id, db, ails = queue_job(quick, spec=SLOW), quick.database(), threading.Event()
+
+    def ailing(act: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+        def acted(*words: Any, **named: Any) -> Any:
+            if ails.is_set():
+                raise error
+            return act(*words, **named)
+
+        return acted
+
+    def beats() -> int:
+        return db.read(lambda tx: tx.execute(sa.select(leases.c.beat)).scalar_one())
+
+    monkeypatch.setattr(running, "something_waits", ailing(running.something_waits, RuntimeError("can't start new thread")))
+    monkeypatch.setattr(leases_of_jobs, "beat", ailing(leases_of_jobs.beat, RuntimeError("out of memory")))
+    monkeypatch.setattr(subprocess, "Popen", ailing(subprocess.Popen, BlockingIOError(11, "no more processes")))
+    with worker_thread(quick, concurrency=2):
+        until(lambda: trains(db, job_id))
+        ails.set()
+        os.kill(parent_of(trainer_of(job_id) or 0), signal.SIGKILL)
+        time.sleep(0.5)
+        ails.clear()
+        before = beats()
+        until(lambda: trains(db, job_id, 6) and beats() > before)
+    assert (job_of(db, job_id).status, job_of(db, job_id).crashes) == ("queued", 0)
+    monkeypatch.setattr(Trainers, "mend", ailing(Trainers.mend, KeyboardInterrupt()))
+    threading.Thread(target=lambda: until(lambda: trains(db, job_id, 9)) and ails.set()).start()
+    with pytest.raises(KeyboardInterrupt):
+        work_here(quick)
+    assert job_of(db, job_id).status == "running"
+    ails.clear()
+    work_here(quick, term_s=0.3)
+    assert_whole(quick, db, job_id)
+    assert adapter_bytes(quick, db, job_id) == undisturbed
+    db.close()
+
+
+def test_a_job_cancelled_while_the_store_does_not_answer_stops_computing_at_once(
+    quick: Place, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, db, down = queue_job(quick, spec=SLOW.model_copy(update={"step_ms": 200.0})), quick.database(), threading.Event()
+
+    def put(*_: object) -> str:
+        down.set()
+        raise StoreDown("the store does not answer", hint="wait")
+
+    monkeypatch.setattr(FolderBlobs, "put", put)
+    with worker_thread(quick, trainers=trainers):
+        until(down.is_set)
+        began = time.monotonic()
+        command(db, job_id, "cancel")
+        until(lambda: trainer_of(job_id) is None and not db.read(running.left_alone))
+        assert time.monotonic() - began < 2
+    assert db.read(lambda tx: tx.execute(sa.select(usage.c.tokens)).scalars().all()) == [job_of(db, job_id).trained_tokens]
+    db.close()
+
+
 def test_no_write_of_a_job_passes_under_a_lease_that_is_lost(place: Place) -> None:
     job_id = queue_job(place)
     db = place.database()
@@ -472,4 +600,62 @@ def test_no_write_of_a_job_passes_under_a_lease_that_is_lost(place: Place) -> No
             db.write("late", late)
     assert rows_of_database(db) == before
     assert issubclass(StaleLease, KivnunError)
+    db.close()
+
+
+def test_a_cancelled_job_gives_back_its_share_once_whether_it_runs_or_was_interrupted_or_waits(place: Place) -> None:
+    db = place.database()
+
+    def served() -> float:
+        return db.read(lambda tx: tx.execute(sa.select(tenants.c.served).where(tenants.c.id == "default")).scalar_one())
+
+    def claimed() -> running.Claim:
+        claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
+        assert claim is not None
+        assert claim.job.planned_tokens
+        told = [running.Told("Step 1", step=1, trained_tokens=5)]
+        db.write("tell", lambda tx: running.tell(tx, claim.lease, claim.job.id, told, None, 2.0, new_id))
+        return claim
+
+    def settled(claim: running.Claim) -> float:
+        command(db, claim.job.id, "cancel")
+        for job_id, seen in db.read(running.left_alone):
+            db.write("settle", lambda tx, j=job_id, s=seen: running.take_over(tx, j, s, "second", {}, 3.0, new_id))
+        assert not db.read(running.left_alone)
+        return served()
+
+    queue_job(place)
+    assert settled(claimed()) == pytest.approx(5)
+    queue_job(place)
+    interrupted = claimed()
+    db.write("start", leases_of_jobs.release_all)
+    assert settled(interrupted) == pytest.approx(10)
+    queue_job(place)
+    waits = claimed()
+    db.write("back", lambda tx: running.hand_back(tx, waits.lease, waits.job.id, 3.0, new_id))
+    assert settled(waits) == pytest.approx(15)
+    db.close()
+
+
+def test_checkpoints_of_a_run_that_was_started_over_go_unless_they_are_in_use(place: Place) -> None:
+    job_id, db = queue_job(place), place.database()
+    claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
+    assert claim is not None
+
+    def commit(step: int, content_hash: str) -> None:
+        adapter = running.Adapter(step, "default/" + "0" * 64, content_hash, {"step": step})
+        db.write("commit", lambda tx: running.commit(tx, claim.lease, job_id, None, adapter, "kivnun", 2.0, new_id))
+
+    def shown() -> dict[int, str]:
+        return {row.step: row.content_hash for row in db.read(lambda tx: tx.execute(sa.select(models)).all())}
+
+    for step in (3, 6, 9):
+        commit(step, "before")
+    names = {row.step: row.id for row in db.read(lambda tx: tx.execute(sa.select(models)).all())}
+    queue_job(place, model=names[6])
+    db.write("deploy", lambda tx: deployments.put(tx, "default", "mine", names[9], {}, 2.0))
+    db.write("over", lambda tx: running.start_over(tx, claim.lease, job_id, 3.0, new_id))
+    assert shown() == {6: "before", 9: "before"}
+    commit(3, "after")
+    assert shown() == {3: "after", 6: "before", 9: "before"}
     db.close()
