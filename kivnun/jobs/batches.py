@@ -121,11 +121,10 @@ def begin(tx: Transaction, batch: Batch, total: int, model: str | None, now: flo
 
 
 def fail(tx: Transaction, batch: Batch, errors: Sequence[dict[str, Any]], now: float, new_id: NewId) -> None:
-    """End a batch that cannot be answered, and say why."""
+    """End a batch that cannot be answered, and say why. One that has answers is closed instead: nothing here changes it."""
     current = find(tx, batch.id, batch.tenant)
-    if current is not None and current.status not in TERMINAL:
+    if current is not None and current.status not in TERMINAL and not current.completed + current.failed:
         _move(tx, current, "failed", now, errors=list(errors))
-        _forget_answers(tx, current)
         _tell(tx, current, "failed", now, new_id)
 
 
@@ -178,8 +177,9 @@ def close(
     usage: dict[str, int],
     now: float,
     new_id: NewId,
+    errors: Sequence[dict[str, Any]] = (),
 ) -> bool:
-    """End a batch with its files, which alone hold its answers from now on.
+    """End a batch with its files, which alone hold its answers from now on, and with what stopped it, if anything did.
 
     False, and nothing, where it is not in the status any more that it was closed from, or where the files lack an answer:
     `written` counts the good and the bad ones in them."""
@@ -190,7 +190,7 @@ def close(
         if file is not None:
             files.add(tx, file)
     named = {"output_file": output.id if output else None, "error_file": error.id if error else None}
-    _move(tx, current, ending, now, usage=usage, **named)
+    _move(tx, current, ending, now, usage=usage, errors=list(errors) or None, **named)
     _forget_answers(tx, current)
     _tell(tx, current, ending, now, new_id)
     return True
