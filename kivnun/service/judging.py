@@ -7,6 +7,7 @@ keys, never what a line says. Next: `problem_codes.py`, `kivnun/data/formats.py`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -277,7 +278,7 @@ class JudgeFiles:
             return self._findings(file, lease)
         except StaleLease:
             raise
-        except (DatabaseDown, StoreDown, StorageError):
+        except (DatabaseDown, StoreDown, StorageError, FileNotFoundError):
             # Not the file's fault: the try does not count.
             self._give_back(file, lease)
             raise
@@ -301,14 +302,18 @@ class JudgeFiles:
                 self._service.db.write("beat", lambda tx: leases.beat(tx, lease))
                 next_beat = self._clock() + leases.BEAT_S
 
-        with tempfile.TemporaryDirectory(dir=self._service.scratch, prefix="judged-") as folder:
+        scratch = self._service.scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        with storage_errors(scratch), tempfile.TemporaryDirectory(dir=scratch, prefix="judged-") as folder:
             path = Path(folder) / "file.jsonl"
-            with storage_errors(path), path.open("xb") as out:
+            with path.open("xb") as out:
                 for piece in self._service.blobs.read(file.blob):
                     out.write(piece)
                     tick()
             found = judge(path, file.purpose, tick)
             assert found is not None, "without a bound on rows there is a verdict"
+            if not path.is_file():  # a service that starts clears the scratch folder
+                raise FileNotFoundError(errno.ENOENT, "the scratch folder was removed", str(scratch))
             return found
 
 

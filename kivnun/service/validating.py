@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kivnun.artifacts import storage_errors
 from kivnun.errors import KivnunError, StorageError
 from kivnun.jobs import files, models, tuning
 from kivnun.jobs.database import Transaction
@@ -74,7 +75,8 @@ class ValidateJobs:
         """Move a job to the queue, or end it with what is wrong with it."""
         with self._folder() as folder:
             try:
-                self._validate(job, folder)
+                with storage_errors(folder):
+                    self._validate(job, folder)
             except (DatabaseDown, StoreDown, StorageError, StaleLease):
                 raise  # of the machine or the clerk, not of the job: it is tried again
             except JobRefused as refused:
@@ -82,6 +84,8 @@ class ValidateJobs:
             except KivnunError as error:
                 self._fail(job, JobRefused(error.code, error.message), folder)
             except Exception as error:
+                if not folder.is_dir():
+                    raise  # a service that starts clears the scratch folder
                 # What an unknown error says may hold what a file says; where it came from does not.
                 told = {"action": "validation_failed", "job": job.id}
                 logger.error("a job could not be validated", exc_info=error, extra=told)
@@ -131,8 +135,9 @@ class ValidateJobs:
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
-        self.service.scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="validating-", dir=self.service.scratch))
+        with storage_errors(self.service.scratch):
+            self.service.scratch.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="validating-", dir=self.service.scratch))
         try:
             yield folder
         finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from kivnun.errors import StorageError
 from kivnun.events import StepDone, read_events
 from kivnun.jobs import tuning
 from kivnun.jobs.config import ServiceConfig
@@ -23,6 +27,7 @@ from kivnun.jobs.snapshots import content_hash, files_in, keep_files
 from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
 from kivnun.plan.devices import Device
 from kivnun.plan.verdict import Question
+from kivnun.service import validating
 from kivnun.service.context import Service
 from kivnun.service.planning import START, TRAINING, VALIDATION
 from kivnun.service.validating import ValidateJobs
@@ -238,6 +243,24 @@ def test_a_fault_of_the_program_ends_the_job_and_tells_the_log_no_content(
     assert error.code == "internal_error"
     assert "KeyError" in caplog.text
     assert "what a line said" not in caplog.text
+
+
+def test_a_full_disk_fails_no_job(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOSPC, "full")
+
+    def removed(_job: object, _config: object, folder: Path, *_: object) -> object:
+        shutil.rmtree(folder)
+        return (folder / TRAINING).open()
+
+    job_id = world.create(uploaded(world.client, conversations(12)))
+    for where, name, breaks in ((validating, "outlook", full), (tempfile, "mkdtemp", full), (validating, "outlook", removed)):
+        with monkeypatch.context() as patch, pytest.raises((StorageError, FileNotFoundError)):
+            patch.setattr(where, name, breaks)
+            world.validate()
+        assert world.job(job_id).status == "validating_files"
+    world.validate()
+    assert world.job(job_id).status == "queued"
 
 
 def test_a_dry_run_makes_nothing_and_says_what_the_job_then_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
