@@ -106,15 +106,18 @@ def mark(
 
 def user_of(tx: Transaction, file_id: str, tenant: str) -> str | None:
     """Return the id of a job or batch that has not ended and needs the file; None where there is none."""
-    job = sa.select(jobs.c.id).where(
-        jobs.c.tenant == tenant,
-        jobs.c.status.not_in(TERMINAL),
-        sa.or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id),
-    )
-    batch = sa.select(batches.c.id).where(
-        batches.c.tenant == tenant, batches.c.status.not_in(BATCH_TERMINAL), batches.c.input_file == file_id
-    )
+    job = sa.select(jobs.c.id).where(_job_needs(file_id, tenant))
+    batch = sa.select(batches.c.id).where(_batch_needs(file_id, tenant))
     return tx.execute(job.limit(1)).scalar() or tx.execute(batch.limit(1)).scalar()
+
+
+def _job_needs(file_id: str | sa.Column[Any], tenant: str | sa.Column[Any]) -> sa.ColumnElement[bool]:
+    is_named = sa.or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id)
+    return sa.and_(jobs.c.tenant == tenant, jobs.c.status.not_in(TERMINAL), is_named)
+
+
+def _batch_needs(file_id: str | sa.Column[Any], tenant: str | sa.Column[Any]) -> sa.ColumnElement[bool]:
+    return sa.and_(batches.c.tenant == tenant, batches.c.status.not_in(BATCH_TERMINAL), batches.c.input_file == file_id)
 
 
 def delete(tx: Transaction, file_id: str, tenant: str, now: float) -> None:
@@ -143,6 +146,8 @@ def unjudged(tx: Transaction, limit: int) -> Sequence[File]:
 
 
 def expired(tx: Transaction, now: float, limit: int) -> Sequence[File]:
-    """Return files of all tenants whose time is over."""
-    query = sa.select(files).where(files.c.expires_at <= now, files.c.deleted_at.is_(None))
+    """Return files of all tenants whose time is over, but those that a job or batch needs which has not ended."""
+    job = sa.exists().where(_job_needs(files.c.id, files.c.tenant))
+    batch = sa.exists().where(_batch_needs(files.c.id, files.c.tenant))
+    query = sa.select(files).where(files.c.expires_at <= now, files.c.deleted_at.is_(None), ~job, ~batch)
     return [File(**row) for row in tx.execute(query.order_by(files.c.expires_at).limit(limit)).mappings()]
