@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from kivnun.jobs import files, webhooks
+from kivnun.jobs import files, usage, webhooks
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import batch_answers, batches
+from kivnun.jobs.usage import Charge
 
 BatchStatus = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
 Ending = Literal["completed", "expired", "cancelled"]
@@ -66,6 +67,7 @@ class LineAnswer:
     line: int
     ok: bool
     body: dict[str, Any]
+    charge: Charge | None = None  # until it is recorded
 
 
 def create(tx: Transaction, batch: Batch) -> None:
@@ -133,8 +135,10 @@ def answered(tx: Transaction, batch_id: str) -> set[int]:
     return set(tx.execute(sa.select(batch_answers.c.line).where(batch_answers.c.batch == batch_id)).scalars())
 
 
-def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer]) -> None:
-    """Record answers and count them. A line that has one keeps it; a batch that has ended takes none."""
+def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer], now: float) -> None:
+    """Record answers, count and charge them. A line that has one keeps it; a batch that has ended takes none.
+
+    So a line is paid once, however often a crash had it asked."""
     current = find(tx, batch.id, batch.tenant)
     if current is None or current.status not in ("in_progress", "cancelling"):
         return
@@ -148,6 +152,7 @@ def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer]) -> None
         sa.insert(batch_answers),
         [{"batch": batch.id, "line": answer.line, "ok": answer.ok, "body": answer.body} for answer in new],
     )
+    usage.charge(tx, [answer.charge for answer in new if answer.charge is not None], now)
     good = sum(answer.ok for answer in new)
     counts = {"completed": batches.c.completed + good, "failed": batches.c.failed + len(new) - good}
     tx.execute(sa.update(batches).where(batches.c.id == batch.id).values(counts))

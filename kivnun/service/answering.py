@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import limits_of
+from kivnun.jobs.usage import Charge
 from kivnun.model.families import find_base, longest_row
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required
@@ -45,6 +46,8 @@ PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes
 LOOK_S = 0.25
 WISH_S = 60.0
 
+Pay = Callable[[Charge], None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,14 +61,20 @@ class Answering:
         self._wished: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    async def complete(self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the whole answer to a body for `/v1/chat/completions` or `/v1/completions`. Raises ApiError."""
+    async def complete(
+        self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Charge]:
+        """Return the whole answer to a body for `/v1/chat/completions` or `/v1/completions`, and what it used.
+
+        Whoever asks charges it, once, with what becomes of the answer; one that is cut off is not charged. Raises ApiError."""
         if endpoint not in ENDPOINTS:
             raise ApiError(400, f"endpoint must be one of {', '.join(ENDPOINTS)}", code="invalid_value", param="endpoint")
         if body.get("stream"):
             raise ApiError(400, "an answer of a batch is not streamed: leave stream out", code="invalid_value", param="stream")
-        answer = await self.begin(tenant, key_id, ENDPOINTS[endpoint], body)
-        return await answer.whole()
+        charges: list[Charge] = []
+        answer = await self.begin(tenant, key_id, ENDPOINTS[endpoint], body, pay=charges.append)
+        whole_answer = await answer.whole()
+        return whole_answer, charges[0]
 
     async def begin(
         self,
@@ -74,10 +83,13 @@ class Answering:
         endpoint: Endpoint,
         body: Mapping[str, Any] | bytes,
         deployment: str | None = None,
+        pay: Pay | None = None,
     ) -> Answer:
-        """Return an answer that has begun to be written. Raises ApiError where none will be."""
+        """Return an answer that has begun to be written. Raises ApiError where none will be.
+
+        What it used is told to `pay` when it ends; without it, it is written down at once."""
         asked, limits, question = await run_in_threadpool(self._read, tenant, endpoint, body, deployment)
-        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question)
+        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question, pay or self._write_down)
         try:
             link = await self._link(asked.base)
             heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
@@ -100,6 +112,14 @@ class Answering:
         tokens = self._bases[asked.base].tokens
         head = Head(new_id(endpoint), int(self._service.clock()), question, tokens, f"kivnun-{fingerprint}", extra)
         return Answer(asked, head, heard, begun, bill)
+
+    def _write_down(self, used: Charge) -> None:
+        try:
+            self._service.db.write("answer used", lambda tx: usage.charge(tx, [used], self._service.clock()))
+        except DatabaseDown as error:  # the answer is there, and its reader waits
+            counts = {kind: tokens for kind, tokens, _ in used.parts}
+            fields = {"action": "usage_lost", "tenant": used.tenant, **counts}
+            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
 
     async def _link(self, base: str) -> Link:
         """Return a connection to a worker of a base, waiting a little for one that is starting. Raises ApiError."""
@@ -166,12 +186,12 @@ class Payer:
 
 
 class Bill:
-    """What an answer costs: charged to the minute when it is taken on, corrected and written down once when it ends.
+    """What an answer costs: charged to the minute when it is taken on, corrected and paid once when it ends.
 
     Raises ApiError 429 when it is made where the tenant has used up its minute or its places."""
 
-    def __init__(self, service: Service, payer: Payer, key_id: str | None, asked: Asked, question: Question) -> None:
-        self._service, self._payer, self._key_id, self._asked = service, payer, key_id, asked
+    def __init__(self, service: Service, payer: Payer, key_id: str | None, asked: Asked, question: Question, pay: Pay) -> None:
+        self._service, self._payer, self._key_id, self._asked, self._pay = service, payer, key_id, asked, pay
         self._charged, self._prompt = question.likely_tokens, question.prompt_tokens
         self._open = True
         self._place = ExitStack()
@@ -200,22 +220,12 @@ class Bill:
         return self._open
 
     def _record(self, written: int) -> None:
-        asked, now = self._asked, self._service.clock()
-        price = self._service.config.bases[asked.base].price
-        kinds: list[tuple[usage.Kind, int, float]] = [
+        asked, price = self._asked, self._service.config.bases[self._asked.base].price
+        parts: tuple[tuple[usage.Kind, int, float], ...] = (
             ("prompt", self._prompt, price.prompt),
             ("completion", written, price.completion),
-        ]
-
-        def write(tx: Transaction) -> None:
-            for kind, tokens, rate in kinds:
-                usage.record(tx, self._payer.tenant, kind, asked.base, asked.model, tokens, rate, now, api_key=self._key_id)
-
-        try:
-            self._service.db.write("answer used", write)
-        except DatabaseDown as error:  # the answer is there, and its reader waits
-            fields = {"action": "usage_lost", "tenant": self._payer.tenant, "prompt": self._prompt, "completion": written}
-            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
+        )
+        self._pay(Charge(self._payer.tenant, asked.base, asked.model, self._key_id, parts))
 
 
 @dataclass(slots=True)

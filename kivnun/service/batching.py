@@ -27,6 +27,7 @@ from kivnun.jobs import batches, deployments, files, tenants
 from kivnun.jobs.batches import Batch, Ending, LineAnswer
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
+from kivnun.jobs.usage import Charge
 from kivnun.service.batch_files import Request, Written, answer_line, canonical, requests_of, validated, write_answers
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
@@ -48,8 +49,8 @@ FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30.0
 class Answers(Protocol):
     """Answers questions, as `answering.Answering` does."""
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of the answer. Raises ApiError."""
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
+        """Return the body of the answer, and what it used, which is charged with the record of the answer. Raises ApiError."""
         ...
 
 
@@ -114,7 +115,7 @@ class _Setback:
 class _Outcome:
     run: _Run
     asked: _Asked
-    answer: dict[str, Any] | Exception
+    answer: tuple[dict[str, Any], Charge] | Exception
 
 
 class RunBatches:
@@ -388,7 +389,7 @@ class RunBatches:
             model = asked.request.body["model"]
             body = {**asked.request.body, "model": run.deployed.get(model, model)}
             work = self._answering.complete(batch.tenant, batch.api_key, endpoint, body)
-            answer: dict[str, Any] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
+            answer: tuple[dict[str, Any], Charge] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
         except Exception as error:
             answer = error
         self._outcomes.put(_Outcome(run, asked, answer))
@@ -409,17 +410,17 @@ class RunBatches:
         by_batch: dict[str, tuple[Batch, list[LineAnswer]]] = {}
         for run, answer in self._unrecorded:
             by_batch.setdefault(run.batch.id, (run.batch, []))[1].append(answer)
+        now = self._service.clock()
         for batch, answers in by_batch.values():
-            self._service.db.write("record answers", lambda tx, b=batch, a=answers: batches.record(tx, b, a))
+            self._service.db.write("record answers", lambda tx, b=batch, a=answers: batches.record(tx, b, a, now))
         recorded, self._unrecorded = bool(self._unrecorded), []
         return recorded
 
     def _settled(self, outcome: _Outcome) -> LineAnswer | None:
         """Return what a line's outcome comes to; None where it is to be asked again."""
         run, asked, answer = outcome.run, outcome.asked, outcome.answer
-        if isinstance(answer, dict):
-            run.pauses = 0
-        else:
+        request_id = self._service.new_id("req_")
+        if isinstance(answer, Exception):
             error = answer if isinstance(answer, ApiError) else _as_refusal(answer)
             is_final = error.code == "insufficient_quota" or error.headers.get("x-should-retry") == "false"
             is_later = error.status in (408, 429, 503) and not is_final
@@ -428,8 +429,10 @@ class RunBatches:
                 run.again.append(asked)
                 run.pause(self._monotonic(), float(error.headers.get("retry-after-ms", 0)) / 1000)
                 return None
-            answer = error
-        return answer_line(run.batch.id, asked.request, answer, self._service.new_id("req_"))
+            return answer_line(run.batch.id, asked.request, error, request_id, None)
+        run.pauses = 0
+        body, charge = answer
+        return answer_line(run.batch.id, asked.request, body, request_id, charge)
 
 
 async def _cut_off() -> None:

@@ -20,12 +20,13 @@ from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
 from kivnun.errors import StorageError
-from kivnun.jobs import batches, deployments, files
+from kivnun.jobs import batches, deployments, files, usage
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.schema import outbox
+from kivnun.jobs.usage import Charge
 from kivnun.service import batching, errors
 from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
@@ -49,14 +50,16 @@ class StandIn:
     downs: int = 0
     wait_s: float = 0.0
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
         text = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         self.asked.append((tenant, key_id, endpoint, text))
         self.going[tenant] += 1
         try:
             self.most_at_once[tenant] = max(self.most_at_once[tenant], self.going[tenant])
             self.most_at_once["all"] = max(self.most_at_once["all"], sum(self.going.values()))
-            return await self._answer(text, body)
+            return await self._answer(text, body), Charge(
+                tenant, "toy", "toy", key_id, (("prompt", 3, 2.0), ("completion", 2, 4.0))
+            )
         finally:
             self.going[tenant] -= 1
 
@@ -488,7 +491,7 @@ def test_a_second_run_asks_only_for_the_lines_that_have_no_answer(service: Servi
 class _Unhung:
     inner: StandIn
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
         text = body["messages"][0]["content"].replace("hang", "")
         return await self.inner.complete(tenant, key_id, endpoint, {**body, "messages": [{"role": "user", "content": text}]})
 
@@ -559,6 +562,26 @@ def test_a_batch_that_cannot_go_on_ends_with_the_answers_it_has(service: Service
     assert done.errors.data is not None
     assert done.errors.data[0].code == "internal_error"
     assert events(service) == [("batch.expired", made.id)]
+
+
+def test_a_line_that_a_crash_had_asked_again_is_charged_once(service: Service, standin: StandIn, client: OpenAI) -> None:
+    def down(point: str) -> None:
+        if point == "before record answers":
+            raise DatabaseDown("the database does not answer", hint="wait")
+
+    db = Database(service.db.url.render_as_string(hide_password=False), down)
+    first, second = RunBatches(replace(service, db=db), standin), RunBatches(service, standin)
+    file_id = upload(service, [question("a"), question("b"), question("c", "refuse")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(DatabaseDown):
+        turns_until(first, lambda: False)
+    first.close()
+    db.close()
+    assert ended(client, second, made.id).status == "completed"
+    second.close()
+    assert len(standin.asked) > 3
+    used = service.db.read(lambda tx: usage.summary(tx, "default", 0, service.clock() + 1, "kind"))
+    assert [(one.kind, one.tokens, one.cost_micros) for one in used] == [("prompt", 6, 12), ("completion", 4, 16)]
 
 
 def test_azure_leaves_out_v1_and_async_clients_do_the_same(

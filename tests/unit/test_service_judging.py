@@ -329,9 +329,10 @@ def test_a_scratch_folder_that_is_full_or_gone_is_not_the_files_fault(service: S
         return judge(path, "fine-tune")
 
     for where, name, breaks in ((judging.tempfile, "mkdtemp", full), (judging, "judge", removed)):
-        with monkeypatch.context() as patch, pytest.raises((StorageError, FileNotFoundError)):
+        with monkeypatch.context() as patch:
             patch.setattr(where, name, breaks)
-            duty.turn()
+            with pytest.raises((StorageError, FileNotFoundError)):
+                duty.turn()
         assert kept(service).status == "uploaded"
     assert duty.turn()
     assert (kept(service).facts or {})["rows"] == 1
