@@ -581,7 +581,7 @@ def test_a_line_that_a_crash_had_asked_again_is_charged_once(service: Service, s
     second.close()
     assert len(standin.asked) > 3
     used = service.db.read(lambda tx: usage.summary(tx, "default", 0, service.clock() + 1, "kind"))
-    assert [(one.kind, one.tokens, one.cost_micros) for one in used] == [("prompt", 6, 12), ("completion", 4, 16)]
+    assert [(one.kind, one.tokens, one.cost_micros) for one in used] == [("completion", 4, 16), ("prompt", 6, 12)]
 
 
 def test_azure_leaves_out_v1_and_async_clients_do_the_same(
