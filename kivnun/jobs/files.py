@@ -139,10 +139,18 @@ def storage_of(tx: Transaction, tenant: str) -> Storage:
     return Storage(int(count), int(size) + int(tx.execute(coming).scalar_one()))
 
 
-def unjudged(tx: Transaction, limit: int) -> Sequence[File]:
-    """Return files of all tenants that wait for their judgement, the oldest first."""
-    query = sa.select(files).where(files.c.status == "uploaded", files.c.purpose.in_(JUDGED), files.c.deleted_at.is_(None))
-    return [File(**row) for row in tx.execute(query.order_by(files.c.created_at, files.c.id).limit(limit)).mappings()]
+def unjudged(tx: Transaction, of_each: int, least_bytes: int = 0, below_bytes: int | None = None) -> Sequence[File]:
+    """Return files that wait for their judgement and are as large as asked for: the oldest `of_each` tenant."""
+    order = (files.c.created_at, files.c.id)
+    place = sa.func.row_number().over(partition_by=files.c.tenant, order_by=order).label("place")
+    query = sa.select(files.c.id, place).where(
+        files.c.status == "uploaded", files.c.purpose.in_(JUDGED), files.c.deleted_at.is_(None), files.c.bytes >= least_bytes
+    )
+    if below_bytes is not None:
+        query = query.where(files.c.bytes < below_bytes)
+    placed = query.subquery()
+    first = sa.select(files).join(placed, placed.c.id == files.c.id).where(placed.c.place <= of_each)
+    return [File(**row) for row in tx.execute(first.order_by(*order)).mappings()]
 
 
 def expired(tx: Transaction, now: float, limit: int) -> Sequence[File]:

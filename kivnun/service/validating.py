@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ from kivnun.service.planning import (
     outlook,
     this_machine_asked,
 )
+from kivnun.service.turns import OF_EACH, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +62,17 @@ class ValidateJobs:
     lane: Literal["all", "small", "large"] = "all"
     machine: Machine = this_machine_asked
     name: str = "validate_jobs"
+    turns: Turns = field(default_factory=Turns)
 
     def turn(self) -> bool:
-        """Validate the oldest job that waits for it; return whether there was one."""
+        """Validate the job whose turn it is; return whether there was one."""
         bounds = {"all": (0, None), "small": (0, LARGE_BYTES), "large": (LARGE_BYTES, None)}[self.lane]
-        job = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds))
-        if job is None:
+        waiting = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds, of_each=OF_EACH))
+        if not waiting:
             return False
-        self.validate(job)
+        job = self.turns.in_turn(waiting)[0]
+        with self.turns.serving(job):
+            self.validate(job)
         return True
 
     def validate(self, job: Job) -> None:

@@ -205,9 +205,9 @@ def test_a_job_waits_for_the_judgement_of_its_files_and_one_cancelled_meanwhile_
 
     duty = ValidateJobs(world.service, machine=cancelled_meanwhile)
     seen = world.service.db.read(tuning.to_validate)
-    assert seen is not None
+    assert [job.id for job in seen] == [job_id]
     world.client.fine_tuning.jobs.cancel(job_id)
-    duty.validate(seen)
+    duty.validate(seen[0])
     assert world.job(job_id).status == "cancelled"
     assert world.messages(job_id)[-1] == "Job cancelled"
 
