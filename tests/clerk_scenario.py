@@ -23,6 +23,7 @@ from kivnun.jobs import batches, webhooks
 from kivnun.jobs.database import Database
 from kivnun.jobs.place import Place, place_in
 from kivnun.jobs.schema import deliveries
+from kivnun.jobs.usage import Charge
 from kivnun.service import batching, clerk
 from kivnun.service.batching import RunBatches
 from kivnun.service.delivering import DeliverWebhooks
@@ -37,11 +38,12 @@ class Noting:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
         with self._path.open("a") as notes:
             notes.write(body["prompt"] + "\n")
         await asyncio.sleep(0.01)
-        return {"choices": [{"text": body["prompt"]}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+        used = Charge(tenant, "toy", "toy", key_id, (("prompt", 1, 1.0), ("completion", 1, 1.0)))
+        return {"choices": [{"text": body["prompt"]}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}, used
 
 
 def is_done(db: Database) -> bool:

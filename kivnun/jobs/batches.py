@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from kivnun.jobs import files, webhooks
+from kivnun.jobs import files, usage, webhooks
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import batch_answers, batches
+from kivnun.jobs.usage import Charge
 
 BatchStatus = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
 Ending = Literal["completed", "expired", "cancelled"]
@@ -66,6 +67,7 @@ class LineAnswer:
     line: int
     ok: bool
     body: dict[str, Any]
+    charge: Charge | None = None  # until it is recorded
 
 
 def create(tx: Transaction, batch: Batch) -> None:
@@ -121,11 +123,10 @@ def begin(tx: Transaction, batch: Batch, total: int, model: str | None, now: flo
 
 
 def fail(tx: Transaction, batch: Batch, errors: Sequence[dict[str, Any]], now: float, new_id: NewId) -> None:
-    """End a batch that cannot be answered, and say why."""
+    """End a batch that cannot be answered, and say why. One that has answers is closed instead: nothing here changes it."""
     current = find(tx, batch.id, batch.tenant)
-    if current is not None and current.status not in TERMINAL:
+    if current is not None and current.status not in TERMINAL and not current.completed + current.failed:
         _move(tx, current, "failed", now, errors=list(errors))
-        _forget_answers(tx, current)
         _tell(tx, current, "failed", now, new_id)
 
 
@@ -134,8 +135,10 @@ def answered(tx: Transaction, batch_id: str) -> set[int]:
     return set(tx.execute(sa.select(batch_answers.c.line).where(batch_answers.c.batch == batch_id)).scalars())
 
 
-def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer]) -> None:
-    """Record answers and count them. A line that has one keeps it; a batch that has ended takes none."""
+def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer], now: float) -> None:
+    """Record answers, count and charge them. A line that has one keeps it; a batch that has ended takes none.
+
+    So a line is paid once, however often a crash had it asked."""
     current = find(tx, batch.id, batch.tenant)
     if current is None or current.status not in ("in_progress", "cancelling"):
         return
@@ -149,6 +152,7 @@ def record(tx: Transaction, batch: Batch, answers: Sequence[LineAnswer]) -> None
         sa.insert(batch_answers),
         [{"batch": batch.id, "line": answer.line, "ok": answer.ok, "body": answer.body} for answer in new],
     )
+    usage.charge(tx, [answer.charge for answer in new if answer.charge is not None], now)
     good = sum(answer.ok for answer in new)
     counts = {"completed": batches.c.completed + good, "failed": batches.c.failed + len(new) - good}
     tx.execute(sa.update(batches).where(batches.c.id == batch.id).values(counts))
@@ -178,8 +182,9 @@ def close(
     usage: dict[str, int],
     now: float,
     new_id: NewId,
+    errors: Sequence[dict[str, Any]] = (),
 ) -> bool:
-    """End a batch with its files, which alone hold its answers from now on.
+    """End a batch with its files, which alone hold its answers from now on, and with what stopped it, if anything did.
 
     False, and nothing, where it is not in the status any more that it was closed from, or where the files lack an answer:
     `written` counts the good and the bad ones in them."""
@@ -190,7 +195,7 @@ def close(
         if file is not None:
             files.add(tx, file)
     named = {"output_file": output.id if output else None, "error_file": error.id if error else None}
-    _move(tx, current, ending, now, usage=usage, **named)
+    _move(tx, current, ending, now, usage=usage, errors=list(errors) or None, **named)
     _forget_answers(tx, current)
     _tell(tx, current, ending, now, new_id)
     return True

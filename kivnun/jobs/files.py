@@ -106,15 +106,18 @@ def mark(
 
 def user_of(tx: Transaction, file_id: str, tenant: str) -> str | None:
     """Return the id of a job or batch that has not ended and needs the file; None where there is none."""
-    job = sa.select(jobs.c.id).where(
-        jobs.c.tenant == tenant,
-        jobs.c.status.not_in(TERMINAL),
-        sa.or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id),
-    )
-    batch = sa.select(batches.c.id).where(
-        batches.c.tenant == tenant, batches.c.status.not_in(BATCH_TERMINAL), batches.c.input_file == file_id
-    )
+    job = sa.select(jobs.c.id).where(_job_needs(file_id, tenant))
+    batch = sa.select(batches.c.id).where(_batch_needs(file_id, tenant))
     return tx.execute(job.limit(1)).scalar() or tx.execute(batch.limit(1)).scalar()
+
+
+def _job_needs(file_id: str | sa.Column[Any], tenant: str | sa.Column[Any]) -> sa.ColumnElement[bool]:
+    is_named = sa.or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id)
+    return sa.and_(jobs.c.tenant == tenant, jobs.c.status.not_in(TERMINAL), is_named)
+
+
+def _batch_needs(file_id: str | sa.Column[Any], tenant: str | sa.Column[Any]) -> sa.ColumnElement[bool]:
+    return sa.and_(batches.c.tenant == tenant, batches.c.status.not_in(BATCH_TERMINAL), batches.c.input_file == file_id)
 
 
 def delete(tx: Transaction, file_id: str, tenant: str, now: float) -> None:
@@ -136,13 +139,23 @@ def storage_of(tx: Transaction, tenant: str) -> Storage:
     return Storage(int(count), int(size) + int(tx.execute(coming).scalar_one()))
 
 
-def unjudged(tx: Transaction, limit: int) -> Sequence[File]:
-    """Return files of all tenants that wait for their judgement, the oldest first."""
-    query = sa.select(files).where(files.c.status == "uploaded", files.c.purpose.in_(JUDGED), files.c.deleted_at.is_(None))
-    return [File(**row) for row in tx.execute(query.order_by(files.c.created_at, files.c.id).limit(limit)).mappings()]
+def unjudged(tx: Transaction, of_each: int, least_bytes: int = 0, below_bytes: int | None = None) -> Sequence[File]:
+    """Return files that wait for their judgement and are as large as asked for: the oldest `of_each` tenant."""
+    order = (files.c.created_at, files.c.id)
+    place = sa.func.row_number().over(partition_by=files.c.tenant, order_by=order).label("place")
+    query = sa.select(files.c.id, place).where(
+        files.c.status == "uploaded", files.c.purpose.in_(JUDGED), files.c.deleted_at.is_(None), files.c.bytes >= least_bytes
+    )
+    if below_bytes is not None:
+        query = query.where(files.c.bytes < below_bytes)
+    placed = query.subquery()
+    first = sa.select(files).join(placed, placed.c.id == files.c.id).where(placed.c.place <= of_each)
+    return [File(**row) for row in tx.execute(first.order_by(*order)).mappings()]
 
 
 def expired(tx: Transaction, now: float, limit: int) -> Sequence[File]:
-    """Return files of all tenants whose time is over."""
-    query = sa.select(files).where(files.c.expires_at <= now, files.c.deleted_at.is_(None))
+    """Return files of all tenants whose time is over, but those that a job or batch needs which has not ended."""
+    job = sa.exists().where(_job_needs(files.c.id, files.c.tenant))
+    batch = sa.exists().where(_batch_needs(files.c.id, files.c.tenant))
+    query = sa.select(files).where(files.c.expires_at <= now, files.c.deleted_at.is_(None), ~job, ~batch)
     return [File(**row) for row in tx.execute(query.order_by(files.c.expires_at).limit(limit)).mappings()]

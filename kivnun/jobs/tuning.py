@@ -225,20 +225,22 @@ def num_waiting(tx: Transaction, tenant: str) -> int:
     return tx.execute(sa.select(sa.func.count()).where(jobs.c.tenant == tenant, jobs.c.status.in_(waiting))).scalar_one()
 
 
-def to_validate(tx: Transaction, least_bytes: int = 0, below_bytes: int | None = None) -> Job | None:
-    """Return the oldest job of all tenants whose files are judged and that has not been validated itself; None: there is none.
+def to_validate(tx: Transaction, least_bytes: int = 0, below_bytes: int | None = None, of_each: int = 1) -> list[Job]:
+    """Return jobs whose files are judged and that have not been validated themselves: the oldest `of_each` tenant.
 
     The bounds are of its training file, one that was deleted counting as empty."""
     of_job = sa.or_(files.c.id == jobs.c.training_file, files.c.id == jobs.c.validation_file)
     unjudged = sa.exists().where(of_job, files.c.status == "uploaded", files.c.deleted_at.is_(None))
     size = sa.func.coalesce(files.c.bytes, 0)
-    query = sa.select(jobs).outerjoin(files, files.c.id == jobs.c.training_file).where(size >= least_bytes)
+    order = (jobs.c.created_at, jobs.c.id)
+    place = sa.func.row_number().over(partition_by=jobs.c.tenant, order_by=order).label("place")
+    query = sa.select(jobs.c.id, place).outerjoin(files, files.c.id == jobs.c.training_file).where(size >= least_bytes)
     if below_bytes is not None:
         query = query.where(size < below_bytes)
     # The subquery looks at the files of its job again, not at the row that is joined.
-    query = query.where(jobs.c.status == "validating_files", sa.not_(unjudged.correlate(jobs)))
-    row = tx.execute(query.order_by(jobs.c.created_at, jobs.c.id).limit(1)).mappings().one_or_none()
-    return None if row is None else Job(**row)
+    placed = query.where(jobs.c.status == "validating_files", sa.not_(unjudged.correlate(jobs))).subquery()
+    first = sa.select(jobs).join(placed, placed.c.id == jobs.c.id).where(placed.c.place <= of_each)
+    return [Job(**row) for row in tx.execute(first.order_by(*order)).mappings()]
 
 
 def model_of_checkpoint(tx: Transaction, checkpoint: str, tenant: str) -> str | None:

@@ -8,6 +8,8 @@ rounded once, half up: a row is wrong by half a millionth at most, and a sum by 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal, get_args
@@ -34,6 +36,27 @@ class Used:
     kind: Kind
     tokens: int
     cost_micros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What an answer used, to be added to its tenant's usage once: tokens of each kind, and the price of a million of them."""
+
+    tenant: str
+    base: str
+    model: str
+    api_key: str | None
+    parts: tuple[tuple[Kind, int, float], ...]
+
+
+def charge(tx: Transaction, charges: Iterable[Charge], now: float) -> None:
+    """Add what answers used to their tenants' usage: one row for all that are alike."""
+    sums: Counter[tuple[str, Kind, str, str, float, str | None]] = Counter()
+    for one in charges:
+        for kind, tokens, price in one.parts:
+            sums[one.tenant, kind, one.base, one.model, price, one.api_key] += tokens
+    for (tenant, kind, base, model, price, api_key), tokens in sums.items():
+        record(tx, tenant, kind, base, model, tokens, price, now, api_key=api_key)
 
 
 def cost_micros(tokens: int, price_per_million: float) -> int:

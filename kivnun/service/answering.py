@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +26,7 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import limits_of
+from kivnun.jobs.usage import Charge
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required
 from kivnun.serve.protocol import Begun, Done, Failed, Piece
 from kivnun.serve.question import Asked as AskedOf
@@ -44,6 +45,8 @@ PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes
 LOOK_S = 0.25
 WISH_S = 60.0
 
+Pay = Callable[[Charge], None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,16 +59,23 @@ class Answering:
         self._tokenizers = Tokenizers(service.config)
         self._wished: dict[str, float] = {}
 
-    async def complete(self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the whole answer to a body for an endpoint, `/v1/chat/completions` or `/v1/completions`; named without /v1, as
-        Azure's scripts do, the body's model is a deployment first. Raises ApiError."""
+    async def complete(
+        self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Charge]:
+        """Return the whole answer to a body for an endpoint, and what it used. The endpoint is `/v1/chat/completions` or
+        `/v1/completions`; named without /v1, as Azure's scripts do, the body's model is a deployment first.
+
+        Whoever asks charges it, once, with what becomes of the answer; one that is cut off is not charged. Raises ApiError."""
         full = canonical(endpoint)
         if full is None:
             raise ApiError(400, f"endpoint must be one of {', '.join(ENDPOINTS)}", code="invalid_value", param="endpoint")
         if body.get("stream"):
             raise ApiError(400, "an answer of a batch is not streamed: leave stream out", code="invalid_value", param="stream")
-        answer = await self.begin(tenant, key_id, ENDPOINTS[full], body, "openai" if endpoint == full else "azure")
-        return await answer.whole()
+        charges: list[Charge] = []
+        dialect: Dialect = "openai" if endpoint == full else "azure"
+        answer = await self.begin(tenant, key_id, ENDPOINTS[full], body, dialect, pay=charges.append)
+        whole_answer = await answer.whole()
+        return whole_answer, charges[0]
 
     async def begin(
         self,
@@ -75,16 +85,18 @@ class Answering:
         body: Mapping[str, Any] | bytes,
         dialect: Dialect,
         deployment: str | None = None,
+        pay: Pay | None = None,
     ) -> Answer:
         """Return an answer that has begun to be written. Raises ApiError where none will be.
 
-        `deployment` is the name in the path, which goes before the body's; the dialect says what a name may mean."""
+        `deployment` is the name in the path, which goes before the body's; the dialect says what a name may mean. What the answer
+        used is told to `pay` when it ends; without it, it is written down at once."""
         given, name, asked, limits = await run_in_threadpool(self._find, tenant, body, deployment, dialect)
         if not self._tokenizers.is_here(asked.base):  # its weights may be far as well: whoever fetches them begins now
             await self._wish(asked.base, missing=True)
         of = await self._tokenizers.of(asked.base)
         question = await run_in_threadpool(_question, given, endpoint, replace(of, model=name))
-        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question)
+        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question, pay or self._write_down)
         try:
             link = await self._link(asked.base)
             heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
@@ -106,6 +118,14 @@ class Answering:
         extra = {"x_adapter_hash": content_hash}
         head = Head(new_id(endpoint), int(self._service.clock()), question, of.tokens, f"kivnun-{fingerprint}", extra)
         return Answer(asked, head, heard, begun, bill)
+
+    def _write_down(self, used: Charge) -> None:
+        try:
+            self._service.db.write("answer used", lambda tx: usage.charge(tx, [used], self._service.clock()))
+        except DatabaseDown as error:  # the answer is there, and its reader waits
+            counts = {kind: tokens for kind, tokens, _ in used.parts}
+            fields = {"action": "usage_lost", "tenant": used.tenant, **counts}
+            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
 
     async def _link(self, base: str) -> Link:
         """Return a connection to a worker of a base, waiting a little for one that is starting. Raises ApiError."""
@@ -170,12 +190,12 @@ class Payer:
 
 
 class Bill:
-    """What an answer costs: charged to the minute when it is taken on, corrected and written down once when it ends.
+    """What an answer costs: charged to the minute when it is taken on, corrected and paid once when it ends.
 
     Raises ApiError 429 when it is made where the tenant has used up its minute or its places."""
 
-    def __init__(self, service: Service, payer: Payer, key_id: str | None, asked: Asked, question: Question) -> None:
-        self._service, self._payer, self._key_id, self._asked = service, payer, key_id, asked
+    def __init__(self, service: Service, payer: Payer, key_id: str | None, asked: Asked, question: Question, pay: Pay) -> None:
+        self._service, self._payer, self._key_id, self._asked, self._pay = service, payer, key_id, asked, pay
         self._charged, self._prompt = question.likely_tokens, question.prompt_tokens
         self._open = True
         self._place = ExitStack()
@@ -204,22 +224,12 @@ class Bill:
         return self._open
 
     def _record(self, written: int) -> None:
-        asked, now = self._asked, self._service.clock()
-        price = self._service.config.bases[asked.base].price
-        kinds: list[tuple[usage.Kind, int, float]] = [
+        asked, price = self._asked, self._service.config.bases[self._asked.base].price
+        parts: tuple[tuple[usage.Kind, int, float], ...] = (
             ("prompt", self._prompt, price.prompt),
             ("completion", written, price.completion),
-        ]
-
-        def write(tx: Transaction) -> None:
-            for kind, tokens, rate in kinds:
-                usage.record(tx, self._payer.tenant, kind, asked.base, asked.model, tokens, rate, now, api_key=self._key_id)
-
-        try:
-            self._service.db.write("answer used", write)
-        except DatabaseDown as error:  # the answer is there, and its reader waits
-            fields = {"action": "usage_lost", "tenant": self._payer.tenant, "prompt": self._prompt, "completion": written}
-            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
+        )
+        self._pay(Charge(self._payer.tenant, asked.base, asked.model, self._key_id, parts))
 
 
 @dataclass(slots=True)

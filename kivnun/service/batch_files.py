@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 from kivnun.data.jsonl import LineProblem, read_objects
 from kivnun.errors import DataError
 from kivnun.jobs.batches import Ending, LineAnswer
+from kivnun.jobs.usage import Charge
 from kivnun.service.errors import ApiError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -128,13 +129,15 @@ def _wrong(row: Mapping[str, Any], key: str, allowed: str, param: str | None = N
 # --- answers ----------------------------------------------------------------------------------------------------------------
 
 
-def answer_line(batch_id: str, request: Request, answer: dict[str, Any] | ApiError, request_id: str) -> LineAnswer:
+def answer_line(
+    batch_id: str, request: Request, answer: dict[str, Any] | ApiError, request_id: str, charge: Charge | None
+) -> LineAnswer:
     """Return the line that answers a request: the body of the answer, or of the refusal, with its HTTP status."""
     refused = isinstance(answer, ApiError)
     status, body = (answer.status, answer.body("openai")) if isinstance(answer, ApiError) else (200, answer)
     response = {"status_code": status, "request_id": request_id, "body": body}
     line = {"id": _line_id(batch_id, request.line), "custom_id": request.custom_id, "response": response, "error": None}
-    return LineAnswer(request.line, not refused, line)
+    return LineAnswer(request.line, not refused, line, charge)
 
 
 def _unanswered_line(batch_id: str, request: Request, ending: Ending) -> dict[str, Any]:

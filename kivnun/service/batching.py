@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from kivnun.artifacts import storage_errors
+from kivnun.errors import IntegrityError, StorageError
 from kivnun.jobs import batches, files, tenants
 from kivnun.jobs.batches import Batch, Ending, LineAnswer
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
+from kivnun.jobs.usage import Charge
 from kivnun.service.batch_files import Request, Written, answer_line, requests_of, validated, write_answers
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
@@ -39,15 +42,16 @@ RECORDED_AT_ONCE = 200
 WAIT_S = 0.05  # for an answer, before looking around again
 LINE_TIMEOUT_S = 600.0
 CUT_OFF_S = 5.0  # for what is under way to notice that it is cut off
-TRIES = 4  # of a line that fails for no reason of its own, and of a batch that cannot be handled
+TRIES = 4  # of a line that fails for no reason of its own, and in a row of a batch that cannot be handled
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30.0
 
 
 class Answers(Protocol):
     """Answers questions, as `answering.Answering` does."""
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of the answer to a batch's endpoint as it was named, which tells the dialect. Raises ApiError."""
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
+        """Return the body of the answer to a batch's endpoint as it was named, which tells the dialect, and what it used, which is
+        charged with the record of the answer. Raises ApiError."""
         ...
 
 
@@ -94,10 +98,24 @@ class _Run:
 
 
 @dataclass(slots=True)
+class _Setback:
+    """How often in a row a batch could not be handled, how often by a fault of its own, and when it is tried again."""
+
+    failures: int = 0
+    faults: int = 0
+    until: float = -math.inf
+
+    def add(self, now: float, is_fault: bool) -> None:
+        self.until = now + min(LAST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self.failures, 10))
+        self.failures += 1
+        self.faults += is_fault
+
+
+@dataclass(slots=True)
 class _Outcome:
     run: _Run
     asked: _Asked
-    answer: dict[str, Any] | Exception
+    answer: tuple[dict[str, Any], Charge] | Exception
 
 
 class RunBatches:
@@ -112,7 +130,7 @@ class RunBatches:
         self._unrecorded: list[tuple[_Run, LineAnswer]] = []
         self._desks = ThreadPoolExecutor(DESKS, "batch-desk")
         self._at_desk: dict[str, tuple[Batch, Future[_Run | None]]] = {}
-        self._troubles: Counter[str] = Counter()
+        self._setbacks: dict[str, _Setback] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="batch-answers", daemon=True)
         self._thread.start()
@@ -125,6 +143,7 @@ class RunBatches:
         running = {batch.id for batch in found if batch.status == "in_progress" and now < batch.expires_at}
         for run in [run for run in self._runs.values() if run.batch.id not in running]:
             self._end(run)
+        self._setbacks = {batch.id: self._setbacks[batch.id] for batch in found if batch.id in self._setbacks}
         for batch in found:
             self._handle(batch, now)
         self._ask()
@@ -150,7 +169,8 @@ class RunBatches:
 
     def _handle(self, batch: Batch, now: float) -> None:
         """Do what a batch's status asks for, beside what is being answered meanwhile."""
-        if batch.id in self._at_desk or len(self._at_desk) >= DESKS:
+        setback = self._setbacks.get(batch.id, _Setback())
+        if self._monotonic() < setback.until or batch.id in self._at_desk or len(self._at_desk) >= DESKS:
             return
         if batch.status == "cancelling":
             self._give(batch, lambda: self._close(batch, "cancelled"))
@@ -158,6 +178,8 @@ class RunBatches:
             self._give(batch, lambda: self._close(batch, "completed"))
         elif now >= batch.expires_at:
             self._give(batch, lambda: self._close(batch, "expired"))
+        elif setback.faults >= TRIES:
+            self._give(batch, lambda: self._give_up(batch))
         elif batch.status == "validating":
             self._give(batch, lambda: self._validate(batch))
         elif self._has_room(batch):
@@ -173,20 +195,37 @@ class RunBatches:
         self._at_desk[batch.id] = batch, self._desks.submit(self._tried, batch, work)
 
     def _tried(self, batch: Batch, work: Callable[[], _Run | None]) -> _Run | None:
-        """Do something for a batch. What goes wrong time and again in one batch fails that batch, not the duty."""
+        """Do something for a batch, later where the store or the disk has no room for it now.
+
+        What goes wrong otherwise, time and again in one batch, ends that batch, not the duty."""
         try:
-            return work()
-        except (DatabaseDown, StoreDown, StaleLease):
+            with storage_errors(self._service.scratch):
+                opened = work()
+        except (DatabaseDown, StaleLease):
             raise
+        except (StorageError, StoreDown):
+            self._set_back(batch, is_fault=False)
+            logger.warning("a batch waits for the disk or the store", extra={"action": "batch_waits", "batch": batch.id})
         except Exception as error:
-            self._troubles[batch.id] += 1
             told = {"action": "batch_trouble", "batch": batch.id}
             logger.error("a batch could not be handled", exc_info=error, extra=told)
-            if self._troubles[batch.id] >= TRIES:
-                self._fail(batch, [_error("internal_error", "the batch could not be handled; the server's log says why")])
-            else:
-                time.sleep(FIRST_DELAY_S)
-            return None
+            self._set_back(batch, is_fault=True)
+        else:
+            self._setbacks.pop(batch.id, None)
+            return opened
+        return None
+
+    def _set_back(self, batch: Batch, *, is_fault: bool) -> None:
+        self._setbacks.setdefault(batch.id, _Setback()).add(self._monotonic(), is_fault)
+
+    def _give_up(self, batch: Batch) -> None:
+        """End a batch that cannot go on. One that has answers, which were paid for, ends with them, as if its time were over."""
+        errors = [_error("internal_error", "the batch could not be handled; the server's log says why")]
+        current = self._service.db.read(lambda tx: batches.find(tx, batch.id, batch.tenant))
+        if current is not None and current.completed + current.failed:
+            self._close(batch, "expired", errors)
+        else:
+            self._fail(batch, errors)
 
     def _clear_desks(self) -> None:
         """Take what is done from the desks. Raises what went wrong there for no reason of one batch."""
@@ -216,13 +255,17 @@ class RunBatches:
         if path is None:
             return None
         service = self._service
-        done, limits = service.db.read(
-            lambda tx: (
-                batches.answered(tx, batch.id),
-                tenants.limits_of(tx, batch.tenant, service.config.limits),
+        try:
+            done, limits = service.db.read(
+                lambda tx: (
+                    batches.answered(tx, batch.id),
+                    tenants.limits_of(tx, batch.tenant, service.config.limits),
+                )
             )
-        )
-        return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), path, requests_of(path, done))
+            return _Run(batch, min(AT_ONCE_A_TENANT, limits.answers_at_once), path, requests_of(path, done))
+        except BaseException:
+            path.unlink()
+            raise
 
     def _end(self, run: _Run) -> None:
         """Ask nothing more of a batch; whatever is under way is cut off."""
@@ -231,7 +274,7 @@ class RunBatches:
             going.cancel()
         run.path.unlink(missing_ok=True)
 
-    def _close(self, batch: Batch, ending: Ending) -> None:
+    def _close(self, batch: Batch, ending: Ending, errors: Sequence[dict[str, Any]] = ()) -> None:
         """Write a batch's files and end it, unless something came between; then the next turn sees what."""
         service = self._service
         with self._scratch(batch, "output") as output_path, self._scratch(batch, "error") as error_path:
@@ -241,7 +284,7 @@ class RunBatches:
         counts, usage = (written.completed, written.failed), written.usage()
         service.db.write(
             "close batch",
-            lambda tx: batches.close(tx, batch, ending, counts, kept[0], kept[1], usage, now, service.new_id),
+            lambda tx: batches.close(tx, batch, ending, counts, kept[0], kept[1], usage, now, service.new_id, errors),
         )
 
     def _written(self, batch: Batch, ending: Ending, output_path: Path, error_path: Path) -> Written:
@@ -261,8 +304,15 @@ class RunBatches:
     @contextmanager
     def _unanswered(self, batch: Batch, ending: Ending) -> Iterator[Iterator[Request]]:
         """Give the requests of a batch that ends early; none where all are answered, or where none was ever asked."""
-        path = None if ending == "completed" or not batch.total else self._fetched(batch)
-        if path is None:
+        file = self._service.db.read(lambda tx: files.find(tx, batch.input_file, batch.tenant))
+        if ending == "completed" or not batch.total or file is None:
+            yield iter(())
+            return
+        try:
+            path = self._copied(batch, file)
+        except IntegrityError as error:  # the answers are there all the same
+            told = {"action": "batch_input_lost", "batch": batch.id}
+            logger.error("the input of a batch cannot be read: its unanswered lines are not listed", exc_info=error, extra=told)
             yield iter(())
             return
         try:
@@ -289,6 +339,10 @@ class RunBatches:
         if file is None:
             self._fail(batch, [_error("invalid_file", f"the input file {batch.input_file} was deleted", "input_file_id")])
             return None
+        return self._copied(batch, file)
+
+    def _copied(self, batch: Batch, file: File) -> Path:
+        self._service.scratch.mkdir(parents=True, exist_ok=True)
         path = self._service.scratch / f"{self._service.new_id(batch.id + '-')}.jsonl"
         try:
             self._service.blobs.fetch(file.blob, path)
@@ -299,6 +353,7 @@ class RunBatches:
 
     @contextmanager
     def _scratch(self, batch: Batch, kind: str) -> Iterator[Path]:
+        self._service.scratch.mkdir(parents=True, exist_ok=True)
         path = self._service.scratch / f"{batch.id}.{kind}"
         try:
             yield path
@@ -330,7 +385,7 @@ class RunBatches:
         batch = run.batch
         try:
             work = self._answering.complete(batch.tenant, batch.api_key, batch.endpoint, asked.request.body)
-            answer: dict[str, Any] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
+            answer: tuple[dict[str, Any], Charge] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
         except Exception as error:
             answer = error
         self._outcomes.put(_Outcome(run, asked, answer))
@@ -351,17 +406,17 @@ class RunBatches:
         by_batch: dict[str, tuple[Batch, list[LineAnswer]]] = {}
         for run, answer in self._unrecorded:
             by_batch.setdefault(run.batch.id, (run.batch, []))[1].append(answer)
+        now = self._service.clock()
         for batch, answers in by_batch.values():
-            self._service.db.write("record answers", lambda tx, b=batch, a=answers: batches.record(tx, b, a))
+            self._service.db.write("record answers", lambda tx, b=batch, a=answers: batches.record(tx, b, a, now))
         recorded, self._unrecorded = bool(self._unrecorded), []
         return recorded
 
     def _settled(self, outcome: _Outcome) -> LineAnswer | None:
         """Return what a line's outcome comes to; None where it is to be asked again."""
         run, asked, answer = outcome.run, outcome.asked, outcome.answer
-        if isinstance(answer, dict):
-            run.pauses = 0
-        else:
+        request_id = self._service.new_id("req_")
+        if isinstance(answer, Exception):
             error = answer if isinstance(answer, ApiError) else _as_refusal(answer)
             is_final = error.code == "insufficient_quota" or error.headers.get("x-should-retry") == "false"
             is_later = error.status in (408, 429, 503) and not is_final
@@ -370,8 +425,10 @@ class RunBatches:
                 run.again.append(asked)
                 run.pause(self._monotonic(), float(error.headers.get("retry-after-ms", 0)) / 1000)
                 return None
-            answer = error
-        return answer_line(run.batch.id, asked.request, answer, self._service.new_id("req_"))
+            return answer_line(run.batch.id, asked.request, error, request_id, None)
+        run.pauses = 0
+        body, charge = answer
+        return answer_line(run.batch.id, asked.request, body, request_id, charge)
 
 
 async def _cut_off() -> None:
@@ -385,7 +442,7 @@ async def _cut_off() -> None:
 
 def _as_refusal(error: Exception) -> ApiError:
     """Return what a failure that is no answer comes to: "later" where the service was down, else its own fault."""
-    if isinstance(error, DatabaseDown | StoreDown | StaleLease):
+    if isinstance(error, DatabaseDown | StoreDown | StaleLease | StorageError):
         return ApiError(503, error.message, code=error.code, type="server_error")
     told = {"action": "batch_line_failed"}
     logger.error("a line of a batch could not be answered", exc_info=error, extra=told)

@@ -61,7 +61,8 @@ Maker = Callable[[Service], Duty]
 
 
 DUTIES: Mapping[str, Maker] = {
-    "files": JudgeFiles,
+    "files": functools.partial(JudgeFiles, lane="small"),
+    "large_files": functools.partial(JudgeFiles, lane="large"),
     "jobs": functools.partial(ValidateJobs, lane="small"),
     "large_jobs": functools.partial(ValidateJobs, lane="large"),
     "batches": lambda service: RunBatches(service, Answering(service)),

@@ -7,6 +7,7 @@ keys, never what a line says. Next: `problem_codes.py`, `kivnun/data/formats.py`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File, FileStatus
 from kivnun.service.context import Service
 from kivnun.service.problem_codes import code_of
+from kivnun.service.turns import OF_EACH, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ MAX_REQUESTS = 50_000  # of a batch
 FEW_EXAMPLES = 10
 AT_ONCE_BYTES = 1 << 20
 AT_ONCE_ROWS = 20_000
+LARGE_BYTES = 64 << 20
 TRIES = 5  # a clerk that is told to end in the middle counts as one
 
 Tick = Callable[[], None]
@@ -225,23 +228,31 @@ def _said(record: Record) -> tuple[object, ...]:
 
 
 class JudgeFiles:
-    """The duty that judges files whose upload was answered before. Each is judged under a lease of its own, a few times at most:
-    one that ends every judge is marked as an error, so that no client waits for it for ever."""
+    """The duty that judges files whose upload was answered before: all, or in two lanes, as large ones take minutes.
+
+    Each is judged under a lease of its own, a few times at most: one that ends every judge is marked as an error, so that no
+    client waits for it for ever."""
 
     name = "judge_files"
 
-    def __init__(self, service: Service, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, service: Service, clock: Callable[[], float] = time.monotonic, lane: Literal["all", "small", "large"] = "all"
+    ) -> None:
         self._service = service
+        self._bounds = {"all": (0, None), "small": (0, LARGE_BYTES), "large": (LARGE_BYTES, None)}[lane]
+        self._turns = Turns(clock)
         self._clock = clock
         self._watcher = leases.Watcher(clock)
         self._owner = service.new_id("judge-")
 
     def turn(self) -> bool:
-        """Judge one file; return whether there was one."""
-        for file in self._service.db.read(lambda tx: files.unjudged(tx, 100)):
+        """Judge the file whose turn it is; return whether there was one."""
+        waiting = self._service.db.read(lambda tx: files.unjudged(tx, OF_EACH, *self._bounds))
+        for file in self._turns.in_turn(waiting):
             lease = self._claimed(file)
             if lease is not None:
-                self._judge(file, lease)
+                with self._turns.serving(file):
+                    self._judge(file, lease)
                 return True
         return False
 
@@ -277,7 +288,7 @@ class JudgeFiles:
             return self._findings(file, lease)
         except StaleLease:
             raise
-        except (DatabaseDown, StoreDown, StorageError):
+        except (DatabaseDown, StoreDown, StorageError, FileNotFoundError):
             # Not the file's fault: the try does not count.
             self._give_back(file, lease)
             raise
@@ -301,14 +312,18 @@ class JudgeFiles:
                 self._service.db.write("beat", lambda tx: leases.beat(tx, lease))
                 next_beat = self._clock() + leases.BEAT_S
 
-        with tempfile.TemporaryDirectory(dir=self._service.scratch, prefix="judged-") as folder:
+        scratch = self._service.scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        with storage_errors(scratch), tempfile.TemporaryDirectory(dir=scratch, prefix="judged-") as folder:
             path = Path(folder) / "file.jsonl"
-            with storage_errors(path), path.open("xb") as out:
+            with path.open("xb") as out:
                 for piece in self._service.blobs.read(file.blob):
                     out.write(piece)
                     tick()
             found = judge(path, file.purpose, tick)
             assert found is not None, "without a bound on rows there is a verdict"
+            if not path.is_file():  # a service that starts clears the scratch folder
+                raise FileNotFoundError(errno.ENOENT, "the scratch folder was removed", str(scratch))
             return found
 
 

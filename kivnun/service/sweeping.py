@@ -8,12 +8,14 @@ writer nor a clock that jumps loses anything. Next: `jobs/blobs.py`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import sqlalchemy as sa
 
+from kivnun.errors import IntegrityError
 from kivnun.jobs import files, uploads
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.schema import files as files_table
@@ -22,6 +24,8 @@ from kivnun.jobs.schema import uploads as uploads_table
 from kivnun.jobs.snapshots import read_manifest
 from kivnun.jobs.states import TERMINAL
 from kivnun.service.context import Service
+
+logger = logging.getLogger(__name__)
 
 YOUNG_S = 3600.0  # within it, a blob that is put gets its row
 SETTLE_S = 600.0  # between the first look at an unnamed blob and the last
@@ -62,12 +66,10 @@ class Sweep:
         now = self._service.clock()
 
         def work(tx: Transaction) -> int:
-            ended = 0
-            for file in files.expired(tx, now, AT_ONCE):
-                if files.user_of(tx, file.id, file.tenant) is None:
-                    files.delete(tx, file.id, file.tenant, now)
-                    ended += 1
-            return ended
+            over = files.expired(tx, now, AT_ONCE)
+            for file in over:
+                files.delete(tx, file.id, file.tenant, now)
+            return len(over)
 
         if not self._service.db.read(lambda tx: files.expired(tx, now, 1)):
             return False
@@ -94,7 +96,12 @@ class Sweep:
         seen_manifests: set[str] = set()
         for tenant, listed in groupby(store.names(), key=lambda item: item[0].partition("/")[0]):
             old = [name for name, put_at in listed if put_at < before]
-            named = self._named(tenant, seen_manifests) if old else set[str]()
+            try:
+                named = self._named(tenant, seen_manifests) if old else set[str]()
+            except IntegrityError as error:  # what it named is not known: all of this tenant's blobs stay, and only those
+                told = {"action": "manifest_lost", "tenant": tenant}
+                logger.error("nothing of a tenant is erased: a manifest cannot be read", exc_info=error, extra=told)
+                continue
             for name in old:
                 if name in named:
                     continue

@@ -11,11 +11,12 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from kivnun.artifacts import storage_errors
 from kivnun.errors import KivnunError, StorageError
 from kivnun.jobs import files, models, queue, tuning
 from kivnun.jobs.database import Transaction
@@ -37,6 +38,7 @@ from kivnun.service.planning import (
     outlook,
     this_machine_asked,
 )
+from kivnun.service.turns import OF_EACH, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +63,25 @@ class ValidateJobs:
     lane: Literal["all", "small", "large"] = "all"
     machine: Machine = this_machine_asked
     name: str = "validate_jobs"
+    turns: Turns = field(default_factory=Turns)
 
     def turn(self) -> bool:
-        """Validate the oldest job that waits for it; return whether there was one."""
+        """Validate the job whose turn it is; return whether there was one."""
         bounds = {"all": (0, None), "small": (0, LARGE_BYTES), "large": (LARGE_BYTES, None)}[self.lane]
-        job = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds))
-        if job is None:
+        waiting = self.service.db.read(lambda tx: tuning.to_validate(tx, *bounds, of_each=OF_EACH))
+        if not waiting:
             return False
-        self.validate(job)
+        job = self.turns.in_turn(waiting)[0]
+        with self.turns.serving(job):
+            self.validate(job)
         return True
 
     def validate(self, job: Job) -> None:
         """Move a job to the queue, or end it with what is wrong with it."""
         with self._folder() as folder:
             try:
-                self._validate(job, folder)
+                with storage_errors(folder):
+                    self._validate(job, folder)
             except (DatabaseDown, StoreDown, StorageError, StaleLease):
                 raise  # of the machine or the clerk, not of the job: it is tried again
             except JobRefused as refused:
@@ -83,6 +89,8 @@ class ValidateJobs:
             except KivnunError as error:
                 self._fail(job, JobRefused(error.code, error.message), folder)
             except Exception as error:
+                if not folder.is_dir():
+                    raise  # a service that starts clears the scratch folder
                 # What an unknown error says may hold what a file says; where it came from does not.
                 told = {"action": "validation_failed", "job": job.id}
                 logger.error("a job could not be validated", exc_info=error, extra=told)
@@ -132,8 +140,9 @@ class ValidateJobs:
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
-        self.service.scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="validating-", dir=self.service.scratch))
+        with storage_errors(self.service.scratch):
+            self.service.scratch.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="validating-", dir=self.service.scratch))
         try:
             yield folder
         finally:

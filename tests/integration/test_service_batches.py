@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ import sqlalchemy as sa
 from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
-from kivnun.jobs import batches, files
+from kivnun.errors import StorageError
+from kivnun.jobs import batches, files, usage
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.schema import outbox
-from kivnun.service import batching
+from kivnun.jobs.usage import Charge
+from kivnun.service import batching, errors
 from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
@@ -46,14 +50,16 @@ class StandIn:
     downs: int = 0
     wait_s: float = 0.0
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
         text = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         self.asked.append((tenant, key_id, endpoint, text))
         self.going[tenant] += 1
         try:
             self.most_at_once[tenant] = max(self.most_at_once[tenant], self.going[tenant])
             self.most_at_once["all"] = max(self.most_at_once["all"], sum(self.going.values()))
-            return await self._answer(text, body)
+            return await self._answer(text, body), Charge(
+                tenant, "toy", "toy", key_id, (("prompt", 3, 2.0), ("completion", 2, 4.0))
+            )
         finally:
             self.going[tenant] -= 1
 
@@ -77,8 +83,9 @@ class StandIn:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WAIT_S", 0.005), ("FIRST_DELAY_S", 0.005)):
+    for name, value in (("WAIT_S", 0.005), ("FIRST_DELAY_S", 0.005), ("LAST_DELAY_S", 0.04)):
         monkeypatch.setattr(batching, name, value)
+    monkeypatch.setattr(errors, "RETRY_AFTER_MS", 20)
 
 
 @dataclass
@@ -474,7 +481,7 @@ def test_a_second_run_asks_only_for_the_lines_that_have_no_answer(service: Servi
 class _Unhung:
     inner: StandIn
 
-    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, tenant: str, key_id: str, endpoint: str, body: dict[str, Any]) -> tuple[dict[str, Any], Charge]:
         text = body["messages"][0]["content"].replace("hang", "")
         return await self.inner.complete(tenant, key_id, endpoint, {**body, "messages": [{"role": "user", "content": text}]})
 
@@ -490,6 +497,81 @@ def test_an_input_file_that_is_gone_fails_its_batch_and_no_other(service: Servic
     assert [batch.status for batch in found] == ["failed", "failed", "completed"]
     codes = [batch.errors.data[0].code if batch.errors and batch.errors.data else None for batch in found]
     assert codes == ["internal_error", "invalid_file", None]
+
+
+def test_a_full_disk_is_waited_out_and_no_answer_is_lost(
+    service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, put, missing = service.blobs.fetch, service.blobs.put, Counter({"fetch": 6, "put": 6})
+
+    def full(name: str) -> None:
+        missing[name] -= 1
+        if missing[name] >= 0:
+            raise OSError(errno.ENOSPC, "full") if name == "fetch" else StorageError("the disk is full", hint="make room")
+
+    monkeypatch.setattr(service.blobs, "fetch", lambda *given: (full("fetch"), fetch(*given)))
+    monkeypatch.setattr(service.blobs, "put", lambda *given: (full("put"), put(*given))[1])
+    file_id = upload(service, [question(str(n)) for n in range(3)])
+    done = ended(client, duty, client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h").id)
+    assert (done.status, len(lines_of(service, done.output_file_id)), len(standin.asked)) == ("completed", 3, 3)
+    assert max(missing.values()) < 0
+
+
+def test_troubles_are_counted_anew_once_a_batch_got_on(
+    service: Service, duty: RunBatches, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troubles = Counter[str]()
+
+    def stumbling(name: str, real: Callable[..., Any], *given: Any) -> Any:
+        troubles[name] += 1
+        if troubles[name] < batching.TRIES:
+            raise RuntimeError("a hiccup")
+        return real(*given)
+
+    for name in ("validated", "requests_of", "write_answers"):
+        monkeypatch.setattr(batching, name, partial(stumbling, name, getattr(batching, name)))
+    file_id = upload(service, [question("a")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    assert ended(client, duty, made.id).status == "completed"
+
+
+def test_a_batch_that_cannot_go_on_ends_with_the_answers_it_has(service: Service, standin: StandIn, client: OpenAI) -> None:
+    first = RunBatches(service, standin)
+    file_id = upload(service, [question("a"), question("b", "hang")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    turns_until(first, lambda: _answered(client, made.id) == 1)
+    first.close()
+    file = service.db.read(lambda tx: files.find(tx, file_id, "default"))
+    assert file is not None
+    service.blobs.delete(file.blob)
+    second = RunBatches(service, standin)
+    done = ended(client, second, made.id)
+    second.close()
+    assert (done.status, [line["custom_id"] for line in lines_of(service, done.output_file_id)]) == ("expired", ["a"])
+    assert done.errors is not None
+    assert done.errors.data is not None
+    assert done.errors.data[0].code == "internal_error"
+    assert events(service) == [("batch.expired", made.id)]
+
+
+def test_a_line_that_a_crash_had_asked_again_is_charged_once(service: Service, standin: StandIn, client: OpenAI) -> None:
+    def down(point: str) -> None:
+        if point == "before record answers":
+            raise DatabaseDown("the database does not answer", hint="wait")
+
+    db = Database(service.db.url.render_as_string(hide_password=False), down)
+    first, second = RunBatches(replace(service, db=db), standin), RunBatches(service, standin)
+    file_id = upload(service, [question("a"), question("b"), question("c", "refuse")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(DatabaseDown):
+        turns_until(first, lambda: False)
+    first.close()
+    db.close()
+    assert ended(client, second, made.id).status == "completed"
+    second.close()
+    assert len(standin.asked) > 3
+    used = service.db.read(lambda tx: usage.summary(tx, "default", 0, service.clock() + 1, "kind"))
+    assert [(one.kind, one.tokens, one.cost_micros) for one in used] == [("completion", 4, 16), ("prompt", 6, 12)]
 
 
 def test_azure_leaves_out_v1_and_async_clients_do_the_same(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from kivnun.errors import StorageError
 from kivnun.events import StepDone, read_events
 from kivnun.jobs import tuning
 from kivnun.jobs.config import ServiceConfig
@@ -24,6 +28,7 @@ from kivnun.jobs.snapshots import content_hash, files_in, keep_files
 from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
 from kivnun.plan.devices import Device
 from kivnun.plan.verdict import Question
+from kivnun.service import validating
 from kivnun.service.context import Service
 from kivnun.service.logs import JsonLines
 from kivnun.service.planning import START, TRAINING, VALIDATION
@@ -214,9 +219,9 @@ def test_a_job_waits_for_the_judgement_of_its_files_and_one_cancelled_meanwhile_
 
     duty = ValidateJobs(world.service, machine=cancelled_meanwhile)
     seen = world.service.db.read(tuning.to_validate)
-    assert seen is not None
+    assert [job.id for job in seen] == [job_id]
     world.client.fine_tuning.jobs.cancel(job_id)
-    duty.validate(seen)
+    duty.validate(seen[0])
     assert world.job(job_id).status == "cancelled"
     assert world.messages(job_id)[-1] == "Job cancelled"
 
@@ -253,6 +258,25 @@ def test_a_fault_of_the_program_ends_the_job_and_tells_the_log_no_content(
     logged = "".join(map(JsonLines().format, caplog.records))
     assert "KeyError" in logged
     assert "what a line said" not in logged
+
+
+def test_a_full_disk_fails_no_job(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOSPC, "full")
+
+    def removed(_job: object, _config: object, folder: Path, *_: object) -> object:
+        shutil.rmtree(folder)
+        return (folder / TRAINING).open()
+
+    job_id = world.create(uploaded(world.client, conversations(12)))
+    for where, name, breaks in ((validating, "outlook", full), (tempfile, "mkdtemp", full), (validating, "outlook", removed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, breaks)
+            with pytest.raises((StorageError, FileNotFoundError)):
+                world.validate()
+        assert world.job(job_id).status == "validating_files"
+    world.validate()
+    assert world.job(job_id).status == "queued"
 
 
 def test_a_dry_run_makes_nothing_and_says_what_the_job_then_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,6 +315,27 @@ def test_an_outage_is_not_the_files_fault(service: Service, monkeypatch: pytest.
     assert kept(service).status == "uploaded"
     assert duty.turn()
     assert kept(service).status_details != "1 problem: the file could not be judged; upload it again, or in smaller files"
+
+
+def test_a_scratch_folder_that_is_full_or_gone_is_not_the_files_fault(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    added(service, b"{")
+    duty = JudgeFiles(service)
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "full")
+
+    def removed(path: Path, *_: object) -> Findings | None:
+        shutil.rmtree(service.scratch)
+        return judge(path, "fine-tune")
+
+    for where, name, breaks in ((judging.tempfile, "mkdtemp", full), (judging, "judge", removed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, breaks)
+            with pytest.raises((StorageError, FileNotFoundError)):
+                duty.turn()
+        assert kept(service).status == "uploaded"
+    assert duty.turn()
+    assert (kept(service).facts or {})["rows"] == 1
 
 
 def test_a_judge_that_breaks_still_ends_the_files_status(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

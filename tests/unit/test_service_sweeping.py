@@ -14,6 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from kivnun.jobs import files, tuning, uploads
+from kivnun.jobs.blobs import PARTIAL
+from kivnun.jobs.database import Database
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.schema import models, snapshots
@@ -109,6 +111,25 @@ def test_what_no_row_names_is_erased_and_all_else_stays(world: World) -> None:
     assert others in left, "another tenant's copy of the same content is its own"
 
 
+def test_a_manifest_that_is_lost_or_damaged_keeps_its_tenants_blobs_and_no_others(world: World) -> None:
+    db = world.service.db
+    db.write("job", lambda tx: tuning.create(tx, JOB, new_id))
+    damaged = world.put(b"no manifest")
+    kept = {damaged, world.put(b"an adapter that the lost manifest may have named")}
+    for manifest in ("default/" + "0" * 64, damaged):
+        model = {"id": "ft:m", "tenant": "default", "created_at": 1.0, "job": "ftjob-1", "base": "toy", "step": 1, "metrics": {},
+                 "manifest": manifest, "content_hash": "x"}  # fmt: skip
+        db.write("model", lambda tx: tx.execute(sa.delete(models)))
+        db.write("model", lambda tx, model=model: tx.execute(sa.insert(models).values(**model)))
+        world.put(b"garbage", "other")
+        (world.folder / "other" / "ab").mkdir(parents=True, exist_ok=True)
+        leftover = world.folder / "other" / "ab" / f"{PARTIAL}x"
+        leftover.touch()
+        os.utime(leftover, (1.0, 1.0))
+        assert world.swept() == kept
+        assert not leftover.exists()
+
+
 def test_a_blob_that_gets_its_row_between_two_looks_stays(world: World) -> None:
     name = world.put(b"slow to be named")
     world.sweep.turn()
@@ -179,21 +200,27 @@ def test_writers_that_put_and_name_while_all_is_swept_lose_nothing(world: World)
     assert failed == []
 
 
-def test_files_and_uploads_whose_time_is_over_end_and_those_in_use_wait(world: World) -> None:
-    db = world.service.db
+def test_files_and_uploads_whose_time_is_over_end_and_those_in_use_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    db = Database(world.service.db.url.render_as_string(hide_password=False), written.append)
+    world.sweep = Sweep(replace(world.service, db=db), clock=lambda: world.steady)
+    monkeypatch.setattr("kivnun.service.sweeping.AT_ONCE", 1)  # those in use come first, and hold up no other
     soon = world.wall + 10
     for n in (1, 2):
         blob = world.put(b"file %d" % n)
-        file = File(f"file-{n}", "default", 1.0, "fine-tune", "a", 6, blob, "processed", expires_at=soon)
+        file = File(f"file-{n}", "default", 1.0, "fine-tune", "a", 6, blob, "processed", expires_at=soon + n)
         db.write("file", lambda tx, file=file: files.add(tx, file))
     db.write("job", lambda tx: tuning.create(tx, JOB, new_id))  # of file-1
     db.write("upload", lambda tx: uploads.add(tx, Upload("upload_1", "default", 1.0, soon, "batch", "a", "b", 4)))
     db.write("part", lambda tx: uploads.add_part(tx, Part("part_1", "upload_1", 1.0, 4, world.put(b"part"))))
     world.sweep.turn()
     assert db.read(lambda tx: files.find(tx, "file-2", "default")) is not None
-    world.pass_by(11)
+    world.pass_by(13)
     left = world.swept()
     assert len(left) == 1
+    written.clear()
+    world.sweep.turn()
+    assert written == [], "what is in use costs no write"
     assert db.read(lambda tx: files.find(tx, "file-1", "default")) is not None
     assert db.read(lambda tx: files.find(tx, "file-2", "default")) is None
     upload = db.read(lambda tx: uploads.find(tx, "upload_1", "default"))
@@ -201,3 +228,4 @@ def test_files_and_uploads_whose_time_is_over_end_and_those_in_use_wait(world: W
     assert upload.status == "expired"
     db.write("cancel", lambda tx: tuning.command(tx, JOB, "cancel", 2.0, new_id))
     assert world.swept() == set()
+    db.close()
