@@ -61,6 +61,7 @@ def serve(
     residents = [base for base, entry in place.service_config().bases.items() if entry.resident]
     configure()
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    place.keep_private()
     with held(place.data), listen(host, port) as listener:
         db = place.database()
         key = begin(place, db, chosen)
