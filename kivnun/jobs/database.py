@@ -29,8 +29,8 @@ Work = Callable[[Transaction], T]
 BUSY_S = 30.0  # how long a writer waits for another
 FREE_S = 15.0  # how long a thread waits for a connection that another one uses
 TRIES = 12
-# A server that is cut off (its packets are dropped, and nothing says so) is given up after 14 s, whether it has heard the question or
-# not. One that is there but stuck ends a statement by itself; a lock is waited for half as long.
+# A server that is cut off (its packets are dropped, and nothing says so) is given up after 14 s, whether or not it has heard
+# the question. One that is there but stuck ends a statement by itself; a lock is waited for half as long.
 _GIVEN_UP = {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 14_000}
 _OPTIONS = "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
 _OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")

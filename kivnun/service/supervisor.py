@@ -2,7 +2,8 @@
 
 Each part is a process of its own, so that none takes another with it. Where this process is killed, however suddenly, the kernel
 kills its parts; whatever they were doing stands in the database and is gone on with. One thread starts them all, and lives as long
-as the process: a part's death is bound to the thread that started it. Next: `run.py` (the API's own process), `../cli/worker.py` (what each part runs).
+as the process: a part's death is bound to the thread that started it. Next: `run.py` (the API's own process), `../cli/worker.py`
+(what each part runs).
 """
 
 from __future__ import annotations

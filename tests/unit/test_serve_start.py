@@ -115,7 +115,15 @@ def test_a_start_on_its_own_folder_takes_leases_and_addresses_from_the_dead(plac
     begin(place, db, CHOSEN)
     lease = db.write("claim", lambda tx: leases.claim(tx, "job:1", "dead"))
     assert lease is not None
-    row = {"id": "answerer_1", "base": "toy", "address": "unix:/gone", "secret": "s", "created_at": time.time()}
+    row = {
+        "id": "answerer_1",
+        "base": "toy",
+        "address": "unix:/gone",
+        "secret": "s",
+        "machine": "m",
+        "beat": 1,
+        "created_at": time.time(),
+    }
     db.write("address", lambda tx: tx.execute(sa.insert(answerers).values(**row)))
     begin(place, db, CHOSEN)
     with pytest.raises(StaleLease):
