@@ -19,6 +19,7 @@ from kivnun.jobs.schema import metadata
 from kivnun.jobs.tenants import SCOPES, add_key, add_tenant
 from kivnun.service.app import make_app
 from kivnun.service.context import Service
+from kivnun.service.timely import TimelyProtocol
 
 KEY = "sk-kivnun-test-key-of-the-default-tenant"
 OTHER_KEY = "sk-kivnun-test-key-of-another-tenant"
@@ -56,7 +57,7 @@ def api(service: Service) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", lifespan="on"))
+        server = uvicorn.Server(uvicorn.Config(make_app(service), http=TimelyProtocol, log_level="warning", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -32,13 +32,15 @@ class Running:
         self._config = folder / "service.yaml"
         self._config.write_text(config, encoding="utf-8")
         self._options = options
+        self.data.mkdir(exist_ok=True)
+        self.data.chmod(0o755)  # as an operator's `mkdir` leaves it
         self.url = ""
 
     def start(self) -> None:
         words = [sys.executable, "-m", "kivnun", "serve", "--port", "0", "--json", "--data", self.data, "--config", self._config]
         environment = {**os.environ, "KIVNUN_ADMIN_KEY": ADMIN_KEY, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*words, *self._options], stdout=subprocess.PIPE, stderr=log, env=environment)
+            self.process = subprocess.Popen([*words, *self._options], stdout=subprocess.PIPE, stderr=log, env=environment, umask=0)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.log.read_text(encoding="utf-8")[-3000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
@@ -61,6 +60,7 @@ def serve(
     residents = [base for base, entry in place.service_config().bases.items() if entry.resident]
     configure()
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    place.keep_private()
     with held(place.data), listen(host, port) as listener:
         db = place.database()
         key = begin(place, db, chosen)
@@ -118,24 +118,16 @@ def _supervisor(place: Place, db: Database, parts: Sequence[Part], residents: Se
 
 
 def _wanted(place: Place, db: Database, residents: Sequence[str]) -> Callable[[], Sequence[Part]]:
-    from kivnun.jobs.errors import DatabaseDown
     from kivnun.jobs.wanted import Wishes, asks
+    from kivnun.service.supervisor import Looking
 
     wishes = Wishes(time.monotonic)
     offered = set(place.service_config().bases) - set(residents)
-    looked_at = -LOOK_S
-    found: Sequence[Part] = ()
 
-    def wanted() -> Sequence[Part]:
-        nonlocal looked_at, found
-        if time.monotonic() - looked_at >= LOOK_S:
-            looked_at = time.monotonic()
-            with contextlib.suppress(DatabaseDown):  # what was wanted is kept until it can be asked again
-                found = [_answering(base, place) for base in sorted(wishes.look(db.read(asks)) & offered)]
-        return found
+    def look() -> Sequence[Part]:
+        return [_answering(base, place) for base in sorted(wishes.look(db.read(asks)) & offered)]
 
-    wanted()
-    return wanted
+    return Looking(look, LOOK_S)
 
 
 def _signals() -> tuple[threading.Event, threading.Event]:

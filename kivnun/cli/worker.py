@@ -38,6 +38,7 @@ def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | N
     from kivnun.worker.tune_jobs import work
 
     configure()
+    place.keep_private()
     work(place, stop)
 
 
@@ -62,6 +63,7 @@ def answer(data: Path, db_url: str | None, store_url: str | None, config: Path |
     from kivnun.worker.answer import serve
 
     configure()
+    place.keep_private()
     serve(place, base, stop, listen_at)
 
 
@@ -75,6 +77,7 @@ def clerk(data: Path, db_url: str | None, store_url: str | None, config: Path | 
     from kivnun.service.logs import configure
 
     configure()
+    place.keep_private()
     run(place, stop)
 
 
@@ -102,6 +105,7 @@ def api(
     from kivnun.service.run import serve_api
 
     configure()
+    place.keep_private()
     serve_api(place, listener, drain_s, tls, ready_fd)
 
 

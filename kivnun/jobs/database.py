@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoneFree
 
 from kivnun.jobs.effects import Watch, unwatched
 from kivnun.jobs.errors import DatabaseDown
@@ -26,7 +27,12 @@ Transaction = sa.Connection
 Work = Callable[[Transaction], T]
 
 BUSY_S = 30.0  # how long a writer waits for another
+FREE_S = 15.0  # how long a thread waits for a connection that another one uses
 TRIES = 12
+# A server that is cut off (its packets are dropped, and nothing says so) is given up after 14 s, whether or not it has heard
+# the question. One that is there but stuck ends a statement by itself; a lock is waited for half as long.
+_GIVEN_UP = {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 14_000}
+_OPTIONS = "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
 _OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 # Serialization failure, deadlock, and a key that another transaction took between this one's look and its write: PostgreSQL tells
 # the last as a duplicate, even to transactions that could not see it. Run again, they see it.
@@ -90,6 +96,10 @@ class Database:
             try:
                 with self.engine.connect().execution_options(kivnun_write=write) as connection, connection.begin():
                     return work(connection)
+            except NoneFree as error:
+                raise DatabaseDown(
+                    f"no connection to the database became free in {FREE_S:.0f} s", hint="it is slow or overloaded: see its own log"
+                ) from error
             except DBAPIError as error:
                 if _may_be_run_again(error) and attempt + 1 < TRIES:
                     time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
@@ -101,7 +111,10 @@ class Database:
 
 
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_S})
+    # Threads wait for the one writer within their connections, and there may be many.
+    engine = sa.create_engine(
+        url, hide_parameters=True, pool_size=8, max_overflow=56, pool_timeout=FREE_S, connect_args={"timeout": BUSY_S}
+    )
 
     @event.listens_for(engine, "connect")
     def _opened(connection: Any, _record: Any) -> None:
@@ -126,8 +139,9 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
         hide_parameters=True,  # an error's text is logged, and rows hold what tenants say
         pool_size=8,
         max_overflow=8,
+        pool_timeout=FREE_S,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"},
+        connect_args={"connect_timeout": 5, **_GIVEN_UP, "options": _OPTIONS},
     )
 
 

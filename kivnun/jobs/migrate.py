@@ -59,6 +59,7 @@ def _locked(db: Database) -> sa.Connection:
         connection.begin()
         if not db.is_sqlite:
             connection.exec_driver_sql(f"set local lock_timeout = '{WAIT}'")
+            connection.exec_driver_sql("set local statement_timeout = 0")  # a step may have many rows to change
             connection.execute(sa.text("select pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
         return connection
     except (OperationalError, InterfaceError) as error:

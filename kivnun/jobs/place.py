@@ -6,14 +6,20 @@ Next: `database.py`, `blobs.py`, `config.py`.
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from kivnun.artifacts import storage_errors
 from kivnun.errors import SpecError
 from kivnun.jobs.blobs import BlobStore, FolderBlobs
 from kivnun.jobs.config import ServiceConfig, read_config
 from kivnun.jobs.database import Database, sqlite_url
 from kivnun.jobs.effects import Watch, unwatched
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,22 @@ class Place:
     db_url: str
     store_url: str
     config: Path | None = None
+
+    def keep_private(self) -> None:
+        """Make the folder, and close it to other users; whatever this process and its children make from now on is closed too.
+
+        One that is shared on purpose (as /tmp is), or that another user owns, stays as it is."""
+        os.umask(0o077)
+        with storage_errors(self.data):
+            self.data.mkdir(parents=True, exist_ok=True)
+            found = self.data.stat()
+        if not found.st_mode & 0o077:
+            return
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:
+            with storage_errors(self.data):
+                self.data.chmod(0o700)
+        else:
+            logger.warning("others can look into the data folder: give the service one of its own", extra={"action": "data_open"})
 
     def database(self, watch: Watch = unwatched) -> Database:
         return Database(self.db_url, watch)

@@ -322,7 +322,9 @@ answerers = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("base", sa.Text, nullable=False, index=True),
     sa.Column("address", sa.Text, nullable=False),  # unix:PATH or HOST:PORT
+    sa.Column("machine", sa.Text, nullable=False),  # where a socket of one machine alone is
     sa.Column("secret", sa.Text, nullable=False),  # what a caller shows first
+    sa.Column("beat", sa.BigInteger, nullable=False),  # rises for as long as the worker lives
     _time("created_at"),
 )  # fmt: skip
 

@@ -7,20 +7,20 @@ so; the next question looks into the records again and finds who answers now. Ne
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
+import math
+import socket
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import sqlalchemy as sa
+from dataclasses import dataclass
 
 from kivnun.errors import IntegrityError
-from kivnun.jobs import models
+from kivnun.jobs import answerers, models
+from kivnun.jobs.answerers import TERM_S, Answerer, Stillness
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.deployments import find_deployment
-from kivnun.jobs.schema import answerers
 from kivnun.serve.listening import Told
 from kivnun.serve.protocol import (
     MAX_MESSAGE_BYTES,
@@ -41,6 +41,9 @@ from kivnun.service.errors import ApiError, bad_request
 
 CONNECT_S = 5.0
 SILENCE_S = 600.0  # how long an answer's next word may take
+FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0  # between two tries to reach a worker
+# A worker whose machine is cut off is given up after 14 s, and the answers on the connection with it.
+_CUT_OFF = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 3), (socket.TCP_KEEPCNT, 3), (socket.TCP_USER_TIMEOUT, 14_000))
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +56,6 @@ class Asked:
     model: str
     base: str
     adapter: AdapterName | None
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where an inference worker can be reached."""
-
-    id: str
-    where: str
-    secret: str = field(repr=False)
 
 
 # --- names -------------------------------------------------------------------------------------------------------------------
@@ -98,10 +92,9 @@ def _is_model(tx: Transaction, config: ServiceConfig, tenant: str, name: str) ->
     return config.base_id(name) is not None or name in config.refused or models.find(tx, name, tenant) is not None
 
 
-def addresses_of(tx: Transaction, base: str) -> list[Address]:
+def addresses_of(tx: Transaction, base: str) -> list[Answerer]:
     """Return the workers that answer for a base, the newest first."""
-    query = sa.select(answerers).where(answerers.c.base == base).order_by(answerers.c.created_at.desc())
-    return [Address(row.id, row.address, row.secret) for row in tx.execute(query)]
+    return answerers.page(tx, base)
 
 
 # --- connections -------------------------------------------------------------------------------------------------------------
@@ -123,19 +116,23 @@ class Link:
         self._task = asyncio.create_task(self._read())
 
     @classmethod
-    async def to(cls, address: Address, base: str) -> Link:
+    async def to(cls, address: Answerer, base: str) -> Link:
         """Return a connection. Raises WorkerLost where nobody is there, or another than the records say."""
         try:
             async with asyncio.timeout(CONNECT_S):
                 reader, writer = await _connect(address.where)
-                writer.write(line(Hello(secret=address.secret)))
-                welcome = await _next(reader)
+                try:
+                    writer.write(line(Hello(secret=address.secret)))
+                    welcome = await _next(reader)
+                    if isinstance(welcome, Welcome) and welcome.base == base:
+                        return cls(reader, writer, welcome)
+                except BaseException:
+                    writer.close()
+                    raise
         except (OSError, TimeoutError, IntegrityError) as error:
             raise WorkerLost from error
-        if not isinstance(welcome, Welcome) or welcome.base != base:
-            writer.close()
-            raise WorkerLost
-        return cls(reader, writer, welcome)
+        writer.close()
+        raise WorkerLost
 
     @property
     def answering(self) -> int:
@@ -210,38 +207,75 @@ class Heard:
         self.link.forget(self.number)
 
 
+@dataclass(slots=True)
+class _Known:
+    """A worker's connection, if there is one, and when the next may be tried."""
+
+    link: Link | None = None
+    opening: asyncio.Task[None] | None = None
+    rest_s: float = 0.0
+    rests_until: float = -math.inf
+
+    async def open(self, address: Answerer, base: str, clock: Callable[[], float]) -> None:
+        """Connect. One that cannot be reached is let alone for a while, for longer each time."""
+        try:
+            self.link, self.rest_s = await Link.to(address, base), 0.0
+        except WorkerLost:
+            self.rest_s = min(2 * self.rest_s or FIRST_REST_S, LONGEST_REST_S)
+            self.rests_until = clock() + self.rest_s
+        finally:
+            self.opening = None
+
+
 class Links:
-    """The connections of one event loop, by worker."""
+    """The connections of one event loop, by base and worker. `clock` gives seconds and never goes back."""
 
-    def __init__(self) -> None:
-        self._links: dict[str, Link] = {}
-        self._opening: dict[str, asyncio.Lock] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._machine = answerers.this_machine()
+        self._stillness: dict[str, Stillness] = {}
+        self._known: dict[str, dict[str, _Known]] = {}
 
-    async def best(self, base: str, addresses: Sequence[Address]) -> Link | None:
-        """Return a connection to the worker with the fewest answers of ours on their way; None where none can be reached."""
-        found = [link for address in addresses if (link := await self._to(base, address)) is not None]
-        return min(found, key=lambda link: link.answering, default=None)
+    async def best(self, base: str, addresses: Sequence[Answerer]) -> Link | None:
+        """Return a connection to the worker with the fewest answers of ours on their way; None where none can be reached.
 
-    async def _to(self, base: str, address: Address) -> Link | None:
-        link = self._links.get(address.id)
-        if link is not None and not link.is_lost:
-            return link
-        async with self._opening.setdefault(address.id, asyncio.Lock()):
-            link = self._links.get(address.id)
-            if link is None or link.is_lost:
-                self._links.pop(address.id, None)
-                with contextlib.suppress(WorkerLost):
-                    link = self._links[address.id] = await Link.to(address, base)
-                    return link
+        Nobody waits for one that is being tried while there is another."""
+        known = [self._known[base][address.id] for address in self._living(base, addresses)]
+        while not (found := [each.link for each in known if each.link is not None and not each.link.is_lost]):
+            opening = [each.opening for each in known if each.opening is not None]
+            if not opening:
                 return None
-        return link
+            await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
+        return min(found, key=lambda link: link.answering)
+
+    def _living(self, base: str, addresses: Sequence[Answerer]) -> list[Answerer]:
+        """Return the workers whose beat rises and that this machine can reach; begin to connect to those that are not yet."""
+        before = self._known.get(base, {})
+        known = self._known[base] = {address.id: before.get(address.id, _Known()) for address in addresses}
+        stillness = self._stillness.setdefault(base, Stillness(self._clock))
+        still_s = stillness.of({address.id: address.beat for address in addresses})
+        living = [each for each in addresses if still_s[each.id] < TERM_S and self._can_reach(each)]
+        for address in living:
+            each = known[address.id]
+            is_open = each.link is not None and not each.link.is_lost
+            if not is_open and each.opening is None and self._clock() >= each.rests_until:
+                each.opening = asyncio.create_task(each.open(address, base, self._clock))
+        return living
+
+    def _can_reach(self, address: Answerer) -> bool:
+        """Return whether an address means the same here: at another machine's 127.0.0.1 there may be anybody."""
+        return address.machine == self._machine or not address.where.startswith("127.")
 
 
 async def _connect(where: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     if where.startswith("unix:"):
         return await asyncio.open_unix_connection(where.removeprefix("unix:"), limit=MAX_MESSAGE_BYTES)
     host, _, port = where.rpartition(":")
-    return await asyncio.open_connection(host, int(port), limit=MAX_MESSAGE_BYTES)
+    reader, writer = await asyncio.open_connection(host, int(port), limit=MAX_MESSAGE_BYTES)
+    for option, value in _CUT_OFF:
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, value)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return reader, writer
 
 
 async def _next(reader: asyncio.StreamReader) -> FromWorker | None:

@@ -14,11 +14,14 @@ from starlette.requests import HTTPConnection
 
 from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import DEFAULT_TENANT, ApiKey, Scope, find_key, limits_of, touch_key
-from kivnun.service.context import Shared
+from kivnun.service.context import Service, Shared
 from kivnun.service.errors import ApiError
 
 MAX_KEY_LETTERS = 512
+MISSING = "the API key is missing: send Authorization: Bearer KEY, or api-key: KEY"
+WRONG = "the API key is wrong, expired or revoked"
 TOUCH_S = 60.0  # a key's last use is known to the minute: not every request is a write
 
 
@@ -46,7 +49,7 @@ class Needs:
     def __call__(self, connection: HTTPConnection, service: Shared) -> Caller:
         given = _given(connection)
         if not given or len(given) > MAX_KEY_LETTERS:
-            raise _unknown("the API key is missing: send Authorization: Bearer KEY, or api-key: KEY")
+            raise _unknown(MISSING)
 
         def look(tx: Transaction) -> Caller | None:
             found = find_key(tx, given)
@@ -54,7 +57,7 @@ class Needs:
 
         caller, now = service.db.read(look), service.clock()
         if caller is None or not is_good(caller.key, now):
-            raise _unknown("the API key is wrong, expired or revoked")
+            raise _unknown(WRONG)
         connection.scope["state"]["caller"] = caller
         service.limits.take_request(caller)
         if caller.key.last_used_at is None or now - caller.key.last_used_at >= TOUCH_S:
@@ -68,6 +71,18 @@ class Needs:
             raise forbidden(f"only an admin key of the tenant {DEFAULT_TENANT!r} may do this")
         if self.scope is not None and self.scope not in scopes and "admin" not in scopes:
             raise forbidden(f"this key lacks the scope {self.scope!r}; it has {', '.join(scopes) or 'none'}")
+
+
+def refused_key(connection: HTTPConnection, service: Service) -> ApiError | None:
+    """Return why a connection's key opens nothing, before anything else is known of the request; None where it may."""
+    given = _given(connection)
+    if not given or len(given) > MAX_KEY_LETTERS:
+        return _unknown(MISSING)
+    try:
+        found = service.db.read(lambda tx: find_key(tx, given))
+    except DatabaseDown:
+        return None  # which is told where the request itself asks
+    return None if found is not None and is_good(found, service.clock()) else _unknown(WRONG)
 
 
 def is_good(key: ApiKey, now: float) -> bool:

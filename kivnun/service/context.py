@@ -15,6 +15,7 @@ from kivnun.jobs.blobs import BlobStore
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.database import Database
 from kivnun.jobs.ids import NewId, new_id
+from kivnun.service.aside import Aside
 from kivnun.service.limits import RateLimits
 
 
@@ -29,6 +30,9 @@ class Service:
     clock: Callable[[], float]
     new_id: NewId = field(default=new_id)
     limits: RateLimits = field(default_factory=lambda: RateLimits(time.monotonic))
+    completions: Aside = field(default_factory=lambda: Aside(4))  # uploads that are put together
+    dry_runs: Aside = field(default_factory=lambda: Aside(2))
+    probes: Aside = field(default_factory=lambda: Aside(2))  # whether the database and the store answer
 
 
 def service_of(connection: HTTPConnection) -> Service:

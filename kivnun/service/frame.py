@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kivnun.service.auth import Caller
+from kivnun.service.auth import Caller, refused_key
 from kivnun.service.context import Service
 from kivnun.service.dialect import dialect_of
 from kivnun.service.errors import ApiError
@@ -29,6 +30,8 @@ from kivnun.service.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 PIECE_S = 60.0  # how long a client may be silent within its own body
+SLOWEST_BYTES_PER_S = 4096  # and how slow it may be on the whole, beyond that
+LARGE_BYTES = 1 << 16  # a body that is larger, or does not say, is read only for those with a good key
 # These routes stream to disk and have caps of their own.
 _STREAMED = re.compile(r"/(?:v1|openai(?:/v1)?)/(?:files|uploads/[^/]+/parts)")
 _API_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(?:-preview)?|preview|latest|v1")
@@ -59,6 +62,8 @@ class Frame:
 
         try:
             refusal = _refused(request, self._service.config.max_body_bytes)
+            if refusal is None and _is_large(request):
+                refusal = await run_in_threadpool(refused_key, request, self._service)
             if refusal is not None:
                 await _answer(refusal, request)(scope, receive, sending)
                 return
@@ -91,16 +96,19 @@ class Frame:
     def _capped(self, request: Request, receive: Receive) -> Receive:
         """Return `receive` that counts: a body may be longer than it says, or say nothing."""
         left = None if _STREAMED.fullmatch(request.scope["path"]) else self._service.config.max_body_bytes
-        ended = False
+        ended, came, waited_s = False, 0, 0.0
 
         async def counted() -> Message:
-            nonlocal left, ended
+            nonlocal left, ended, came, waited_s
             if ended:
                 return await receive()  # waits for the client to hang up, for as long as the answer takes
+            began, left_s = time.monotonic(), PIECE_S + came / SLOWEST_BYTES_PER_S - waited_s
             try:
-                message = await asyncio.wait_for(receive(), PIECE_S)
+                message = await asyncio.wait_for(receive(), min(PIECE_S, left_s))
             except TimeoutError:
-                raise HTTPException(408, f"nothing of the body came for {PIECE_S:.0f} s") from None
+                raise HTTPException(408, "the body comes too slowly, or not at all") from None
+            waited_s += time.monotonic() - began  # for the client: what is done with a piece takes its own time
+            came += len(message.get("body", b""))
             ended = not message.get("more_body", False)
             if left is not None:
                 left -= len(message.get("body", b""))
@@ -142,6 +150,13 @@ def _refused(request: Request, max_body_bytes: int) -> ApiError | None:
     if length.isdecimal() and int(length) > max_body_bytes and not _STREAMED.fullmatch(path):
         return ApiError(413, _too_long(max_body_bytes), code="request_too_large")
     return _wrong_version(path, request.query_params)
+
+
+def _is_large(request: Request) -> bool:
+    """Return whether a body is too large to be read before its key is looked at. Routes that stream look at it by themselves."""
+    path, length = request.scope["path"], request.headers.get("content-length", "")
+    says_little = int(length) <= LARGE_BYTES if length.isdecimal() else "transfer-encoding" not in request.headers
+    return not says_little and path.startswith(("/v1/", "/openai/")) and not _STREAMED.fullmatch(path)
 
 
 def _wrong_version(path: str, query: Mapping[str, str]) -> ApiError | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import socket
 import time
@@ -28,10 +29,12 @@ from kivnun.jobs.schema import answerers, api_keys
 from kivnun.jobs.tenants import DEFAULT_TENANT, SCOPES, add_key, add_tenant, new_key
 from kivnun.service.app import make_app
 from kivnun.service.context import Service
+from kivnun.service.timely import TimelyProtocol
 
 # Longer than clients keep an idle connection, so that they are the ones who close it, and never send into a closed one.
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
+MOST_DESCRIPTORS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def serve_api(place: Place, listener: socket.socket, drain_s: float, tls: Tls | 
 
     config = uvicorn.Config(
         make_app(service),
+        http=TimelyProtocol,
+        limit_concurrency=_most_connections(),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -92,6 +97,14 @@ def serve_api(place: Place, listener: socket.socket, drain_s: float, tls: Tls | 
         ssl_keyfile=tls.key if tls else None,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _most_connections() -> int:
+    """Return how many clients may be connected: half of the descriptors that this process may have."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most // 2
 
 
 def service_of(place: Place, name: str) -> Service:

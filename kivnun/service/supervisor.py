@@ -1,8 +1,9 @@
 """Keeps the processes of one machine's service: starts them, starts those again that ended, and ends them all together.
 
 Each part is a process of its own, so that none takes another with it. Where this process is killed, however suddenly, the kernel
-kills its parts; whatever they were doing stands in the database and is gone on with. Single-threaded: a part's death is bound to
-the thread that started it. Next: `run.py` (the API's own process), `../cli/worker.py` (what each part runs).
+kills its parts; whatever they were doing stands in the database and is gone on with. One thread starts them all, and lives as long
+as the process: a part's death is bound to the thread that started it. Next: `run.py` (the API's own process), `../cli/worker.py`
+(what each part runs).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +35,31 @@ class Part:
     words: Sequence[str]
     ends_last: bool = False
     passed: tuple[int, ...] = ()  # descriptors it gets
+
+
+class Looking:
+    """The parts that were wanted at the last look. Looks are made in a thread of their own: one that hangs or fails leaves what was
+    found before, and the supervisor free."""
+
+    def __init__(self, look: Callable[[], Sequence[Part]], every_s: float) -> None:
+        self._look, self._every_s = look, every_s
+        self._found: Sequence[Part] = ()
+        self._try()
+        threading.Thread(target=self._go_on, name="kivnun-looking", daemon=True).start()
+
+    def __call__(self) -> Sequence[Part]:
+        return self._found
+
+    def _go_on(self) -> None:
+        while True:
+            time.sleep(self._every_s)
+            self._try()
+
+    def _try(self) -> None:
+        try:
+            self._found = self._look()
+        except Exception as error:
+            logger.warning("it cannot be asked what is wanted: %s", type(error).__name__, extra={"action": "wanted"})
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import shutil
@@ -17,14 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-import sqlalchemy as sa
-
 from kivnun.errors import SpecError
+from kivnun.jobs import answerers
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.ids import NewId, new_id
 from kivnun.jobs.place import Place
-from kivnun.jobs.schema import answerers
 from kivnun.serve.adapters import AdapterCache, AdapterFolders
 from kivnun.serve.listening import Answerer, listening
 
@@ -72,17 +71,38 @@ def _toy_adapter(folder: Path) -> tuple[Path, int]:
 async def _serve(place: Place, db: Database, answerer: Answerer, worker: str, stop: threading.Event, listen: str | None) -> None:
     secret = secrets.token_urlsafe(32)
     async with listening(answerer, listen or _socket(place.data, worker), secret) as door:
-        await asyncio.to_thread(_register, place.data, db, worker, answerer.base, door.address, secret)
+        row = answerers.Answerer(worker, answerer.base, door.address, answerers.this_machine(), time.time(), secret)
+        await asyncio.to_thread(_register, place.data, db, row)
         logger.info("a base is ready to answer", extra={"action": "answerer_ready", "answerer": worker, "base": answerer.base})
         try:
-            while not stop.is_set():
-                await asyncio.sleep(STOP_LOOK_S)
+            await _beat(db, row, stop)
         finally:
-            await asyncio.to_thread(db.write, "answerer ends", lambda tx: _forget(tx, worker))
+            await asyncio.to_thread(db.write, "answerer ends", lambda tx: answerers.forget(tx, worker))
         for _ in range(int(DRAIN_S / STOP_LOOK_S)):  # what has begun may end; nobody finds the way here any more
             if not door.answering:
                 return
             await asyncio.sleep(STOP_LOOK_S)
+
+
+async def _beat(db: Database, row: answerers.Answerer, stop: threading.Event) -> None:
+    """Show that the worker lives, and remove those that no longer do, until `stop` is set."""
+    stillness = answerers.Stillness(time.monotonic)
+    for beat in itertools.count(1):
+        for _ in range(int(answerers.BEAT_S / STOP_LOOK_S)):
+            if stop.is_set():
+                return
+            await asyncio.sleep(STOP_LOOK_S)
+        try:
+            await asyncio.to_thread(_show, db, row, beat, stillness)
+        except Exception as error:  # the next beat tries again; whoever has found the way here is answered meanwhile
+            logger.warning("a beat could not be written: %s", type(error).__name__, extra={"action": "answerer_beat"})
+
+
+def _show(db: Database, row: answerers.Answerer, beat: int, stillness: answerers.Stillness) -> None:
+    db.write("answerer beat", lambda tx: answerers.show(tx, row, beat))
+    for lost, still_s in stillness.of({each.id: each.beat for each in db.read(answerers.page)}).items():
+        if still_s >= answerers.SWEPT_S:
+            db.write("answerer lost", lambda tx, lost=lost: answerers.forget(tx, lost))
 
 
 def _socket(data: Path, worker: str) -> str:
@@ -90,29 +110,22 @@ def _socket(data: Path, worker: str) -> str:
     return f"unix:{path}" if len(str(path).encode()) <= LONGEST_SOCKET else "127.0.0.1:0"
 
 
-def _register(data: Path, db: Database, worker: str, base: str, address: str, secret: str) -> None:
-    gone = [row.id for row in db.read(lambda tx: _of(tx, base)) if _is_gone(row.address)]
+def _register(data: Path, db: Database, row: answerers.Answerer) -> None:
+    rows = db.read(lambda tx: answerers.page(tx, row.base))
+    gone = [each.id for each in rows if each.machine == row.machine and _is_gone(each.where)]
 
     def write(tx: Transaction) -> None:
         for old in gone:
-            _forget(tx, old)
-        tx.execute(sa.insert(answerers).values(id=worker, base=base, address=address, secret=secret, created_at=time.time()))
+            answerers.forget(tx, old)
+        answerers.show(tx, row, 0)
 
     db.write("answerer", write)
     for old in gone:
         shutil.rmtree(data / "adapters" / old, ignore_errors=True)
 
 
-def _of(tx: Transaction, base: str) -> list[sa.Row]:
-    return list(tx.execute(sa.select(answerers).where(answerers.c.base == base)))
-
-
-def _forget(tx: Transaction, worker: str) -> None:
-    tx.execute(sa.delete(answerers).where(answerers.c.id == worker))
-
-
 def _is_gone(address: str) -> bool:
-    """Return whether an address of this machine leads nowhere. Of others' nothing can be told from here."""
+    """Return whether nobody listens at an address of this machine. A path that is not there may be one of another container."""
     family, where = socket.AF_INET, ("", 0)
     if address.startswith("unix:"):
         family, where = socket.AF_UNIX, address.removeprefix("unix:")
@@ -124,7 +137,7 @@ def _is_gone(address: str) -> bool:
         tried.settimeout(2.0)
         try:
             tried.connect(where)
-        except (ConnectionRefusedError, FileNotFoundError):
+        except ConnectionRefusedError:
             return True
         except OSError:
             return False

@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,47 @@ def test_a_body_is_capped_by_what_it_says_and_by_what_it_is(client: httpx.Client
     with socket.create_connection((host, int(port)), timeout=5) as connection:  # it says 1 TB, and sends nothing
         connection.sendall(b"POST /v1/x_echo HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000000\r\n\r\n")
         assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: h\r\n\r\nGET /health HT",
+        b"POST /v1/x_echo HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_a_connection_that_nothing_comes_of_is_closed(url: str, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.service.timely.HEAD_S", 0.2)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(sent)
+        with suppress(ConnectionError):
+            for _ in range(10):  # byte by byte for as long as it may
+                connection.sendall(b"x")
+                time.sleep(0.05)
+            while connection.recv(65536):
+                pass
+
+
+def test_a_body_that_drips_is_not_waited_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.service.frame.PIECE_S", 0.2)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(f"POST /v1/x_echo HTTP/1.1\r\nHost: h\r\nApi-Key: {KEY}\r\nContent-Length: 100\r\n\r\n".encode())
+        for _ in range(10):
+            connection.sendall(b"1")
+            time.sleep(0.05)
+        assert connection.recv(12) == b"HTTP/1.1 408"
+
+
+@pytest.mark.parametrize("key", ["", "sk-wrong"])
+def test_a_large_body_is_not_read_for_a_key_that_opens_nothing(url: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.service.frame.LARGE_BYTES", 100)
+    host, port = url.removeprefix("http://").split(":")
+    for framed in ("Content-Length: 101", "Transfer-Encoding: chunked"):
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(f"POST /v1/x_echo HTTP/1.1\r\nHost: h\r\nApi-Key: {key}\r\n{framed}\r\n\r\n".encode())
+            assert connection.recv(12) == b"HTTP/1.1 401"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "zstd", "br", "identity, gzip", "x" * 500])

@@ -93,6 +93,7 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     parts = below(service.process.pid)
     assert service.stop() == 0
     assert not any(map(is_alive, parts))
+    assert [path for path in (service.data, *service.data.rglob("*")) if path.stat().st_mode & 0o077] == []
     written = [service.log, *service.data.rglob("*.log")]
     for path in written:
         text = path.read_text(encoding="utf-8", errors="replace")

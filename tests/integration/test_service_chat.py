@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from huggingface_hub import constants
 
 from answer_parts import add_model, place_with, registered, until, worker, worker_process
 from hub import Hub
-from kivnun.jobs import wanted
+from kivnun.jobs import answerers, wanted
+from kivnun.jobs.answerers import TERM_S, Answerer
 from kivnun.jobs.config import Limits
 from kivnun.jobs.deployments import put, remove
 from kivnun.jobs.place import Place
@@ -24,6 +27,7 @@ from kivnun.jobs.schema import deployments, usage
 from kivnun.model.families import BUILT_IN
 from kivnun.serve.toy import ToyTokens, toy_answer
 from kivnun.service.answering import Answering
+from kivnun.service.answers import CONNECT_S, Links
 from service_parts import KEY, OTHER_KEY, api, service_at
 
 CONFIG = """
@@ -453,3 +457,104 @@ def test_many_tenants_and_models_at_once_get_their_own_answers(place: Place, cli
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(40)))
     assert threading.active_count() < 100
+
+
+# --- workers that come and go ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Return a place whose workers beat fast."""
+    monkeypatch.setattr("kivnun.jobs.answerers.BEAT_S", 0.05)
+    return place_with(tmp_path / "elsewhere", CONFIG)
+
+
+def row(name: str, where: str, machine: str = "another", beat: int = 1) -> Answerer:
+    return Answerer(name, "toy", where, machine, 1.0, "secret", beat)
+
+
+def write_rows(place: Place, *rows: Answerer) -> None:
+    db = place.database()
+    for each in rows:
+        db.write("row", lambda tx, each=each: answerers.show(tx, each, each.beat))
+    db.close()
+
+
+def test_a_worker_that_starts_removes_the_dead_of_its_own_machine_alone(elsewhere: Place) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = f"127.0.0.1:{unused.getsockname()[1]}"
+    here = answerers.this_machine()
+    write_rows(elsewhere, row("a", "unix:/srv/other/a.sock"), row("b", closed), row("c", "10.0.0.9:7000"), row("d", closed, here))
+    with worker(elsewhere, "toy"):
+        assert {"a", "b", "c"} <= set(registered(elsewhere, "toy"))
+        assert "d" not in registered(elsewhere, "toy")
+
+
+def test_a_worker_shows_that_it_lives_and_removes_those_that_stand_still(elsewhere: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.jobs.answerers.SWEPT_S", 0.5)
+    write_rows(elsewhere, row("lost", "10.0.0.9:7000"))
+    db = elsewhere.database()
+
+    def beat() -> int | None:
+        return next((each.beat for each in db.read(answerers.page) if each.id != "lost"), None)
+
+    with worker(elsewhere, "toy"):
+        assert "lost" in registered(elsewhere, "toy"), "nothing is told from one look"
+        until(lambda: "lost" not in registered(elsewhere, "toy"))
+        own = registered(elsewhere, "toy")
+        db.write("lost by mistake", lambda tx: answerers.forget(tx, own[0]))
+        until(lambda: registered(elsewhere, "toy") == own)
+        before = beat()
+        assert before is not None
+        until(lambda: (beat() or 0) > before)
+    assert registered(elsewhere, "toy") == []
+    db.close()
+
+
+def test_a_worker_whose_beat_stands_still_is_not_asked_and_one_that_fails_is_let_alone_and_keeps_nobody_waiting(
+    elsewhere: Place,
+) -> None:
+    now, tried = [0.0], list[str]()
+
+    async def fails(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tried.append("fails")
+        writer.close()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tried.append("silent")
+        try:
+            await reader.read()
+        finally:
+            writer.close()
+
+    async def look(living: Answerer) -> None:
+        links = Links(lambda: now[0])
+        servers = [await asyncio.start_server(each, "127.0.0.1", 0) for each in (fails, silent)]
+        here = answerers.this_machine()
+        failing, hanging = (
+            row(name, f"127.0.0.1:{server.sockets[0].getsockname()[1]}", here)
+            for name, server in zip(("fails", "silent"), servers, strict=True)
+        )
+        assert await links.best("toy", [failing]) is None
+        assert await links.best("toy", [failing]) is None
+        assert tried == ["fails"], "it is let alone for a while"
+        now[0] += 1.0
+        assert await links.best("toy", [failing, replace(failing, id="b", machine="another")]) is None
+        assert tried == ["fails", "fails"], "and what is another machine's own is never tried"
+        async with asyncio.timeout(CONNECT_S / 2):
+            link = await links.best("toy", [hanging, living])
+        assert link is not None
+        assert tried[2:] == ["silent"]
+        now[0] += TERM_S
+        assert await links.best("toy", [living]) is None, "its beat has stood still for a term"
+        assert await links.best("toy", [replace(living, beat=living.beat + 1)]) is link
+        link.close()
+        for server in servers:
+            server.close()
+
+    with worker(elsewhere, "toy"):
+        db = elsewhere.database()
+        (living,) = db.read(answerers.page)
+        db.close()
+        asyncio.run(look(living))

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -431,6 +432,41 @@ def test_parts_are_put_together_in_the_order_of_their_ids_and_completing_again_a
         with pytest.raises(BadRequestError) as failed:
             call()
         assert code_of(failed) == "upload_not_pending"
+
+
+def test_completing_one_upload_many_times_at_once_is_done_once_and_keeps_nobody_else_waiting(
+    url: str, client: OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = client.uploads.create(filename="a.txt", bytes=3, purpose="user_data", mime_type="text/plain")
+    part = client.uploads.parts.create(upload.id, data=b"abc")
+    may_go_on, reads, real = threading.Event(), list[str](), service.blobs.read
+
+    def slow(name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        reads.append(name)
+        assert may_go_on.wait(30)
+        return real(name, start, length)
+
+    monkeypatch.setattr(service.blobs, "read", slow)
+
+    async def all_at_once() -> list[httpx.Response]:
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=f"{url}/v1", headers=headers, timeout=20, limits=httpx.Limits()) as asking:
+            route = f"/uploads/{upload.id}/complete"
+            asked = [asyncio.create_task(asking.post(route, json={"part_ids": [part.id]})) for _ in range(60)]
+            try:
+                while not reads:
+                    await asyncio.sleep(0.01)
+                for path in ("/files", "/models"):
+                    assert (await asking.get(path, timeout=5)).status_code == 200
+                assert (await asking.get(url + "/ready", timeout=5)).status_code == 200
+            finally:
+                may_go_on.set()
+                answers = await asyncio.gather(*asked)
+            return answers
+
+    answers = asyncio.run(all_at_once())
+    assert {(answer.status_code, answer.json()["file"]["id"]) for answer in answers} == {(200, answers[0].json()["file"]["id"])}
+    assert len(reads) == 1
 
 
 def test_an_upload_that_is_not_what_was_declared_is_not_completed(client: OpenAI, service: Service) -> None:

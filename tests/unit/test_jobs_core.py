@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from kivnun.jobs import leases, tuning
 from kivnun.jobs.database import Database
-from kivnun.jobs.errors import StaleLease
+from kivnun.jobs.errors import DatabaseDown, StaleLease
 from kivnun.jobs.ids import new_id
 from service_parts import fill
 
@@ -51,6 +53,33 @@ def test_a_transaction_that_raises_leaves_nothing(db: Database) -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         db.write("create", half)
     assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+
+
+def test_a_database_without_a_free_connection_does_not_answer(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.jobs.database.FREE_S", 0.05)
+    db = Database(db_url)
+    with ExitStack() as held:
+        for _ in range(64 if db.is_sqlite else 16):
+            held.enter_context(db.engine.connect())
+        with pytest.raises(DatabaseDown) as refused:
+            db.read(lambda tx: tx.execute(sa.select(1)).scalar())
+        assert refused.value.hint
+    assert db.read(lambda tx: tx.execute(sa.select(1)).scalar()) == 1
+    db.close()
+
+
+def test_a_postgresql_that_is_cut_off_is_given_up_within_seconds(postgres: str) -> None:
+    db = Database(postgres)
+    with db.engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        told = driver.info.get_parameters()
+        assert int(told["tcp_user_timeout"]) <= 15_000
+        asked = int(told["keepalives_idle"]) + int(told["keepalives_interval"]) * int(told["keepalives_count"])
+        assert told["keepalives"] == "1"
+        assert asked <= 15
+        assert connection.exec_driver_sql("show statement_timeout").scalar() == "1min"
+    db.close()
 
 
 def test_one_of_many_claims_of_a_lease_succeeds(db: Database) -> None:

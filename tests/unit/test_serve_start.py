@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,13 @@ def db(place: Place) -> Iterator[Database]:
         database.close()
 
 
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
 def keys(db: Database) -> int:
     return db.read(lambda tx: tx.execute(sa.select(sa.func.count()).select_from(api_keys)).scalar_one())
 
@@ -46,6 +54,33 @@ def test_a_folder_is_held_by_one_service_and_is_its_owners_alone(place: Place) -
     assert place.data.stat().st_mode & 0o077 == 0
     with held(place.data):
         pass
+
+
+def test_whatever_the_umask_a_folder_that_was_open_is_closed_and_nothing_in_it_is_for_others(
+    place: Place, open_umask: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.data.mkdir()
+    assert place.data.stat().st_mode & 0o777 == 0o777
+    place.keep_private()
+    with held(place.data):
+        db = place.database()
+        begin(place, db, CHOSEN)
+        place.blobs().put_bytes("default", b"examples")
+        db.close()
+    made = [place.data, *place.data.rglob("*")]
+    assert {"kivnun.sqlite", "lock", "blobs"} <= {path.name for path in made}
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
+    assert not caplog.records
+
+
+def test_a_folder_that_is_for_everybody_stays_so_and_it_is_said(
+    place: Place, open_umask: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.data.mkdir()
+    place.data.chmod(0o1777)  # as /tmp is
+    place.keep_private()
+    assert place.data.stat().st_mode & 0o7777 == 0o1777
+    assert "others" in caplog.text
 
 
 def test_the_first_start_makes_an_admin_key_and_later_ones_do_not(place: Place, db: Database) -> None:
@@ -80,7 +115,15 @@ def test_a_start_on_its_own_folder_takes_leases_and_addresses_from_the_dead(plac
     begin(place, db, CHOSEN)
     lease = db.write("claim", lambda tx: leases.claim(tx, "job:1", "dead"))
     assert lease is not None
-    row = {"id": "answerer_1", "base": "toy", "address": "unix:/gone", "secret": "s", "created_at": time.time()}
+    row = {
+        "id": "answerer_1",
+        "base": "toy",
+        "address": "unix:/gone",
+        "secret": "s",
+        "machine": "m",
+        "beat": 1,
+        "created_at": time.time(),
+    }
     db.write("address", lambda tx: tx.execute(sa.insert(answerers).values(**row)))
     begin(place, db, CHOSEN)
     with pytest.raises(StaleLease):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from kivnun.jobs.wanted import Wishes
-from kivnun.service.supervisor import Part, Supervisor
+from kivnun.service.supervisor import Looking, Part, Supervisor
 
 # Appends its process id to a file and ends at SIGTERM; `stubborn` does not, `brief` ends by itself.
 PROGRAM = """
@@ -34,7 +35,7 @@ def stop() -> threading.Event:
     return threading.Event()
 
 
-def supervisor(folder: Path, *names: str, wanted: Callable[[], list[Part]] = list, drain_s: float = 20.0) -> Supervisor:
+def supervisor(folder: Path, *names: str, wanted: Callable[[], Sequence[Part]] = list, drain_s: float = 20.0) -> Supervisor:
     parts = [part(name, folder) for name in names]
     return Supervisor(parts, wanted, time.monotonic, os.environ, drain_s, (sys.executable, "-c", PROGRAM))
 
@@ -120,6 +121,36 @@ def test_what_is_wanted_is_started_and_let_go_when_it_no_longer_is(tmp_path: Pat
     kept.keep(stop)
     follower.join()
     assert (tmp_path / "ended").read_text().split() == ["extra"]
+    kept.drain(threading.Event())
+
+
+def test_parts_are_kept_while_nobody_says_what_is_wanted(tmp_path: Path, stop: threading.Event) -> None:
+    hangs, looks = threading.Event(), itertools.count()
+
+    def look() -> list[Part]:
+        match next(looks):
+            case 0:
+                return [part("extra", tmp_path)]
+            case 1:
+                raise RuntimeError("refused")
+            case _:
+                hangs.set()
+                threading.Event().wait()
+                return []
+
+    kept = supervisor(tmp_path, "one", wanted=Looking(look, every_s=0.01))
+    kept.start()
+
+    def kill() -> None:
+        assert hangs.wait(10)
+        for name in ("one", "extra"):
+            os.kill(starts(tmp_path, name)[0], signal.SIGKILL)
+            starts(tmp_path, name, 2)
+        stop.set()
+
+    killer = in_thread(kill)
+    kept.keep(stop)
+    killer.join()
     kept.drain(threading.Event())
 
 

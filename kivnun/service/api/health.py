@@ -18,7 +18,7 @@ from kivnun.errors import KivnunError
 from kivnun.jobs.blobs import blob_name
 from kivnun.jobs.tenants import DEFAULT_TENANT
 from kivnun.service.auth import Reader, forbidden
-from kivnun.service.context import Shared
+from kivnun.service.context import Service, Shared
 
 root = APIRouter()
 _ANY_BLOB = blob_name("ready", "0" * 64)  # asked for, never there
@@ -44,8 +44,13 @@ def health() -> Health:
 
 
 @root.get("/ready", responses={503: {"model": Readiness, "description": "A part does not answer."}})
-def ready(service: Shared) -> Readiness:
+async def ready(service: Shared) -> Readiness:
     """Answer 200 where the database and the store answer, else 503."""
+    answer = await service.probes.run(lambda: _probed(service))
+    return answer if answer.status == "ok" else JSONResponse(answer.model_dump(), 503)  # type: ignore[return-value]
+
+
+def _probed(service: Service) -> Readiness:
     parts = {
         "database": lambda: service.db.read(lambda tx: tx.execute(sa.select(1)).scalar()),
         "store": lambda: service.blobs.has(_ANY_BLOB),
@@ -58,8 +63,7 @@ def ready(service: Shared) -> Readiness:
         except (KivnunError, OSError):
             found[name] = "down"
     is_ready = all(answer == "ok" for answer in found.values())
-    answer = Readiness(status="ok" if is_ready else "down", **found)
-    return answer if is_ready else JSONResponse(answer.model_dump(), 503)  # type: ignore[return-value]
+    return Readiness(status="ok" if is_ready else "down", **found)
 
 
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

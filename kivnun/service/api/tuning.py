@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -36,13 +37,13 @@ _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
 @router.post("/fine_tuning/jobs", openapi_extra=BODY)
-def create(request: Request, service: Shared, who: Tuner, came: Received) -> dict[str, Any]:
+async def create(request: Request, service: Shared, who: Tuner, came: Received) -> dict[str, Any]:
     """Create a job; it is answered in validating_files, and validated afterwards. With `x_dry_run`, say what it would be."""
     dialect = dialect_of(request)
-    body = read_create(came.tree(), dialect)
+    body = await run_in_threadpool(lambda: read_create(came.tree(), dialect))
     if body.x_dry_run:
-        return dry_run(service, who.tenant, body)
-    return _shown(service, create_job(service, who.tenant, body, came.sent), dialect)
+        return await service.dry_runs.run(lambda: dry_run(service, who.tenant, body), one_of=who.tenant)
+    return await run_in_threadpool(lambda: _shown(service, create_job(service, who.tenant, body, came.sent), dialect))
 
 
 @router.get("/fine_tuning/jobs")

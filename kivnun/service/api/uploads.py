@@ -135,33 +135,9 @@ async def add_part(request: Request, upload_id: str, service: Shared, who: DataO
 
 
 @router.post("/uploads/{upload_id}/complete", responses=_NO_ROOM)
-def complete(upload_id: str, body: Completion, service: Shared, who: DataOwner) -> dict[str, Any]:
-    """Put the parts together, in the order given, and answer the upload with its file."""
-    now = service.clock()
-
-    def look(tx: Transaction) -> tuple[Upload, dict[str, Part], File | None]:
-        upload = _found(tx, upload_id, who.tenant)
-        return upload, uploads.parts_of(tx, upload_id), _file_of(tx, upload)
-
-    upload, parts, file = service.db.read(look)
-    if upload.status == "completed":
-        return upload_object(upload, file)
-    _check_open(upload, now)
-    with _assembled(service, _ordered(parts, body.part_ids, upload.bytes), body.md5) as whole:
-        expires_at = None if upload.file_expires_after is None else now + upload.file_expires_after
-        made = drafted(service, who.tenant, whole, upload.purpose, upload.filename, expires_at, now)
-
-    def work(tx: Transaction) -> tuple[Upload, File | None]:
-        open_still = _found(tx, upload_id, who.tenant)
-        if open_still.status != "completed":  # else another request was faster: its file is the answer
-            _check_open(open_still, now)
-            uploads.end(tx, open_still, "completed", made.id)
-            admit(limits_of(tx, who.tenant, service.config.limits), files.storage_of(tx, who.tenant), made.bytes)
-            files.add(tx, made)
-        ended = _found(tx, upload_id, who.tenant)
-        return ended, _file_of(tx, ended)
-
-    return upload_object(*service.db.write("complete upload", work))
+async def complete(upload_id: str, body: Completion, service: Shared, who: DataOwner) -> dict[str, Any]:
+    """Put the parts together, in the order given, and answer the upload with its file. A tenant's are done one after the other."""
+    return await service.completions.run(lambda: _completed(service, upload_id, who.tenant, body), one_of=who.tenant)
 
 
 @router.post("/uploads/{upload_id}/cancel")
@@ -191,6 +167,34 @@ def upload_object(upload: Upload, file: File | None) -> dict[str, Any]:
         "status": upload.status,
         "file": None if file is None else file_object(file),
     }
+
+
+def _completed(service: Service, upload_id: str, tenant: str, body: Completion) -> dict[str, Any]:
+    now = service.clock()
+
+    def look(tx: Transaction) -> tuple[Upload, dict[str, Part], File | None]:
+        upload = _found(tx, upload_id, tenant)
+        return upload, uploads.parts_of(tx, upload_id), _file_of(tx, upload)
+
+    upload, parts, file = service.db.read(look)
+    if upload.status == "completed":
+        return upload_object(upload, file)
+    _check_open(upload, now)
+    with _assembled(service, _ordered(parts, body.part_ids, upload.bytes), body.md5) as whole:
+        expires_at = None if upload.file_expires_after is None else now + upload.file_expires_after
+        made = drafted(service, tenant, whole, upload.purpose, upload.filename, expires_at, now)
+
+    def work(tx: Transaction) -> tuple[Upload, File | None]:
+        open_still = _found(tx, upload_id, tenant)
+        if open_still.status != "completed":  # else another request was faster: its file is the answer
+            _check_open(open_still, now)
+            uploads.end(tx, open_still, "completed", made.id)
+            admit(limits_of(tx, tenant, service.config.limits), files.storage_of(tx, tenant), made.bytes)
+            files.add(tx, made)
+        ended = _found(tx, upload_id, tenant)
+        return ended, _file_of(tx, ended)
+
+    return upload_object(*service.db.write("complete upload", work))
 
 
 def _found(tx: Transaction, upload_id: str, tenant: str) -> Upload:
