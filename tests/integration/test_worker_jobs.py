@@ -518,7 +518,7 @@ def test_trouble_of_a_worker_s_own_loops_is_no_failure_of_the_job_that_runs(
     """Neither while they last, nor when the process that trainers come from is lost and cannot be started, nor when they end."""
     monkeypatch.setattr(one_job, "CRASH_WAIT_S", 0.02)
     monkeypatch.setattr(tune_jobs, "AFTER_TROUBLE_S", 0.1)
-    job_id, db, ails = queue_job(quick, spec=SLOW), quick.database(), threading.Event()
+    job_id, db, ails = queue_job(quick, spec=SLOW.model_copy(update={"step_ms": 120.0})), quick.database(), threading.Event()
 
     def ailing(act: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
         def acted(*words: Any, **named: Any) -> Any:
@@ -544,12 +544,13 @@ def test_trouble_of_a_worker_s_own_loops_is_no_failure_of_the_job_that_runs(
         until(lambda: trains(db, job_id, 6) and beats() > before)
     assert (job_of(db, job_id).status, job_of(db, job_id).crashes) == ("queued", 0)
     monkeypatch.setattr(Trainers, "mend", ailing(Trainers.mend, KeyboardInterrupt()))
-    threading.Thread(target=lambda: until(lambda: trains(db, job_id, 9)) and ails.set()).start()
+    at = job_of(db, job_id).step
+    threading.Thread(target=lambda: until(lambda: trains(db, job_id, at + 1)) and ails.set()).start()
     with pytest.raises(KeyboardInterrupt):
         work_here(quick)
     assert job_of(db, job_id).status == "running"
     ails.clear()
-    work_here(quick, term_s=0.3)
+    work_here(quick, term_s=1.5)
     assert_whole(quick, db, job_id)
     assert adapter_bytes(quick, db, job_id) == undisturbed
     db.close()
