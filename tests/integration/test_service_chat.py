@@ -24,6 +24,7 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.deployments import put, remove
 from kivnun.jobs.place import Place
 from kivnun.jobs.schema import deployments, usage
+from kivnun.jobs.usage import Charge
 from kivnun.model.families import BUILT_IN
 from kivnun.serve.toy import ToyTokens, toy_answer
 from kivnun.service.answering import Answering
@@ -432,6 +433,21 @@ def test_what_was_asked_and_answered_is_written_down(place: Place, client: opena
     db.close()
     assert after["prompt", model] - before.get(("prompt", model), 0) == 2 * whole.prompt_tokens
     assert after["completion", model] - before.get(("completion", model), 0) == 2 * whole.completion_tokens
+
+
+def test_an_answer_for_a_batch_tells_what_it_used_and_writes_nothing_down(place: Place, url: str) -> None:
+    service = service_at(place, place.service_config())
+    body = {"model": "toy", "messages": ASKED, "max_tokens": 5}
+
+    def rows() -> list[Any]:
+        return service.db.read(lambda tx: list(tx.execute(sa.select(usage.c.id, usage.c.tokens).order_by(usage.c.id))))
+
+    before = rows()
+    answer, used = asyncio.run(Answering(service).complete("default", "key_b", "/v1/chat/completions", body))
+    assert rows() == before
+    asked, written = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
+    assert used == Charge("default", "toy", "toy", "key_b", (("prompt", asked, 0.0), ("completion", written, 0.0)))
+    service.db.close()
 
 
 def test_a_tenant_that_has_used_up_its_minute_is_told_so(place: Place, url: str) -> None:
