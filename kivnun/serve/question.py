@@ -35,6 +35,8 @@ from kivnun.serve.tools import ToolUse, tool_use
 
 MAX_BIASES = 1024
 MAX_LEGACY_LOGPROBS = 5
+# Of prompts that are told with their logprobs: others wait while one of them is scored, and all are told in one message.
+MAX_SCORED_TOKENS = 1 << 15
 
 _BOTH = (
     "model", "temperature", "top_p", "n", "stop", "max_tokens", "seed", "logit_bias", "presence_penalty", "frequency_penalty",
@@ -154,6 +156,11 @@ def read_question(body: Mapping[str, Any], endpoint: Endpoint, asked: Asked) -> 
     if best_of * len(prompts) > ROWS_AT_ONCE:
         raise bad("n", f"answers times prompts must be at most {ROWS_AT_ONCE}, got {best_of * len(prompts)}")
     echo, stream = flag(body, "echo"), flag(body, "stream")
+    scored = sum(map(len, prompts)) if echo and "logprobs" in body else 0
+    if scored > MAX_SCORED_TOKENS:
+        raise bad(
+            "echo", f"echo with logprobs takes prompts of {MAX_SCORED_TOKENS:,} tokens in all, got {scored:,}: ask in portions"
+        )
     if stream and best_of > n:
         raise bad("best_of", "best_of above n cannot be streamed: which answer is best is known at the end")
     grammar = grammar_of_format(body["response_format"]) if "response_format" in body else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import threading
 from collections import OrderedDict, deque
@@ -36,6 +37,8 @@ from kivnun.serve.writing import Writing
 
 logger = logging.getLogger(__name__)
 
+DIED = 70  # the exit status of a worker whose model cannot go on
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -57,6 +60,7 @@ class _Job:
     cancelled: bool = False
     begun: bool = False
     closed: bool = False
+    scored: list[list[TokenLogprobs]] = field(default_factory=list[list[TokenLogprobs]])  # prompts whose tokens are to be told
     taken: bool = False  # whether an adapter is to be given back
     form: GrammarForm | None = None
     failure: Exception | None = None  # of loading its adapter, or of reading its grammar
@@ -93,13 +97,18 @@ class Scheduler:
         tokens: BaseTokens,
         adapters: AdapterCache[Adapter],
         capacity: Capacity | None = None,
+        die: Callable[[], None] = lambda: os._exit(DIED),
     ) -> None:
+        """`die` ends the process where the model's thread cannot go on: a worker that takes questions and answers none is worse
+        than none, and another one is started."""
         self.base, self.version = name, version
+        self._die = die
         self._base, self._tokens, self._adapters = base, tokens, adapters
         self._capacity = capacity or Capacity()
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._to_load: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: OrderedDict[str, deque[_Choice]] = OrderedDict()
+        self._to_score: deque[_Job] = deque()
         self._active: list[_Choice] = []
         self._cache = KVCache()
         self._slots = itertools.count()
@@ -172,17 +181,26 @@ class Scheduler:
     # --- the loop ------------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with torch.no_grad():
-            while self._receive():
-                self._drop_cancelled()
-                new = self._admitted()
-                self._pass(new, lambda rows: prefill(self._base, self._cache, rows))
-                old = [choice for choice in self._active if choice not in new]
-                self._pass(old, lambda rows: decode_step(self._base, self._cache, rows))
+        try:
+            with torch.no_grad():
+                while self._receive():
+                    self._step()
+        except BaseException as error:
+            logger.critical("the model's thread has failed", exc_info=error, extra={"action": "answerer_failed", "base": self.base})
+            self._die()
+
+    def _step(self) -> None:
+        """Give every row a token; before that let those in that fit, and score one prompt."""
+        self._drop_cancelled()
+        self._score_one()
+        new = self._admitted()
+        self._pass(new, lambda rows: prefill(self._base, self._cache, rows))
+        old = [choice for choice in self._active if choice not in new]
+        self._pass(old, lambda rows: decode_step(self._base, self._cache, rows))
 
     def _receive(self) -> bool:
         """Take in what was asked; wait where there is nothing else to do. Return False at the end."""
-        idle = not self._active and not self._waiting
+        idle = not self._active and not self._waiting and not self._to_score
         while True:
             try:
                 job = self._inbox.get(block=idle)
@@ -205,7 +223,28 @@ class Scheduler:
             row = new_row(next(self._slots), question.prompts[at], question.params(at), place % question.n, form)
             writing = Writing(self._tokens.chat.tokens, tuple(question.stop), tuple(question.spelt))
             job.choices.append(_Choice(job, place, row, writing))
-        self._waiting.setdefault(question.tenant, deque()).extend(job.choices)
+        if question.prompt_logprobs:
+            self._to_score.append(job)
+        else:
+            self._wait(job)
+
+    def _wait(self, job: _Job) -> None:
+        self._waiting.setdefault(job.question.tenant, deque()).extend(job.choices)
+
+    def _score_one(self) -> None:
+        """Score one prompt of the question whose turn it is, so that nobody waits for more than that between two tokens."""
+        if not self._to_score:
+            return
+        job = self._to_score.popleft()
+        try:
+            job.scored.append(self._scored(job, job.question.prompts[len(job.scored)]))
+        except Exception as error:
+            self._fail(job, error)
+            return
+        if len(job.scored) < len(job.question.prompts):
+            self._to_score.append(job)
+        else:
+            self._wait(job)
 
     def _admitted(self) -> list[_Choice]:
         """Admit rows that wait, and begin their answers."""
@@ -243,12 +282,8 @@ class Scheduler:
             return False
         if not job.begun:
             job.begun = True
-            try:
-                prompts = [self._scored(job, prompt) for prompt in question.prompts] if question.prompt_logprobs else None
-            except Exception as error:
-                self._fail(job, error)
-                return False
-            job.tell(Begun(id=question.id, adapter=job.adapter, prompt_logprobs=prompts))
+            job.tell(Begun(id=question.id, adapter=job.adapter, prompt_logprobs=job.scored or None))
+            job.scored = []
         if choice.row.params.max_new_tokens == 0:
             self._end(choice)
             return False
@@ -284,13 +319,13 @@ class Scheduler:
             return
         try:
             token = take_next(row, logits_V)
-        except DataError as error:
+            if token is not None:
+                count = job.question.logprobs
+                logprobs = None if count is None else (token, *likeliest(logits_V, token, count))
+                self._tell_piece(choice, *choice.writing.token(token, logprobs))
+        except Exception as error:  # of this answer alone; the others go on
             self._fail(job, error)
             return
-        if token is not None:
-            count = job.question.logprobs
-            logprobs = None if count is None else (token, *likeliest(logits_V, token, count))
-            self._tell_piece(choice, *choice.writing.token(token, logprobs))
         if row.done or choice.writing.stopped:
             self._end(choice)
 
@@ -314,7 +349,8 @@ class Scheduler:
     # --- ends ----------------------------------------------------------------------------------------------------------------
 
     def _drop_cancelled(self) -> None:
-        gone = {choice.job for choice in self._active if choice.job.cancelled}
+        gone = {choice.job for choice in self._active if choice.job.cancelled} | {job for job in self._to_score if job.cancelled}
+        self._to_score = deque(job for job in self._to_score if not job.cancelled)
         for tenant, waiting in list(self._waiting.items()):
             gone |= {choice.job for choice in waiting if choice.job.cancelled}
             kept = deque(choice for choice in waiting if not choice.job.cancelled and not choice.row.done)
@@ -363,5 +399,6 @@ class Scheduler:
 
     def _give_up(self) -> None:
         jobs = {choice.job for choice in self._active} | {choice.job for waiting in self._waiting.values() for choice in waiting}
+        jobs |= {*self._to_score}
         for job in jobs:
             self._fail(job, KivnunError("the worker ends", hint="ask again"))

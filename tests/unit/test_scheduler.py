@@ -286,3 +286,39 @@ def test_an_adapter_that_cannot_be_had_is_told(bench: Bench, monkeypatch: pytest
     heard = answered(bench, question(bench, [[5]], "low"))
     assert isinstance(heard.said[-1], Failed)
     assert heard.said[-1].code == "broken"
+
+
+def test_prompts_are_scored_one_by_one_between_the_tokens_of_others(bench: Bench) -> None:
+    pieces_when_begun: list[int] = []
+    writing, scoring = Heard(), Heard()
+
+    def ask(count: int) -> None:
+        if count == 1:  # in the model's thread, so the next step finds both
+            bench.scheduler.ask(question(bench, [[5, 6, 7]] * 5, limit=1, tenant="b", prompt_logprobs=True), scoring)
+
+    writing.on_piece = ask
+    said = scoring.said
+
+    class Noted(list[Told]):
+        def append(self, what: Told) -> None:
+            if isinstance(what, Begun):
+                pieces_when_begun.append(writing.pieces)
+            super().append(what)
+
+    scoring.said = Noted(said)
+    bench.scheduler.ask(question(bench, [[3, 4]], limit=12), writing)
+    assert writing.ended.wait(30)
+    assert scoring.ended.wait(30)
+    assert pieces_when_begun[0] > 1  # 1 where all prompts are scored at once
+    (begun,) = (what for what in scoring.said if isinstance(what, Begun))
+    assert begun.prompt_logprobs is not None
+    assert len({str(prompt) for prompt in begun.prompt_logprobs}) == 1
+    assert len(begun.prompt_logprobs) == 5
+
+
+def test_a_model_that_cannot_go_on_ends_its_process(bench: Bench, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = threading.Event()
+    scheduler = Scheduler("tiny", "1", bench.base, BaseTokens(base), bench.cache, die=died.set)
+    monkeypatch.setattr(scheduler, "_admitted", lambda: 1 / 0)
+    scheduler.ask(question(bench, [[3, 4]]), Heard())
+    assert died.wait(30)
