@@ -34,9 +34,11 @@ TRIES = 12
 _GIVEN_UP = {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 14_000}
 _OPTIONS = "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
 _OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-# Serialization failure, deadlock, and a key that another transaction took between this one's look and its write: PostgreSQL tells
-# the last as a duplicate, even to transactions that could not see it. Run again, they see it.
-_SERIALIZATION = ("40001", "40P01", "23505")
+_SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
+# PostgreSQL tells a key that another transaction took between this one's look and its write as a duplicate, even to transactions that
+# could not see it. Run again, they see it; one that still finds a duplicate has made it by itself.
+_DUPLICATE = "23505"
+DUPLICATE_TRIES = 4
 
 
 def sqlite_url(path: Path) -> str:
@@ -101,7 +103,7 @@ class Database:
                     f"no connection to the database became free in {FREE_S:.0f} s", hint="it is slow or overloaded: see its own log"
                 ) from error
             except DBAPIError as error:
-                if _may_be_run_again(error) and attempt + 1 < TRIES:
+                if attempt + 1 < _tries(error):
                     time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
                     continue
                 if _is_down(error):
@@ -145,8 +147,10 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
     )
 
 
-def _may_be_run_again(error: DBAPIError) -> bool:
-    return getattr(error.orig, "sqlstate", None) in _SERIALIZATION
+def _tries(error: DBAPIError) -> int:
+    """Return how often a transaction that ended so is run in all."""
+    state = getattr(error.orig, "sqlstate", None)
+    return TRIES if state in _SERIALIZATION else DUPLICATE_TRIES if state == _DUPLICATE else 1
 
 
 def _is_down(error: DBAPIError) -> bool:
