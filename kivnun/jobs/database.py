@@ -35,8 +35,8 @@ _GIVEN_UP = {"keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "k
 _OPTIONS = "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
 _OUT_OF_REACH = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _SERIALIZATION = ("40001", "40P01")  # serialization failure, deadlock: PostgreSQL asks for the transaction again
-# PostgreSQL tells a key that another transaction took between this one's look and its write as a duplicate, even to transactions that
-# could not see it. Run again, they see it; one that still finds a duplicate has made it by itself.
+# A key that another transaction took between this one's look and its write: PostgreSQL tells it as a duplicate, even to those
+# who could not see it. Run again, they see it; one that still finds a duplicate has made it by itself.
 _DUPLICATE = "23505"
 DUPLICATE_TRIES = 4
 
