@@ -58,8 +58,9 @@ def download_texts(model: str, revision: str | None = None) -> Path:
     return _had(model, revision, lambda: _texts(model, revision).folder, _cached_texts)
 
 
-class HubUnreachable(BaseModelError):
-    """The hub cannot answer now, and what is asked for is not here: later it may be."""
+def may_come_later(error: BaseModelError) -> bool:
+    """Return whether the hub could not answer, so that what is asked for may be had later."""
+    return isinstance(error.__cause__, _Unreachable)
 
 
 def _had(model: str, revision: str | None, fetch: Callable[[], Path], cached: Callable[[str, str | None, str], Path]) -> Path:
@@ -83,7 +84,7 @@ def _had(model: str, revision: str | None, fetch: Callable[[], Path], cached: Ca
         try:
             folder = cached(model, revision, f"the hub cannot be reached ({error})")
         except BaseModelError as lacking:
-            raise HubUnreachable(lacking.message, hint=lacking.hint, pages=lacking.pages) from error
+            raise BaseModelError(lacking.message, hint=lacking.hint, pages=lacking.pages) from error
         log.warning("the hub cannot be reached (%s): taking what is here of %s, commit %s", error, model, commit_of(folder))
         return folder
 

@@ -11,10 +11,10 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kivnun.errors import KivnunError
+from kivnun.errors import BaseModelError, KivnunError
 from kivnun.jobs.config import ServiceConfig
 from kivnun.model.families import find_texts, longest_row
-from kivnun.model.hub import HubUnreachable
+from kivnun.model.hub import may_come_later
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.question import Asked
 from kivnun.serve.toy import LONGEST, ToyTokens
@@ -47,10 +47,10 @@ class Tokenizers:
                 reading = self._readings[base] = self._readers.submit(self._read, base)
         try:
             return await asyncio.shield(asyncio.wrap_future(reading))  # who leaves ends it for nobody else
-        except HubUnreachable:
-            message = f"the tokenizer of {base} is not here yet, and the hub that has it cannot be reached: try again"
-            raise ApiError(503, message, code="overloaded", type="server_error") from None
-        except KivnunError:
+        except KivnunError as error:
+            if isinstance(error, BaseModelError) and may_come_later(error):
+                message = f"the tokenizer of {base} is not here yet, and the hub that has it cannot be reached: try again"
+                raise ApiError(503, message, code="overloaded", type="server_error") from None
             message = f"{base} cannot be asked here: its tokenizer cannot be had; the server's log says why, its operator can help"
             raise ApiError(400, message, code="model_not_available", param="model") from None
 

@@ -149,8 +149,7 @@ class _Worker:
         free = shutil.disk_usage(self._shared.folder).free
         short = free < self._room_bytes
         if short and not self._short_of_room:
-            what = "this worker takes no job: its disk has %.1f MiB left, of %.1f MiB that a job's folder may need"
-            log.error(what, free / 2**20, self._room_bytes / 2**20, extra={"action": "disk"})
+            log.error("this worker takes no job: its disk has too little room", extra={"action": "disk", "bytes": free})
         self._short_of_room = short
         return not short
 

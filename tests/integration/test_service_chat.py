@@ -163,7 +163,7 @@ def test_a_deployments_name_is_a_model_at_every_door(place: Place, url: str, cli
 
     def in_a_batch(name: str, endpoint: str) -> Any:
         body = {"model": name, "messages": ASKED, "temperature": 0}
-        return asyncio.run(answering.complete("default", None, endpoint, body))["x_adapter_hash"]
+        return asyncio.run(answering.complete("default", None, endpoint, body))[0]["x_adapter_hash"]
 
     assert [in_a_batch("named", "/v1/chat/completions"), in_a_batch("slow", "/chat/completions")] == [one, one]
     with worker(place, "slow"):
