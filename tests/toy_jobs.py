@@ -149,7 +149,7 @@ def worker_process(place: Place, *, term_s: float = 1.0, kill_at: int = 0, stdou
     return WorkerProcess(subprocess.Popen([sys.executable, "-c", _WORKER, *words], stdout=stdout))
 
 
-def until(condition: Callable[[], Any], timeout: float = 90.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 200.0) -> Any:
     """Wait for a condition; return what it gave."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
