@@ -133,7 +133,7 @@ def test_an_accuracy_that_was_not_measured_is_null(record: Path) -> None:
 
 
 def test_a_warning_is_told_once_over_all_workers_of_a_job(record: Path) -> None:
-    write(record, Warned("look out"), Warned("look out"), Warned("it lies in /srv/kivnun/data/work/ftjob-1/training.jsonl"))
+    write(record, Warned("look out"), Warned("look out"), Warned("it lies in /srv/kivnun/scratch/ftjob-1/training.jsonl"))
     found = Relay(record, {}, frozenset()).read()
     assert heard(found) == ["look out", "it lies in training.jsonl"]
     assert Relay(record, {}, frozenset({"look out", "it lies in training.jsonl"})).read() == []
@@ -142,7 +142,7 @@ def test_a_warning_is_told_once_over_all_workers_of_a_job(record: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("cannot write /srv/data/work/x: the disk is full", "cannot write x: the disk is full"),
+        ("cannot write /srv/data/jobs/x: the disk is full", "cannot write x: the disk is full"),
         ("rows in it: training.jsonl:1, training.jsonl:2", "rows in it: training.jsonl:1, training.jsonl:2"),
         ("base '/models/phi/' is 4/5 done", "base 'phi/' is 4/5 done"),
         ("see microsoft/phi-4 or 1/2", "see microsoft/phi-4 or 1/2"),
