@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -129,7 +130,7 @@ def test_a_form_that_is_changed_anywhere_gets_an_answer_below_500(
 
 
 def spoken(url: str, *pieces: bytes, close: bool = False) -> bytes:
-    """Say the pieces on a connection; return what is answered, or nothing where the connection is closed at once."""
+    """Say the pieces on a connection; return what is answered until the server ends it, be it by a reset."""
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10) as connection:
         for piece in pieces:
             connection.sendall(piece)
