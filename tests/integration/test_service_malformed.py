@@ -137,8 +137,9 @@ def spoken(url: str, *pieces: bytes, close: bool = False) -> bytes:
         if close:
             return b""
         answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
+        with suppress(ConnectionResetError):  # what a server that closes with bytes unread sends
+            while piece := connection.recv(65536):
+                answer += piece
         return answer
 
 
