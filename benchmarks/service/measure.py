@@ -28,6 +28,7 @@ LONG_EPOCHS = 50
 ROWS = 400
 ANSWER_TOKENS = 16
 PATIENCE_S = 180.0
+LONG_S = 1200.0  # a whole job's
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,25 @@ def cancels(service: Service, folder: Path, times: int) -> list[float]:
     return seconds
 
 
+def estimates(service: Service, folder: Path, epochs: Sequence[int]) -> list[float]:
+    """Return, for a job of each number of epochs, how far the first `estimated_finish` after a tenth of its steps was off.
+
+    The unit is the time that was left then."""
+    client, file_id = service.client, upload(service.client, folder)
+    off: list[float] = []
+    for count in epochs:
+        job_id = create(client, file_id, BASE, count)
+        _until(lambda job_id=job_id: 10 * step_of(client, job_id) >= total_steps(client, job_id) > 0)
+        seen_at, estimated = time.time(), client.fine_tuning.jobs.retrieve(job_id).estimated_finish
+        assert estimated is not None, "a job that trains says when it will end"
+        _until(lambda job_id=job_id: client.fine_tuning.jobs.retrieve(job_id).finished_at is not None, LONG_S)
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        assert job.status == "succeeded", job.error
+        assert job.finished_at is not None
+        off.append(abs(estimated - job.finished_at) / (job.finished_at - seen_at))
+    return off
+
+
 def answers(service: Service, at_once: int, times: int) -> list[float]:
     """Return the seconds of `times` chats in each of `at_once` threads, with a worker whose model costs nothing."""
     asked = [{"role": "user", "content": "When does the ferry leave?"}]
@@ -110,18 +130,28 @@ def upload(client: OpenAI, folder: Path) -> str:
     return client.files.create(file=path, purpose="fine-tune").id
 
 
-def create(client: OpenAI, file_id: str, model: str) -> str:
-    numbers = {"n_epochs": LONG_EPOCHS, "batch_size": 8}
+def create(client: OpenAI, file_id: str, model: str, epochs: int = LONG_EPOCHS) -> str:
+    numbers = {"n_epochs": epochs, "batch_size": 8}
     method = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
     return client.fine_tuning.jobs.create(model=model, training_file=file_id, method=method).id  # type: ignore[arg-type]
 
 
 def step_of(client: OpenAI, job_id: str) -> int:
     """Return the last step that a job told; 0 before the first."""
+    return _told(client, job_id)[0]
+
+
+def total_steps(client: OpenAI, job_id: str) -> int:
+    """Return how many steps a job has; 0 before its first."""
+    return _told(client, job_id)[1]
+
+
+def _told(client: OpenAI, job_id: str) -> tuple[int, int]:
     for event in client.fine_tuning.jobs.list_events(job_id, limit=3).data:
         if event.message.startswith("Step "):
-            return int(event.message.removeprefix("Step ").split("/")[0])
-    return 0
+            step, steps = event.message.removeprefix("Step ").partition(":")[0].split("/")
+            return int(step), int(steps)
+    return 0, 0
 
 
 def trainers(pid: int) -> list[int]:
@@ -145,8 +175,8 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _until(found: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE_S
+def _until(found: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    until = time.monotonic() + patience_s
     while not found():
         assert time.monotonic() < until, "the service does not come on; its log says why"
         time.sleep(0.1)
