@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "KIVNUN_ADMIN_KEY"
 MIN_KEY_LETTERS = 16
 START_S = 120.0  # a machine that is busy may take long to load everything
+LAST_S = 5.0  # of a drain: for inference workers, which others need until they have ended
 LOOK_S = 1.0  # how often it is asked which bases are wanted
 
 
@@ -70,10 +71,11 @@ def serve(
         certificate = ["--tls-cert", str(tls_cert), "--tls-key", str(tls_key)] if tls else []
         is_ready, says_ready = os.pipe()
         inherited = ["--fd", str(listener.fileno()), "--ready-fd", str(says_ready)]
+        drain = ["--drain-s", str(max(drain_s / 2, drain_s - LAST_S))]
         parts = [
-            _part("api", ["api", *certificate, *inherited, "--drain-s", str(drain_s)], place, (listener.fileno(), says_ready)),
-            _part("clerk", ["clerk"], place),
-            *(_part(f"tune {number}", ["tune"], place) for number in range(1, workers + 1)),
+            _part("api", ["api", *certificate, *inherited, *drain], place, (listener.fileno(), says_ready)),
+            _part("clerk", ["clerk", *drain], place),
+            *(_part(f"tune {number}", ["tune", *drain], place) for number in range(1, workers + 1)),
             *(_answering(base, place) for base in residents),
         ]
         supervisor = _supervisor(place, db, parts, residents, drain_s)
