@@ -56,7 +56,16 @@ def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | N
 @place_options
 @click.option("--base", required=True, help="The base's id in the configuration.")
 @click.option("--listen", "listen_at", metavar="HOST:PORT", help="Where APIs of other machines reach it; else only this one's.")
-def answer(data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str, listen_at: str | None) -> None:
+@click.option(
+    "--memory-gib",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GIB",
+    help="What the worker may take, which bounds what it answers at once; by default what the machine has.",
+)
+def answer(
+    data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str, listen_at: str | None,
+    memory_gib: float | None,
+) -> None:  # fmt: skip
     """Keep one base in memory and answer chats and completions of it and of the models tuned from it.
 
     What APIs on other machines send to --listen is not encrypted: it belongs in a network of the service's own.
@@ -74,7 +83,7 @@ def answer(data: Path, db_url: str | None, store_url: str | None, config: Path |
 
     configure()
     place.keep_private()
-    serve(place, base, stop, listen_at)
+    serve(place, base, stop, listen_at, None if memory_gib is None else memory_gib * 2**30)
 
 
 @worker.command(short_help="Judge files, deliver webhooks, run batches.")
