@@ -10,15 +10,18 @@ import hashlib
 import torch
 
 from kivnun.artifacts import code_hash
+from kivnun.errors import BaseModelError
 from kivnun.jobs.config import ServiceConfig
 from kivnun.model.families import count_parameters, find_base, read_config
 from kivnun.model.load import load_base
 from kivnun.plan.devices import CONTEXT_BYTES, find_device
-from kivnun.plan.serving import served_precision, serving_of
+from kivnun.plan.serving import MOST_ADAPTER_BYTES, served_precision, serving_of
 from kivnun.serve.adapter_files import load_adapter
 from kivnun.serve.adapters import AdapterCache, AdapterFolders
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.scheduler import Capacity, Scheduler
+
+LEAST_TOKENS = 1 << 14  # in the cache, of a base whose tokens are of a size that is not known
 
 
 def load_resident(config: ServiceConfig, name: str, folders: AdapterFolders, memory_bytes: float | None = None) -> Scheduler:
@@ -31,11 +34,15 @@ def load_resident(config: ServiceConfig, name: str, folders: AdapterFolders, mem
     precision = served_precision(entry.precision, folder, numbers, device)
     base = load_base(folder, precision, device)
     version = hashlib.sha256(f"{base.content_hash} {precision} {device} {code_hash()}".encode()).hexdigest()
-    takes = serving_of(read_config(folder), name, precision, device, numbers)
-    memory_bytes = _device_bytes(device) if memory_bytes is None else memory_bytes
-    adapters = AdapterCache(folders.fetch, lambda place: load_adapter(base, place), max_bytes=takes.adapter_bytes(memory_bytes))
-    capacity = Capacity(held_tokens=takes.held_tokens(memory_bytes))
-    return Scheduler(name, version, base, BaseTokens(folder), adapters, capacity)
+    try:
+        takes = serving_of(read_config(folder), name, precision, device, numbers)
+    except BaseModelError:  # its configuration has other names than any that is known
+        held_tokens, adapter_bytes = LEAST_TOKENS, MOST_ADAPTER_BYTES
+    else:
+        memory_bytes = _device_bytes(device) if memory_bytes is None else memory_bytes
+        held_tokens, adapter_bytes = takes.held_tokens(memory_bytes), takes.adapter_bytes(memory_bytes)
+    adapters = AdapterCache(folders.fetch, lambda place: load_adapter(base, place), max_bytes=adapter_bytes)
+    return Scheduler(name, version, base, BaseTokens(folder), adapters, Capacity(held_tokens=held_tokens))
 
 
 def _device_bytes(device: str) -> float:

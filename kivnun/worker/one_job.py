@@ -44,7 +44,7 @@ CRASH_WAIT_S = 0.5  # before a trainer that ended by an error is started again; 
 KILLED_WAITS_S = (0.5, 60.0, 300.0)
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
 # Shares of a drain: then a trainer that has not heeded is ended, then what does not answer is given up. The rest is to hand back.
-TRAINER_SHARE, GIVE_UP_SHARE = 0.6, 0.8
+TRAINER_SHARE, GIVE_UP_SHARE = 0.7, 0.8
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
 _FAULTS: dict[str, tuple[str, str | None]] = {

@@ -104,6 +104,15 @@ def test_a_loaded_base_takes_on_what_its_memory_holds_and_a_token_is_as_large_as
     assert held == 64 * known.token_bytes
 
 
+def test_a_base_with_a_configuration_of_its_own_kind_is_loaded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "read_config", lambda _: {"model_type": "another", "n_layer": 2})
+    folders = AdapterFolders(FolderBlobs(tmp_path / "blobs"), tmp_path / "adapters")
+    scheduler = resident.load_resident(config(), "kivnun/tiny-phi", folders)
+    scheduler.close()
+
+
 def config(**given: object) -> ServiceConfig:
     bases = {"kivnun/tiny-phi": BaseEntry(resident=True), PHI: BaseEntry(), PHI_4: BaseEntry(), "gone": BaseEntry()}
     return ServiceConfig.model_validate({"bases": bases, **given})
