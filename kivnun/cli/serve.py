@@ -18,13 +18,15 @@ from kivnun.cli.listening import listen, require_tls, url_of
 from kivnun.cli.place_options import DB_VARIABLE, STORE_VARIABLE, place_of, place_options
 
 if TYPE_CHECKING:
-    from kivnun.jobs.database import Database
+    from kivnun.jobs.database import Database, Transaction
     from kivnun.jobs.place import Place
+    from kivnun.service.room import Room
     from kivnun.service.supervisor import Part, Supervisor
 
 KEY_VARIABLE = "KIVNUN_ADMIN_KEY"
 MIN_KEY_LETTERS = 16
 START_S = 120.0  # a machine that is busy may take long to load everything
+LAST_S = 5.0  # of a drain: for inference workers, which others need until they have ended
 LOOK_S = 1.0  # how often it is asked which bases are wanted
 
 
@@ -55,9 +57,13 @@ def serve(
     chosen = _chosen_key()
     from kivnun.cli.screen import print_json, stdout
     from kivnun.service.logs import configure
+    from kivnun.service.room import Room
     from kivnun.service.run import begin, held
 
-    residents = [base for base, entry in place.service_config().bases.items() if entry.resident]
+    offered = place.service_config()
+    room = Room(offered, workers > 0, time.monotonic)
+    residents = [base for base, entry in offered.bases.items() if entry.resident]
+    given = room.allowances() if len(residents) > 1 else {}  # one has the whole machine, unless others are loaded beside it
     configure()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     place.keep_private()
@@ -70,13 +76,14 @@ def serve(
         certificate = ["--tls-cert", str(tls_cert), "--tls-key", str(tls_key)] if tls else []
         is_ready, says_ready = os.pipe()
         inherited = ["--fd", str(listener.fileno()), "--ready-fd", str(says_ready)]
+        drain = ["--drain-s", str(max(drain_s / 2, drain_s - LAST_S))]
         parts = [
-            _part("api", ["api", *certificate, *inherited, "--drain-s", str(drain_s)], place, (listener.fileno(), says_ready)),
-            _part("clerk", ["clerk"], place),
-            *(_part(f"tune {number}", ["tune"], place) for number in range(1, workers + 1)),
-            *(_answering(base, place) for base in residents),
+            _part("api", ["api", *certificate, *inherited, *drain], place, (listener.fileno(), says_ready)),
+            _part("clerk", ["clerk", *drain], place),
+            *(_part(f"tune {number}", ["tune", *drain], place) for number in range(1, workers + 1)),
+            *(_answering(base, place, given.get(base)) for base in residents),
         ]
-        supervisor = _supervisor(place, db, parts, residents, drain_s)
+        supervisor = _supervisor(place, db, parts, room, drain_s)
         stop, at_once = _signals()
         supervisor.start()
         if _answers(supervisor, is_ready, stop):
@@ -104,28 +111,37 @@ def _part(name: str, words: Sequence[str], place: Place, passed: tuple[int, ...]
     return Part(name, ["worker", *words, "--data", str(place.data), *config], name.startswith("answer "), passed)
 
 
-def _answering(base: str, place: Place) -> Part:
-    return _part(f"answer {base}", ["answer", "--base", base], place)
+def _answering(base: str, place: Place, num_bytes: float | None) -> Part:
+    """Return the inference worker of a base, which may take so much memory; None: what the machine has."""
+    given = [] if not num_bytes else ["--memory-gib", f"{num_bytes / 2**30:.3f}"]
+    return _part(f"answer {base}", ["answer", "--base", base, *given], place)
 
 
-def _supervisor(place: Place, db: Database, parts: Sequence[Part], residents: Sequence[str], drain_s: float) -> Supervisor:
-    """Return what keeps the parts, and an inference worker for every other base that is asked for."""
+def _supervisor(place: Place, db: Database, parts: Sequence[Part], room: Room, drain_s: float) -> Supervisor:
+    """Return what keeps the parts, and an inference worker for every other base that is asked for, as far as there is room."""
     from kivnun.service.supervisor import Supervisor
 
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     environment |= {DB_VARIABLE: place.db_url, STORE_VARIABLE: place.store_url}
-    return Supervisor(parts, _wanted(place, db, residents), time.monotonic, environment, drain_s)
+    return Supervisor(parts, _wanted(place, db, room), time.monotonic, environment, drain_s)
 
 
-def _wanted(place: Place, db: Database, residents: Sequence[str]) -> Callable[[], Sequence[Part]]:
-    from kivnun.jobs.wanted import Wishes, asks
+def _wanted(place: Place, db: Database, room: Room) -> Callable[[], Sequence[Part]]:
+    from kivnun.jobs import wanted
     from kivnun.service.supervisor import Looking
 
-    wishes = Wishes(time.monotonic)
-    offered = set(place.service_config().bases) - set(residents)
-
     def look() -> Sequence[Part]:
-        return [_answering(base, place) for base in sorted(wishes.look(db.read(asks)) & offered)]
+        asks, recorded = db.read(lambda tx: (wanted.asks(tx), wanted.refusals(tx)))
+        bases, refused = room.look(asks)
+        changes = room.to_tell(recorded, refused)
+
+        def tell(tx: Transaction) -> None:
+            for base, why in changes.items():
+                wanted.refuse(tx, base, why)
+
+        if changes:
+            db.write("bases refused", tell)
+        return [_answering(base, place, room.num_bytes) for base in bases]
 
     return Looking(look, LOOK_S)
 

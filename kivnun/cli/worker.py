@@ -5,15 +5,23 @@ Next: `kivnun/service/supervisor.py`.
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
 from kivnun.cli.listening import listen, require_tls
 from kivnun.cli.place_options import place_of, place_options
+
+
+def _drain_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--drain-s", type=click.FloatRange(0.5), default=25.0, show_default=True, help=f"Seconds that {what}.")
 
 
 @click.group(short_help="Run one process of a service, here or on another machine.")
@@ -27,7 +35,8 @@ def worker() -> None:
 
 @worker.command(short_help="Train jobs.")
 @place_options
-def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | None) -> None:
+@_drain_option("SIGTERM leaves the step in progress, and what does not answer")
+def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | None, drain_s: float) -> None:
     """Take jobs from the queue and train them, one at a time.
 
     SIGTERM hands the job over: what is trained of it is kept, and another worker goes on to the same bits.
@@ -39,14 +48,24 @@ def tune(data: Path, db_url: str | None, store_url: str | None, config: Path | N
 
     configure()
     place.keep_private()
-    work(place, stop)
+    work(place, stop, drain_s=drain_s)
+    _end()
 
 
 @worker.command(short_help="Answer for one base and everything tuned from it.")
 @place_options
 @click.option("--base", required=True, help="The base's id in the configuration.")
 @click.option("--listen", "listen_at", metavar="HOST:PORT", help="Where APIs of other machines reach it; else only this one's.")
-def answer(data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str, listen_at: str | None) -> None:
+@click.option(
+    "--memory-gib",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GIB",
+    help="What the worker may take, which bounds what it answers at once; by default what the machine has.",
+)
+def answer(
+    data: Path, db_url: str | None, store_url: str | None, config: Path | None, base: str, listen_at: str | None,
+    memory_gib: float | None,
+) -> None:  # fmt: skip
     """Keep one base in memory and answer chats and completions of it and of the models tuned from it.
 
     What APIs on other machines send to --listen is not encrypted: it belongs in a network of the service's own.
@@ -64,12 +83,13 @@ def answer(data: Path, db_url: str | None, store_url: str | None, config: Path |
 
     configure()
     place.keep_private()
-    serve(place, base, stop, listen_at)
+    serve(place, base, stop, listen_at, None if memory_gib is None else memory_gib * 2**30)
 
 
 @worker.command(short_help="Judge files, deliver webhooks, run batches.")
 @place_options
-def clerk(data: Path, db_url: str | None, store_url: str | None, config: Path | None) -> None:
+@_drain_option("SIGTERM leaves what is in progress")
+def clerk(data: Path, db_url: str | None, store_url: str | None, config: Path | None, drain_s: float) -> None:
     """Do what nobody waits for: judge files, check new jobs, deliver webhooks, run batches, sweep up. Loads no model."""
     place = place_of(data, db_url, store_url, config)
     stop = _told_to_stop()
@@ -78,7 +98,8 @@ def clerk(data: Path, db_url: str | None, store_url: str | None, config: Path | 
 
     configure()
     place.keep_private()
-    run(place, stop)
+    run(place, stop, drain_s=drain_s)
+    _end()
 
 
 @worker.command(short_help="Answer the API's requests.")
@@ -89,7 +110,7 @@ def clerk(data: Path, db_url: str | None, store_url: str | None, config: Path | 
 @click.option("--tls-key", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="The certificate's key, in PEM.")
 @click.option("--behind-proxy", is_flag=True, help="TLS ends in a proxy before this, and nobody else reaches the address.")
 @click.option(
-    "--drain-s", type=click.FloatRange(1), default=20.0, show_default=True, help="Seconds that answers may take at SIGTERM."
+    "--drain-s", type=click.FloatRange(0.5), default=20.0, show_default=True, help="Seconds that answers may take at SIGTERM."
 )
 @click.option("--fd", type=click.IntRange(0), hidden=True, help="A socket that listens already.")
 @click.option("--ready-fd", type=click.IntRange(0), hidden=True, help="Where a byte is written once requests are answered.")
@@ -107,6 +128,13 @@ def api(
     configure()
     place.keep_private()
     serve_api(place, listener, drain_s, tls, ready_fd)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End the process: nobody waits for a thread of it that still hangs in a call."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _told_to_stop() -> threading.Event:

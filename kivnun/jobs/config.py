@@ -84,6 +84,10 @@ class ServiceConfig(Section, frozen=True):
     webhook_hosts: tuple[str, ...] = Field(
         default=(), description="Hosts that webhooks may reach although they are private, or by http: HOST or HOST:PORT."
     )
+    on_demand_gib: Annotated[float | None, Field(ge=0)] = Field(
+        default=None,
+        description="Memory of bases that are loaded on demand, together; by default what residents and training leave.",
+    )
     results_encoding: Literal["base64", "raw"] = Field(default="base64", description="Of results files under /v1, as OpenAI's.")
 
     @model_validator(mode="after")

@@ -293,10 +293,15 @@ def pause(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: NewId)
     return job.status
 
 
-def hand_back(tx: Transaction, lease: Lease, job_id: str, now: float, new_id: NewId) -> Status:
-    """Put a running job back where it stood in its tenant's line, for another worker to go on with. Return the job's status."""
+def hand_back(tx: Transaction, lease: Lease, job_id: str, prices: Mapping[str, Price], now: float, new_id: NewId) -> Status:
+    """Let go of a job because its worker ends; return its status. A running one goes back where it stood in its tenant's line,
+    for another worker to go on with; one that was asked to pause or was cancelled in between becomes what it was asked to."""
     job = held(tx, lease, job_id)
-    if job.status == "running":
+    if job.status == "pausing":
+        return pause(tx, lease, job_id, now, new_id)
+    if job.status == "cancelled":
+        settle_cancelled(tx, lease, job_id, prices, now)
+    elif job.status == "running":
         queue.give_back(tx, job.tenant, queue.left_of(job.planned_tokens, job.trained_tokens))
         job = tuning.move(tx, job, "queued", now, new_id, estimated_finish=None)
         said = f"Worker is shutting down, job goes on from step {newest_step(tx, job_id)}"

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 4
-WHOLE_BYTES = 16 << 20  # up to here an object is put by one request, on the condition that it is not there
-REQUEST_S = 60
+WHOLE_BYTES = PART_BYTES  # up to here an object is put by one request, on the condition that it is not there
+# A part at 3.4 Mbit/s, and no longer: who waits for a store that hangs has to end within a drain (cli/serve.py).
+REQUEST_S = 20
 CONNECT_S = 5
-GIVE_UP_S = 30
+GIVE_UP_S = 15  # a try that ends later than this after the first is the last one
 RENEW_S = 1800.0  # an object older than this is written again when it is put again, so that its age starts anew
 _OPTIONS = ("endpoint", "region", "access_key_id", "secret_access_key", "session_token")
 

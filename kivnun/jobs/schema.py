@@ -329,7 +329,8 @@ answerers = sa.Table(
 )  # fmt: skip
 
 wanted_bases = sa.Table(
-    "wanted_bases", metadata,  # bases without a resident worker, and how often each was asked for
+    "wanted_bases", metadata,  # bases without a resident worker, how often each was asked for, and why it is not loaded
     sa.Column("base", sa.Text, primary_key=True),
     sa.Column("asks", sa.BigInteger, nullable=False),
+    sa.Column("refused", sa.Text),
 )  # fmt: skip

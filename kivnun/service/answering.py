@@ -13,8 +13,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,7 +43,7 @@ ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v
 
 PATIENCE_S = 60.0  # a worker may be starting: clients wait longer than it takes to load most bases
 LOOK_S = 0.25
-WISH_S = 60.0
+WISH_S = 20.0
 
 Pay = Callable[[Charge], None]
 
@@ -117,7 +117,7 @@ class Answering:
         fingerprint = hashlib.sha256(f"{link.version} {content_hash}".encode()).hexdigest()[:12]
         extra = {"x_adapter_hash": content_hash}
         head = Head(new_id(endpoint), int(self._service.clock()), question, of.tokens, f"kivnun-{fingerprint}", extra)
-        return Answer(asked, head, heard, begun, bill)
+        return Answer(asked, head, heard, begun, bill, lambda: self._wish(asked.base, missing=False))
 
     def _write_down(self, used: Charge) -> None:
         try:
@@ -132,11 +132,14 @@ class Answering:
         links = self._links.setdefault(asyncio.get_running_loop(), Links())
         end = time.monotonic() + PATIENCE_S
         while True:
-            addresses = await run_in_threadpool(self._service.db.read, lambda tx: addresses_of(tx, base))
+            found = await run_in_threadpool(self._service.db.read, lambda tx: (addresses_of(tx, base), wanted.refusal(tx, base)))
+            addresses, refusal = found
             link = await links.best(base, addresses)
             await self._wish(base, missing=link is None)
             if link is not None:
                 return link
+            if refusal is not None:  # by what has been said since it was asked for: an old one is taken back
+                raise overloaded(refusal, "engine_overloaded")
             if time.monotonic() >= end:
                 raise overloaded(f"no worker answers for {base} at this moment; one may be starting: try again")
             await asyncio.sleep(LOOK_S)
@@ -241,6 +244,7 @@ class Answer:
     _heard: Heard
     _begun: Begun
     _bill: Bill
+    _goes_on: Callable[[], Awaitable[None]]  # says that its base is in use
     _written: dict[int, int] = field(default_factory=dict[int, int])
     _settling: asyncio.Task[None] | None = None
 
@@ -292,6 +296,8 @@ class Answer:
                     yield said
                     return
                 self._written[said.choice] = said.written
+                with suppress(DatabaseDown):  # which is no fault of this answer
+                    await self._goes_on()
                 yield said
         except WorkerLost:
             self._bill.withdraw()
@@ -312,8 +318,8 @@ def check_adapter(asked: Asked, used: str | None) -> None:
         raise ApiError(500, message, code="adapter_mismatch", type="server_error", param="model")
 
 
-def overloaded(message: str) -> ApiError:
-    return ApiError(503, message, code="overloaded", type="server_error")
+def overloaded(message: str, code: str = "overloaded") -> ApiError:
+    return ApiError(503, message, code=code, type="server_error")
 
 
 def _not_answered(said: object) -> ApiError:

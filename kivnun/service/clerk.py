@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 IDLE_S = 0.1  # between two looks for work
 STANDBY_S = 1.0  # between two looks at a lease that another clerk holds
 FIRST_BACK_OFF_S, LAST_BACK_OFF_S = 0.5, 30.0
-DRAIN_S = 20.0  # how long a portion in progress may take once the clerk is told to end
+DRAIN_S = 25.0  # how long all may take once the clerk is told to end
+GIVE_UP_SHARE = 0.8  # of it for portions in progress; one that hangs is then left to another clerk
 
 
 class Duty(Protocol):
@@ -78,8 +79,10 @@ def run(
     watch: Watch = unwatched,
     makers: Mapping[str, Maker] = DUTIES,
     term_s: float = leases.TERM_S,
+    drain_s: float = DRAIN_S,
 ) -> None:
-    """Do every duty that no other clerk does, until `stop` is set. Returns when the portions in progress are done."""
+    """Do every duty that no other clerk does, until `stop` is set. Returns when the portions in progress are done; one that hangs
+    loses its lease before `drain_s` is over, and can write nothing more in what is left of its process."""
     scratch = place.data / "scratch" / new_id("clerk-")
     scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     service = Service(place.database(watch), place.blobs(watch), place.service_config(), scratch, time.time)
@@ -92,9 +95,13 @@ def run(
     for thread in (*threads, beater):
         thread.start()
     stop.wait()
-    until = time.monotonic() + DRAIN_S
-    for thread in (*threads, beater):
+    until = time.monotonic() + GIVE_UP_SHARE * drain_s
+    for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
+    for lease in list(office.held.values()):
+        logger.warning("a duty is left to another clerk: it does not end", extra={"action": "duty_left", "duty": lease.name})
+        _give_back(office, lease)
+    beater.join(max(0.0, until - time.monotonic()))
     service.db.close()
     shutil.rmtree(scratch, ignore_errors=True)
 

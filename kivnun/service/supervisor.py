@@ -69,6 +69,7 @@ class _Kept:
     started_at: float = 0.0
     wait_s: float = 0.0
     due_at: float = 0.0
+    told_at: float | None = None  # when it was asked to end, because it is no longer wanted
 
 
 @dataclass
@@ -124,16 +125,25 @@ class Supervisor:
             kept.process.wait()
 
     def _adopt(self, wanted: Sequence[Part]) -> None:
-        """Take in the parts that are wanted by now, and let those go that no longer are."""
+        """Let those parts go that are no longer wanted, and take in those that are, once the others have gone: they may need their
+        memory."""
         names = {part.name for part in (*self.parts, *wanted)}
-        for part in wanted:
-            self._kept.setdefault(part.name, _Kept(part))
         for name in [name for name in self._kept if name not in names]:
-            kept = self._kept[name]
-            if _lives(kept):
-                _tell(kept, signal.SIGTERM)
+            if _lives(self._kept[name]):
+                self._let_go(self._kept[name])
             else:
                 del self._kept[name]
+        if self._kept.keys() <= names:
+            for part in wanted:
+                self._kept.setdefault(part.name, _Kept(part))
+
+    def _let_go(self, kept: _Kept) -> None:
+        """Ask a part to end, once: a second time would end it at once. One that does not heed is killed."""
+        if kept.told_at is None:
+            kept.told_at = self.clock()
+            _tell(kept, signal.SIGTERM)
+        elif self.clock() - kept.told_at > self.drain_s:
+            _tell(kept, signal.SIGKILL)
 
     def _start_due(self) -> None:
         for kept in self._kept.values():
@@ -143,7 +153,7 @@ class Supervisor:
             if kept.process is not None:
                 self._note_end(kept, now)
             if now >= kept.due_at:
-                kept.process, kept.started_at = self._spawn(kept.part), now
+                kept.process, kept.started_at, kept.told_at = self._spawn(kept.part), now, None
 
     def _note_end(self, kept: _Kept, now: float) -> None:
         """Say that a part has ended, and when it is started again: later each time, unless it had lived long."""

@@ -35,10 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 def serve(
-    place: Place, base: str, stop: threading.Event, listen: str | None = None, *, toy_token_s: float = 0.0, new_id: NewId = new_id
+    place: Place,
+    base: str,
+    stop: threading.Event,
+    listen: str | None = None,
+    memory_bytes: float | None = None,
+    *,
+    toy_token_s: float = 0.0,
+    new_id: NewId = new_id,
 ) -> None:
     """Load a configured base and answer until `stop` is set. `listen` is HOST:PORT for callers on other machines (None: a socket
-    of this one); `toy_token_s` how long a toy base takes for a token. Raises SpecError for a base that is not configured."""
+    of this one), `memory_bytes` what the worker may take (None: what the machine has); `toy_token_s` how long a toy base takes for
+    a token. Raises SpecError for a base that is not configured."""
     config = place.service_config()
     if base not in config.bases:
         raise SpecError(f"--base {base} is not configured", hint=f"configured are {', '.join(config.bases)}")
@@ -46,14 +54,16 @@ def serve(
     folders = AdapterFolders(place.blobs(), place.data / "adapters" / worker)
     db = place.database()
     try:
-        with contextlib.closing(_answerer(config, base, folders, toy_token_s)) as answerer:
+        with contextlib.closing(_answerer(config, base, folders, memory_bytes, toy_token_s)) as answerer:
             asyncio.run(_serve(place, db, answerer, worker, stop, listen))
     finally:
         folders.clear()
         db.close()
 
 
-def _answerer(config: ServiceConfig, base: str, folders: AdapterFolders, toy_token_s: float) -> Answerer:
+def _answerer(
+    config: ServiceConfig, base: str, folders: AdapterFolders, memory_bytes: float | None, toy_token_s: float
+) -> Answerer:
     entry = config.bases[base]
     if entry.trainer == "toy":
         from kivnun.serve.toy import ToyAnswerer
@@ -61,7 +71,7 @@ def _answerer(config: ServiceConfig, base: str, folders: AdapterFolders, toy_tok
         return ToyAnswerer(base, AdapterCache(folders.fetch, _toy_adapter), toy_token_s)
     from kivnun.serve.resident import load_resident  # torch, for those who need it
 
-    return load_resident(config, base, folders)
+    return load_resident(config, base, folders, memory_bytes)
 
 
 def _toy_adapter(folder: Path) -> tuple[Path, int]:

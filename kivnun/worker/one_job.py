@@ -32,6 +32,7 @@ from kivnun.jobs.running import Adapter, Claim, Snapshot, Told
 from kivnun.jobs.schema import files, models
 from kivnun.jobs.states import ACTIVE, Status
 from kivnun.jobs.toy import is_toy
+from kivnun.worker.drain import Drain, apart
 from kivnun.worker.relay import NotReproduced, Relay, Saved, without_paths
 from kivnun.worker.trainer import Outcome, Trainer, Trainers
 
@@ -42,6 +43,8 @@ CRASH_WAIT_S = 0.5  # before a trainer that ended by an error is started again; 
 # Before one that was killed is: mostly for memory, which others use. What they do ends in minutes, and is no fault of this job.
 KILLED_WAITS_S = (0.5, 60.0, 300.0)
 LONGEST_WAIT_S = 5.0  # between two tries of what did not answer
+# Shares of a drain: then a trainer that has not heeded is ended, then what does not answer is given up. The rest is to hand back.
+TRAINER_SHARE, GIVE_UP_SHARE = 0.7, 0.8
 
 # What a trainer's errors are to the owner of a job: code and param; whatever is not here is a fault of the service.
 _FAULTS: dict[str, tuple[str, str | None]] = {
@@ -67,7 +70,7 @@ class Shared:
     new_id: NewId
     stop: threading.Event
     look_s: float
-    drain_s: float
+    drain: Drain
 
     @cached_property
     def prices(self) -> Mapping[str, Price]:
@@ -96,7 +99,7 @@ class OneJob:
         self._folder = shared.folder / f"{claim.job.id}-{claim.lease.epoch}"
         self._lost, self._over = threading.Event(), threading.Event()  # the lease; the job, which may also have been cancelled
         self._trainer: Trainer | None = None
-        self._asked_at: float | None = None  # when the trainer was asked to stop
+        self._asked = False  # whether the trainer was asked to stop
         self._saved_step = 0
 
     @property
@@ -149,9 +152,12 @@ class OneJob:
 
     def _let_go(self) -> None:
         """Put the job back into its line where that can be done at once; else its lease runs out."""
-        now, new_id = self._shared.clock(), self._shared.new_id
         with contextlib.suppress(KivnunError):
-            self._shared.db.write("hand back", lambda tx: running.hand_back(tx, self.lease, self._job.id, now, new_id))
+            self._shared.db.write("hand back", self._hand_back)
+
+    def _hand_back(self, tx: Transaction) -> Status:
+        shared = self._shared
+        return running.hand_back(tx, self.lease, self._job.id, shared.prices, shared.clock(), shared.new_id)
 
     # --- before -------------------------------------------------------------------------------------------------------------
 
@@ -233,7 +239,7 @@ class OneJob:
 
     def _start(self) -> None:
         assert self._job.spec is not None
-        self._asked_at = None
+        self._asked = False
         self._trainer = self._trainers.start("toy" if is_toy(self._job.spec) else "pipeline", self._folder)
 
     def _living(self) -> Trainer:
@@ -243,12 +249,11 @@ class OneJob:
         return self._trainer
 
     def _ask_to_stop_where_due(self, trainer: Trainer, status: Status) -> None:
-        now = self._shared.monotonic()
-        if self._asked_at is None:
+        if not self._asked:
             if status == "pausing" or self._shared.stop.is_set():
-                self._asked_at = now
+                self._asked = True
                 trainer.ask_to_stop()
-        elif self._shared.stop.is_set() and now - self._asked_at > self._shared.drain_s:
+        elif self._shared.drain.is_past(TRAINER_SHARE):
             trainer.kill()
 
     def _look(self, relay: Relay) -> Status:
@@ -330,7 +335,7 @@ class OneJob:
         if outcome.status == "failed" and not no_room:
             self._fail_as(outcome, relay)
             return True
-        if outcome.status == "interrupted" or self._asked_at is not None:
+        if outcome.status == "interrupted" or self._asked:
             return self._again()
         if outcome.status == "crashed":
             return self._crashed()
@@ -351,7 +356,7 @@ class OneJob:
         if status == "pausing":
             return self._settle("pause", running.pause) != "running"
         if shared.stop.is_set():
-            self._settle("hand back", running.hand_back)
+            self._write("hand back", self._hand_back)
             return True
         self._start()
         return False
@@ -457,18 +462,30 @@ class OneJob:
         return self._patiently(lambda: self._shared.db.write(name, work))
 
     def _unless_cancelled(self, act: Callable[[], T]) -> T:
-        """Do what needs the store or the disk, for as long as the job is not cancelled."""
+        """Do what needs the store or the disk, and may hang, for as long as the job is not cancelled and there is time."""
 
         def act_unless_cancelled() -> T:
-            if self._over.is_set():
-                raise Cancelled
-            return act()
+            self._check_on()
+            return apart(act, self._check_on)
 
         return self._patiently(act_unless_cancelled, self._over)
 
+    def _check_on(self) -> None:
+        """Raise what ends a wait for the store: the lease is lost, the job cancelled, or the worker is to end."""
+        if self._lost.is_set():
+            raise StaleLease("the lease is lost", hint="nothing was written")
+        if self._over.is_set():
+            raise Cancelled
+        if self._is_to_give_up():
+            raise GivenUp
+
+    def _is_to_give_up(self) -> bool:
+        """Return whether the worker has to end now. Before the training nothing can be saved, and there is nothing to wait for."""
+        return self._shared.drain.is_past(GIVE_UP_SHARE) or (self._trainer is None and self._shared.stop.is_set())
+
     def _patiently(self, act: Callable[[], T], woken_by: threading.Event | None = None) -> T:
         """Do what may not answer, again and again until it does: the trainer goes on meanwhile."""
-        wait, began = 0.05, None
+        wait = 0.05
         while True:
             if self._lost.is_set():
                 raise StaleLease("the lease is lost", hint="nothing was written")
@@ -476,13 +493,10 @@ class OneJob:
                 return act()
             except (DatabaseDown, StoreDown, StorageError) as error:
                 log.warning("%s", error.message, extra={"action": "wait", "job": self._job.id})
-                now = self._shared.monotonic()
-                if self._shared.stop.is_set():
-                    began = began if began is not None else now
-                    if now - began > self._shared.drain_s / 2:
-                        raise GivenUp from error
+                if self._is_to_give_up():
+                    raise GivenUp from error
                 (woken_by or self._lost).wait(wait * random.uniform(0.5, 1.0))
-                wait = min(LONGEST_WAIT_S, wait * 2)
+                wait = min(self._shared.look_s if self._shared.stop.is_set() else LONGEST_WAIT_S, wait * 2)
 
 
 def _in_turn(found: Iterable[Told | Saved]) -> Iterator[tuple[Saved | None, list[Told]]]:

@@ -26,11 +26,12 @@ from kivnun.jobs.ids import new_id
 from kivnun.jobs.leases import BEAT_S, TERM_S, Lease, Watcher
 from kivnun.jobs.place import Place
 from kivnun.jobs.running import Claim
+from kivnun.worker.drain import Drain
 from kivnun.worker.one_job import OneJob, Shared
 from kivnun.worker.trainer import Trainers
 
 LOOK_S = 0.25  # between two looks at the line, the commands and the record of a run
-DRAIN_S = 25.0  # for steps in progress, once the worker is told to end
+DRAIN_S = 25.0  # for steps in progress and for what does not answer, once the worker is told to end
 AFTER_TROUBLE_S = 1.0  # before the next look at the line
 HEED_S = 0.5  # between two looks for jobs that were cancelled, whatever their own threads wait for
 ROOM_BYTES = 256 << 20  # of the disk of the work folders: with less left, no job is taken
@@ -70,7 +71,7 @@ def work(
         new_id=new_id,
         stop=stop,
         look_s=look_s,
-        drain_s=drain_s,
+        drain=Drain(stop, drain_s, monotonic),
     )
     loads_torch = any(base.trainer == "pipeline" for base in config.bases.values())
     own = trainers or Trainers(loads_torch=loads_torch)

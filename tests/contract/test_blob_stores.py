@@ -6,8 +6,6 @@ import hashlib
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,31 +21,15 @@ from kivnun.jobs.blobs import PIECE_BYTES, BlobStore, FolderBlobs
 from kivnun.jobs.errors import StoreDown
 from kivnun.jobs.place import Place
 from kivnun.jobs.s3 import S3Blobs
+from s3_server import BUCKET, s3_server, s3_url_of
 from service_parts import KEY, api, place, service_at
-
-BUCKET = "kivnun-blobs"
-SERVER = """
-import sys
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
 
 
 @pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
     """Return the URL of a prefix in an empty bucket of a server that runs as long as this module's tests."""
-    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        assert process.stdout is not None
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        assert httpx.put(f"{endpoint}/{BUCKET}").status_code == 200
-        yield f"s3://{BUCKET}/a/prefix?endpoint={endpoint}&region=us-east-1&access_key_id=test&secret_access_key=test"
-    finally:
-        process.terminate()
-        process.communicate()
+    with s3_server() as port:
+        yield s3_url_of(port)
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -90,6 +90,8 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     service.part("answer", "--base", "cold")
     command(capsys, monkeypatch, service, job_id)
     assert "torch" not in Path(f"/proc/{service.part('api')}/maps").read_text(), "the API loads no model"
+    words = Path(f"/proc/{service.part('api')}/cmdline").read_text().split("\0")
+    assert float(words[words.index("--drain-s") + 1]) == 28 - 5, "who answers for it ends after it, and within the whole"
     parts = below(service.process.pid)
     assert service.stop() == 0
     assert not any(map(is_alive, parts))

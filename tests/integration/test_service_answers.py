@@ -282,8 +282,8 @@ def test_forty_adapters_that_come_and_go_answer_each_for_itself(
 class RoomForFour(AdapterCache[Any]):
     """Forty adapters in it are thrown out and loaded anew all the time."""
 
-    def __init__(self, fetch: Any, load: Any) -> None:
-        super().__init__(fetch, load, max_count=4)
+    def __init__(self, fetch: Any, load: Any, max_bytes: int) -> None:
+        super().__init__(fetch, load, max_count=4, max_bytes=max_bytes)
 
 
 def test_a_model_is_callable_within_a_second_of_its_record(

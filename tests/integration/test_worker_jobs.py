@@ -592,7 +592,7 @@ def test_no_write_of_a_job_passes_under_a_lease_that_is_lost(place: Place) -> No
         lambda tx: running.commit(tx, lease, job_id, running.Snapshot(1, "m"), adapter, "kivnun", 3.0, new_id),
         lambda tx: running.crashed(tx, lease, job_id),
         lambda tx: running.pause(tx, lease, job_id, 3.0, new_id),
-        lambda tx: running.hand_back(tx, lease, job_id, 3.0, new_id),
+        lambda tx: running.hand_back(tx, lease, job_id, {}, 3.0, new_id),
         lambda tx: running.settle_cancelled(tx, lease, job_id, {}, 3.0),
         lambda tx: running.fail(tx, lease, job_id, "code", "message", None, 3.0, new_id),
         lambda tx: running.succeed(tx, lease, job_id, adapter, [], "kivnun", {}, 3.0, new_id),
@@ -633,7 +633,7 @@ def test_a_cancelled_job_gives_back_its_share_once_whether_it_runs_or_was_interr
     assert settled(interrupted) == pytest.approx(10)
     queue_job(place)
     waits = claimed()
-    db.write("back", lambda tx: running.hand_back(tx, waits.lease, waits.job.id, 3.0, new_id))
+    db.write("back", lambda tx: running.hand_back(tx, waits.lease, waits.job.id, {}, 3.0, new_id))
     assert settled(waits) == pytest.approx(15)
     db.close()
 

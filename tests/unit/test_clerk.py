@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -175,3 +176,40 @@ def test_a_duty_that_cannot_be_made_holds_up_no_other(at: Place) -> None:
 
     with running(at, {"broken": broken, "counting": lambda service: Counting(service, turns, "good")}):
         eventually(lambda: len(turns) > 2)
+
+
+def test_a_duty_that_hangs_at_the_end_loses_its_lease_and_can_write_nothing_more(at: Place) -> None:
+    hangs, free, late = threading.Event(), threading.Event(), Future[object]()
+
+    class Hanging(Counting):
+        def turn(self) -> bool:
+            hangs.set()
+            free.wait(60)
+            try:
+                late.set_result(super().turn())
+            except StaleLease as error:
+                late.set_exception(error)
+            return False
+
+    turns: list[str] = []
+    dbs: list[Database] = []
+    stop = threading.Event()
+    makers = {
+        "hanging": lambda service: (dbs.append(service.db), Hanging(service, turns, "one"))[1],
+        "other": lambda service: Counting(service, [], "one"),
+    }
+    thread = threading.Thread(target=clerk.run, args=(at, stop), kwargs={"makers": makers, "drain_s": 0.4}, daemon=True)
+    thread.start()
+    assert hangs.wait(10)
+    began = time.monotonic()
+    stop.set()
+    thread.join(10)
+    assert time.monotonic() - began < 2
+    db = at.database()
+    assert {seen.owner for seen in db.read(lambda tx: leases.look(tx, ["duty:hanging", "duty:other"])).values()} == {None}
+    free.set()
+    with pytest.raises(StaleLease):
+        late.result(10)
+    assert turns == []
+    for one in (db, *dbs):
+        one.close()

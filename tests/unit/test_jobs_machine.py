@@ -200,20 +200,25 @@ class Service(RuleBasedStateMachine):
             self._under_lease(worker, lambda: self._commit(worker))
 
     @precondition(lambda self: any(worker.lease for worker in self.workers))
-    @rule(number=st.integers(0, 2))
-    def hand_over(self, number: int) -> None:
-        """SIGTERM: what is trained is saved, and the job given back."""
+    @rule(number=st.integers(0, 2), saves=st.booleans())
+    def hand_over(self, number: int, saves: bool) -> None:
+        """SIGTERM: what is trained is saved, where the store answers, and the job given back, whatever it was told meanwhile."""
         worker = self.workers[number]
         if worker.lease is None or worker.asleep:
             return
-        lease, job_id = worker.lease, worker.job
+        lease, known = worker.lease, self.known[worker.job]
 
         def given() -> None:
-            if self._commit(worker):
-                status = self.db.write("back", lambda tx: running.hand_back(tx, lease, job_id, self._now(), self._id))
-                if status == "queued":
-                    self._became(self.known[job_id], "queued")
-                    worker.drop()
+            if saves and not self._commit(worker):
+                return
+            now = self._now()
+            status = self.db.write("back", lambda tx: running.hand_back(tx, lease, known.id, PRICES, now, self._id))
+            after: dict[Status, Status] = {"running": "queued", "pausing": "paused"}
+            assert status == after.get(known.status, known.status)
+            if status != known.status:
+                self._became(known, status)
+            assert self.db.read(lambda tx: leases.look(tx, [lease.name]))[lease.name].owner is None
+            worker.drop()
 
         self._under_lease(worker, given)
 

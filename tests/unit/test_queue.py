@@ -128,7 +128,7 @@ def test_a_job_that_stops_early_gives_back_what_it_did_not_train(place: Place) -
     claim = db.write("claim", lambda tx: running.claim_next(tx, "w", Limits(), time.time(), new_id))
     assert claim is not None
     db.write("step", lambda tx: tuning.update(tx, job_id, trained_tokens=30, step=3))
-    db.write("back", lambda tx: running.hand_back(tx, claim.lease, job_id, time.time(), new_id))
+    db.write("back", lambda tx: running.hand_back(tx, claim.lease, job_id, {}, time.time(), new_id))
     served = db.read(lambda tx: tx.execute(sa.select(tenants.c.served).where(tenants.c.id == "default")).scalar_one())
     assert served == 30.0
     again = db.write("claim", lambda tx: running.claim_next(tx, "w", Limits(), time.time(), new_id))

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ import pytest
 from kivnun.jobs.wanted import Wishes
 from kivnun.service.supervisor import Looking, Part, Supervisor
 
-# Appends its process id to a file and ends at SIGTERM; `stubborn` does not, `brief` ends by itself.
+# Appends its process id to a file and ends at SIGTERM; `stubborn` does not, `slow` takes its time, `brief` ends by itself.
 PROGRAM = """
 import os, signal, sys, time
 name, folder = sys.argv[1:]
 def end(*_):
+    if name == "slow":
+        open(f"{folder}/told", "a").write("once\\n")
+        time.sleep(0.5)
     open(f"{folder}/ended", "a").write(name + "\\n")
     os._exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if name == "stubborn" else end)
@@ -124,6 +128,49 @@ def test_what_is_wanted_is_started_and_let_go_when_it_no_longer_is(tmp_path: Pat
     kept.drain(threading.Event())
 
 
+def test_a_part_that_takes_anothers_place_starts_when_that_has_gone_which_is_asked_once(
+    tmp_path: Path, stop: threading.Event
+) -> None:
+    wanted = [part("slow", tmp_path)]
+    kept = supervisor(tmp_path, "one", wanted=lambda: wanted)
+    kept.start()
+
+    def follow() -> None:
+        process = starts(tmp_path, "slow")[0]
+        wanted[:] = [part("next", tmp_path)]
+        starts(tmp_path, "next")
+        assert not lives(process), "both would be in memory"
+        stop.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow)
+        following.add_done_callback(lambda _: stop.set())
+        kept.keep(stop)
+        following.result()
+    assert (tmp_path / "told").read_text().split() == ["once"], "what it answers may end: a second signal would cut it off"
+    kept.drain(threading.Event())
+
+
+def test_a_part_that_is_let_go_and_does_not_heed_is_killed_after_the_drain(tmp_path: Path, stop: threading.Event) -> None:
+    wanted = [part("stubborn", tmp_path)]
+    kept = supervisor(tmp_path, "one", wanted=lambda: wanted, drain_s=0.2)
+    kept.start()
+
+    def follow() -> None:
+        process = starts(tmp_path, "stubborn")[0]
+        wanted.clear()
+        until = time.monotonic() + 20
+        while lives(process) and time.monotonic() < until:
+            time.sleep(0.02)
+        stop.set()
+
+    follower = in_thread(follow)
+    kept.keep(stop)
+    follower.join()
+    assert not any(map(lives, starts(tmp_path, "stubborn")))
+    kept.drain(threading.Event())
+
+
 def test_parts_are_kept_while_nobody_says_what_is_wanted(tmp_path: Path, stop: threading.Event) -> None:
     hangs, looks = threading.Event(), itertools.count()
 
@@ -177,11 +224,11 @@ def test_no_part_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
 def test_a_base_is_wanted_while_its_count_rises() -> None:
     now = [0.0]
     wishes = Wishes(lambda: now[0], idle_s=10.0)
-    assert wishes.look({"old": 7}) == set(), "whoever asked before the start asks again"
-    assert wishes.look({"old": 7, "new": 1}) == {"new"}
+    assert wishes.look({"old": 7}) == {}, "whoever asked before the start asks again"
+    assert wishes.look({"old": 7, "new": 1}) == {"new": 0.0}
     now[0] = 9.0
-    assert wishes.look({"old": 8, "new": 1}) == {"old", "new"}
+    assert wishes.look({"old": 8, "new": 1}) == {"old": 0.0, "new": 9.0}
     now[0] = 10.0
-    assert wishes.look({"old": 8, "new": 1}) == {"old"}
+    assert wishes.look({"old": 8, "new": 1}) == {"old": 1.0}
     now[0] = 25.0
-    assert wishes.look({"old": 8, "new": 1}) == set()
+    assert wishes.look({"old": 8, "new": 1}) == {}

@@ -46,6 +46,7 @@ def upgrade() -> None:
         "wanted_bases",
         sa.Column("base", sa.Text(), nullable=False),
         sa.Column("asks", sa.BigInteger(), nullable=False),
+        sa.Column("refused", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("base", name=op.f("pk_wanted_bases")),
     )
     op.create_table(
