@@ -13,7 +13,6 @@ import logging
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from kivnun.jobs.usage import Charge
 from kivnun.service.batch_files import Request, Written, answer_line, requests_of, validated, write_answers
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
+from kivnun.service.settled import SettledClock, since_boot
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,9 @@ class RunBatches:
 
     name = "batches"
 
-    def __init__(self, service: Service, answering: Answers, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, service: Service, answering: Answers, monotonic: Callable[[], float] = since_boot) -> None:
         self._service, self._answering, self._monotonic = service, answering, monotonic
+        self._time = SettledClock(service.clock, monotonic)
         self._runs: dict[str, _Run] = {}
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._unrecorded: list[tuple[_Run, LineAnswer]] = []
@@ -139,13 +140,13 @@ class RunBatches:
         """Look at every batch that has not ended, ask what there is room for, and record what was answered."""
         self._clear_desks()
         found = self._service.db.read(batches.open_batches)
-        now = self._service.clock()
-        running = {batch.id for batch in found if batch.status == "in_progress" and now < batch.expires_at}
+        over = self._time.over()
+        running = {batch.id for batch in found if batch.status == "in_progress" and over < batch.expires_at}
         for run in [run for run in self._runs.values() if run.batch.id not in running]:
             self._end(run)
         self._setbacks = {batch.id: self._setbacks[batch.id] for batch in found if batch.id in self._setbacks}
         for batch in found:
-            self._handle(batch, now)
+            self._handle(batch, over)
         self._ask()
         recorded = self._record()
         for run in [run for run in self._runs.values() if run.is_answered()]:
@@ -167,7 +168,7 @@ class RunBatches:
 
     # --- a batch as a whole -------------------------------------------------------------------------------------------------
 
-    def _handle(self, batch: Batch, now: float) -> None:
+    def _handle(self, batch: Batch, over: float) -> None:
         """Do what a batch's status asks for, beside what is being answered meanwhile."""
         setback = self._setbacks.get(batch.id, _Setback())
         if self._monotonic() < setback.until or batch.id in self._at_desk or len(self._at_desk) >= DESKS:
@@ -176,7 +177,7 @@ class RunBatches:
             self._give(batch, lambda: self._close(batch, "cancelled"))
         elif batch.status == "finalizing":
             self._give(batch, lambda: self._close(batch, "completed"))
-        elif now >= batch.expires_at:
+        elif over >= batch.expires_at:
             self._give(batch, lambda: self._close(batch, "expired"))
         elif setback.faults >= TRIES:
             self._give(batch, lambda: self._give_up(batch))

@@ -32,9 +32,11 @@ from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.logs import JsonLines
+from kivnun.service.settled import SETTLE_S
 from service_parts import KEY, OTHER_KEY, api, place, service_at
 
 CHAT = "/v1/chat/completions"
+DAY_S = 24 * 3600
 
 
 @dataclass
@@ -91,9 +93,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @dataclass
 class Clock:
     now: float = field(default_factory=time.time)
+    passed: float = 0.0
 
     def __call__(self) -> float:
         return self.now
+
+    def steady(self) -> float:
+        return time.monotonic() + self.passed
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+        self.passed += seconds
 
 
 @pytest.fixture
@@ -114,8 +124,8 @@ def standin() -> StandIn:
 
 
 @pytest.fixture
-def duty(service: Service, standin: StandIn) -> Iterator[RunBatches]:
-    made = RunBatches(service, standin)
+def duty(service: Service, standin: StandIn, clock: Clock) -> Iterator[RunBatches]:
+    made = RunBatches(service, standin, clock.steady)
     yield made
     made.close()
     assert [path.name for path in service.scratch.iterdir()] == []
@@ -377,10 +387,10 @@ def test_a_batch_expires_after_a_day_with_what_was_answered(
     file_id = upload(service, [question("a", "hang"), question("b"), question("c", "refuse")])
     made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
     turns_until(duty, lambda: _answered(client, made.id) == 2)
-    clock.now += 24 * 3600 - 1
+    clock.pass_by(24 * 3600 - 1)
     duty.turn()
     assert client.batches.retrieve(made.id).status == "in_progress"
-    clock.now += 1
+    clock.pass_by(1)
     done = ended(client, duty, made.id)
     assert (done.status, done.expired_at) == ("expired", int(clock.now))
     assert [line["custom_id"] for line in lines_of(service, done.output_file_id)] == ["b"]
@@ -392,6 +402,32 @@ def test_a_batch_expires_after_a_day_with_what_was_answered(
         None,
     )
     assert events(service) == [("batch.expired", made.id)]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_clock_that_jumps_by_a_day_ends_no_batch_and_one_that_stays_there_does(
+    service: Service, client: OpenAI, standin: StandIn, clock: Clock, restarts: bool
+) -> None:
+    duty = RunBatches(service, standin, clock.steady)
+    file_id = upload(service, [question("a", "hang"), question("b")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    turns_until(duty, lambda: _answered(client, made.id) == 1)
+    for jump_s in (DAY_S, -DAY_S, -DAY_S, DAY_S, DAY_S):
+        clock.now += jump_s
+        if restarts:
+            duty.close()
+            duty = RunBatches(service, standin, clock.steady)
+        for _ in range(3):
+            duty.turn()
+        assert client.batches.retrieve(made.id).status == "in_progress"
+    assert restarts or len(standin.asked) == 2, "what was being answered was not cut off"
+    clock.pass_by(SETTLE_S - 5)
+    duty.turn()
+    assert client.batches.retrieve(made.id).status == "in_progress"
+    clock.pass_by(5)
+    done = ended(client, duty, made.id)
+    duty.close()
+    assert (done.status, len(lines_of(service, done.output_file_id))) == ("expired", 1)
 
 
 def _answered(client: OpenAI, batch_id: str) -> int:
