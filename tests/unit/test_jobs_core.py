@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kivnun.jobs import leases, tuning
 from kivnun.jobs.database import Database
@@ -53,6 +53,21 @@ def test_a_transaction_that_raises_leaves_nothing(db: Database) -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         db.write("create", half)
     assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+
+
+def test_what_only_reads_can_write_nothing_and_what_follows_it_can(db: Database) -> None:
+    for _ in range(3):
+        with pytest.raises(DBAPIError, match=r"read-?only"):
+            db.read(lambda tx: tuning.create(tx, JOB, new_id))
+        assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+    db.write("create", lambda tx: tuning.create(tx, JOB, new_id))
+    with pytest.raises(DBAPIError, match=r"read-?only"):
+        db.read(lambda tx: tuning.update(tx, JOB.id, step=1))
+    with db.engine.begin() as connection:  # as migrations do
+        tuning.update(connection, JOB.id, step=2)
+    found = db.read(lambda tx: tuning.find(tx, JOB.id))
+    assert found is not None
+    assert found.step == 2
 
 
 def test_a_database_without_a_free_connection_does_not_answer(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
