@@ -151,6 +151,48 @@ def test_jobs_are_paged_newest_first_within_a_tenant_and_by_metadata(db: Databas
     assert db.read(lambda tx: tuning.page(tx, "default", 3, "ftjob-x")) == ([], False)
 
 
+HELD: list[dict[str, str] | None] = [
+    {"a": "1"}, {"a": "1", "b": "2"}, {"a": "2"}, {"a": ""}, {"b": "1"}, {"": ""}, {"$.a": "1"}, {'"': "'"}, {"a.b[0]": "%"},
+    {'a"b\\': "\\u0041\\"}, {"שלום": "🦆"}, {"a": "null"}, {"a": "1.0"}, {"a": "true"}, {"a": "{}"}, {}, None,
+]  # fmt: skip
+WANTED = [*(held for held in HELD if held is not None), {"a": "1", "c": "3"}, {"a": "\0"}, {"a": "\ud800"}, {"A": "1"}, {"_": "1"}]
+
+
+def test_metadata_is_filtered_in_the_database_as_python_compares_it(db: Database) -> None:
+    for n, held in enumerate(HELD):
+        job = replace(JOB, id=f"ftjob-{n:02}", created_at=float(n), metadata=held)
+        db.write("create", lambda tx, job=job: tuning.create(tx, job, new_id))
+    for wanted in WANTED:
+        found, more = db.read(lambda tx, wanted=wanted: tuning.page(tx, "default", 100, None, wanted))
+        alike = [wanted.items() <= (held or {}).items() if wanted else not held for held in HELD]
+        assert [int(job.id[-2:]) for job in reversed(found)] == [n for n, is_alike in enumerate(alike) if is_alike], wanted
+        assert not more
+
+
+def test_a_page_by_metadata_takes_no_more_rows_from_the_database_than_it_shows(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(60):
+        job = replace(JOB, id=f"ftjob-{n:02}", created_at=float(n), metadata={"of": "few" if n in (3, 31, 57) else "many"})
+        db.write("create", lambda tx, job=job: tuning.create(tx, job, new_id))
+    made: list[str] = []
+    whole = tuning.Job
+    monkeypatch.setattr(tuning, "Job", lambda **row: made.append(row["id"]) or whole(**row))
+    statements: list[str] = []
+    sa.event.listen(db.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+
+    def page(limit: int, wanted: dict[str, str], after: str | None = None) -> tuple[list[str], bool]:
+        found, more = db.read(lambda tx: tuning.page(tx, "default", limit, after, wanted))
+        return [job.id for job in found], more
+
+    assert page(2, {"of": "few"}) == (["ftjob-57", "ftjob-31"], True)
+    assert len(made) == 3
+    assert len([one for one in statements if "FROM jobs" in one]) == 1
+    assert page(2, {"of": "few"}, "ftjob-31") == (["ftjob-03"], False)
+    assert page(5, {"of": "none"}) == ([], False)
+    assert len(made) == 5, "and the one that marks the place"
+
+
 def test_an_error_of_the_database_tells_nothing_of_what_rows_hold(db: Database) -> None:
     job = replace(JOB, suffix="canaryXq7")
     db.write("create", lambda tx: tuning.create(tx, job, new_id))
