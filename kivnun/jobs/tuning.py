@@ -29,7 +29,8 @@ class Job:
     """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970.
 
     `facts` is what judging the files came to: learning_rate, examples, tokens, trained_tokens (of one epoch), held_out, overlap,
-    truncated, refused, and report_file, the id of the file that tells it line by line."""
+    truncated, refused, price (of a million trained tokens, as it was then), and report_file, the id of the file that tells it line
+    by line."""
 
     id: str
     tenant: str
