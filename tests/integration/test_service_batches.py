@@ -20,8 +20,8 @@ from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
 from kivnun.errors import StorageError
-from kivnun.jobs import batches, files, usage
-from kivnun.jobs.database import Database
+from kivnun.jobs import batches, files, tenants, usage
+from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import new_id
@@ -373,6 +373,59 @@ def test_a_cancel_is_prompt_and_keeps_what_was_answered(
     assert (done.status, done.output_file_id, done.error_file_id) == ("cancelled", None, None)
 
 
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_a_batch_whose_key_is_revoked_stops_and_says_why_and_one_of_another_key_goes_on(
+    service: Service, duty: RunBatches, client: OpenAI, base_url: str, standin: StandIn, clock: Clock, is_rotated: bool
+) -> None:
+    leaked = "sk-kivnun-test-key-that-leaked"
+    add = partial(tenants.add_key, key=leaked, tenant="default", name="leaked", scopes=["chat"], now=1.0, new_id=new_id)
+    key = service.db.write("key", lambda tx: add(tx))
+    file_id = upload(service, [question("a"), question("b", "hang"), question("c", "refuse"), question("d", "hang")])
+    made: list[str] = []
+    with OpenAI(base_url=base_url, api_key=leaked, max_retries=0) as other:
+        for _ in range(2):
+            made.append(other.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h").id)
+            clock.now += 1
+    theirs, waiting = made
+    ours = client.batches.create(input_file_id=upload(service, [question("o")]), endpoint=CHAT, completion_window="24h").id
+    turns_until(duty, lambda: _answered(client, theirs) == 2 and standin.going["default"] == 2)
+
+    def revoke(tx: Transaction) -> None:
+        if is_rotated:
+            tenants.rotate_key(tx, key, "sk-kivnun-test-key-instead", 2.0, new_id)
+        else:
+            tenants.revoke_key(tx, key.id, "default", 2.0)
+
+    service.db.write("revoke", revoke)
+    asked = len(standin.asked)
+    stopped, never_begun, done = (ended(client, duty, batch_id) for batch_id in (theirs, waiting, ours))
+    assert [one.status for one in (stopped, never_begun, done)] == ["cancelled", "cancelled", "completed"]
+    assert [line["custom_id"] for line in lines_of(service, stopped.output_file_id)] == ["a"]
+    unanswered = [line["custom_id"] for line in lines_of(service, stopped.error_file_id) if line["response"] is None]
+    assert unanswered == ["b", "d"]
+    assert key.id not in [key_id for _, key_id, *_ in standin.asked[asked:]]
+    for batch in (stopped, never_begun):
+        assert batch.errors is not None
+        assert batch.errors.data is not None
+        (error,) = batch.errors.data
+        assert error.code == "api_key_revoked"
+        assert key.id in (error.message or "")
+    assert done.errors is None
+    used = service.db.read(lambda tx: usage.summary(tx, "default", 0, service.clock() + 1, "kind"))
+    assert [(one.kind, one.tokens) for one in used] == [("completion", 4), ("prompt", 6)], "a line that is cut off costs nothing"
+
+
+def test_a_batch_whose_key_expires_goes_on(service: Service, duty: RunBatches, client: OpenAI, clock: Clock) -> None:
+    key = service.db.write(
+        "key", lambda tx: tenants.add_key(tx, "sk-of-an-hour", "default", "short", ["chat"], 1.0, new_id, clock.now + 3600)
+    )
+    file_id = upload(service, [question("a")])
+    made = batches.Batch("batch_1", "default", clock.now, CHAT, key.id, file_id, "24h")
+    service.db.write("create", lambda tx: batches.create(tx, made))
+    clock.pass_by(7200)
+    assert ended(client, duty, made.id).status == "completed"
+
+
 def test_a_batch_that_has_ended_otherwise_cannot_be_cancelled(service: Service, duty: RunBatches, client: OpenAI) -> None:
     made = client.batches.create(input_file_id=upload(service, [question("a")]), endpoint=CHAT, completion_window="24h")
     assert ended(client, duty, made.id).status == "completed"
@@ -617,7 +670,10 @@ def test_azure_leaves_out_v1_and_async_clients_do_the_same(
     with AzureOpenAI(azure_endpoint=base_url.removesuffix("/v1"), api_key=KEY, api_version="2024-10-21", max_retries=0) as azure:
         made = azure.batches.create(input_file_id=file_id, endpoint="/chat/completions", completion_window="24h")  # type: ignore[arg-type]
         done = ended(azure, duty, made.id)
-    assert (done.endpoint, done.status) == ("/chat/completions", "completed")
+        assert (done.endpoint, done.status) == ("/chat/completions", "completed")
+        full = azure.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+        assert [ended(azure, duty, full.id).endpoint, full.endpoint] == [CHAT, CHAT]
+    assert {endpoint for _, _, endpoint, _ in standin.asked} == {"/chat/completions"}, "under /openai, however it is spelled"
     prompts = upload(service, [question("p", "plain", "/v1/completions")])
 
     async def created() -> str:
@@ -625,5 +681,5 @@ def test_azure_leaves_out_v1_and_async_clients_do_the_same(
             return (await awaited.batches.create(input_file_id=prompts, endpoint="/v1/completions", completion_window="24h")).id
 
     assert ended(client, duty, asyncio.run(created())).status == "completed"
-    # Whoever answers is told the endpoint as it was named: it says whether a model's name is a deployment's first.
+    # Whoever answers is told the endpoint as the dialect has it: it says whether a model's name is a deployment's first.
     assert {endpoint for _, _, endpoint, _ in standin.asked} == {"/chat/completions", "/v1/completions"}
