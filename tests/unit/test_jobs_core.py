@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kivnun.jobs import leases, tuning
@@ -128,6 +129,7 @@ def test_a_holder_whose_beat_stands_still_for_a_term_loses_the_lease_and_can_wri
     assert watcher.is_dead(beaten)
     assert db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", seen)) is None, "it has beaten since it was seen"
     second = db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", beaten))
+    assert second is not None
     assert second == leases.Lease("job:1", 2)
     for write in (leases.beat, leases.check, leases.release):
         with pytest.raises(StaleLease):
@@ -179,7 +181,7 @@ def test_a_page_by_metadata_takes_no_more_rows_from_the_database_than_it_shows(
     whole = tuning.Job
     monkeypatch.setattr(tuning, "Job", lambda **row: made.append(row["id"]) or whole(**row))
     statements: list[str] = []
-    sa.event.listen(db.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    event.listen(db.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
 
     def page(limit: int, wanted: dict[str, str], after: str | None = None) -> tuple[list[str], bool]:
         found, more = db.read(lambda tx: tuning.page(tx, "default", limit, after, wanted))
