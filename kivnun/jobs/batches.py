@@ -16,11 +16,12 @@ from kivnun.jobs import files, usage, webhooks
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import NewId
-from kivnun.jobs.schema import batch_answers, batches
+from kivnun.jobs.schema import api_keys, batch_answers, batches
 from kivnun.jobs.usage import Charge
 
 BatchStatus = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
 Ending = Literal["completed", "expired", "cancelled"]
+Dialect = Literal["openai", "azure"]
 
 TERMINAL: frozenset[BatchStatus] = frozenset({"completed", "failed", "expired", "cancelled"})
 CANCELLABLE: frozenset[BatchStatus] = frozenset({"validating", "in_progress", "finalizing"})
@@ -54,6 +55,7 @@ class Batch:
     total: int = 0
     completed: int = 0
     failed: int = 0
+    dialect: Dialect = "openai"
 
     @property
     def expires_at(self) -> float:
@@ -99,6 +101,12 @@ def open_batches(tx: Transaction) -> list[Batch]:
     """Return the batches of all tenants that have not ended, the oldest first."""
     query = sa.select(batches).where(batches.c.status.not_in(TERMINAL)).order_by(batches.c.created_at, batches.c.id)
     return [Batch(**row) for row in tx.execute(query).mappings()]
+
+
+def of_revoked_keys(tx: Transaction) -> set[str]:
+    """Return the ids of the batches that have not ended and whose key was revoked; one that merely expired is none."""
+    query = sa.select(batches.c.id).join(api_keys, api_keys.c.id == batches.c.api_key)
+    return set(tx.execute(query.where(batches.c.status.not_in(TERMINAL), api_keys.c.revoked_at.is_not(None))).scalars())
 
 
 def num_open(tx: Transaction, tenant: str) -> int:

@@ -67,7 +67,7 @@ class Database:
         self.engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
 
     def read(self, work: Work[T]) -> T:
-        """Return what `work` finds, all of it as of one moment."""
+        """Return what `work` finds, all of it as of one moment. The database lets it write nothing."""
         return self._run(work, write=False)
 
     def write(self, name: str, work: Work[T]) -> T:
@@ -96,7 +96,7 @@ class Database:
     def _run(self, work: Work[T], *, write: bool) -> T:
         for attempt in range(TRIES):
             try:
-                with self.engine.connect().execution_options(kivnun_write=write) as connection, connection.begin():
+                with self._connection(write) as connection, connection.begin():
                     return work(connection)
             except NoneFree as error:
                 raise DatabaseDown(
@@ -106,10 +106,13 @@ class Database:
                 if attempt + 1 < _tries(error):
                     time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
                     continue
-                if _is_down(error):
+                if _is_down(error, write):
                     raise DatabaseDown("the database does not answer", hint="see its own log; nothing was lost") from error
                 raise
         raise AssertionError("the last attempt returns or raises")
+
+    def _connection(self, write: bool) -> sa.Connection:
+        return self.engine.connect().execution_options(kivnun_write=write, postgresql_readonly=not write)
 
 
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
@@ -128,6 +131,7 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
     @event.listens_for(engine, "begin")
     def _begun(connection: sa.Connection) -> None:
         write = connection.get_execution_options().get("kivnun_write", True)
+        connection.exec_driver_sql(f"PRAGMA query_only={'OFF' if write else 'ON'}")
         # A deferred transaction that writes later than it reads could be refused half-way.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
@@ -153,9 +157,12 @@ def _tries(error: DBAPIError) -> int:
     return TRIES if state in _SERIALIZATION else DUPLICATE_TRIES if state == _DUPLICATE else 1
 
 
-def _is_down(error: DBAPIError) -> bool:
-    """Return whether the database could not be reached or used. SQLite calls a missing table by the same class: its name tells."""
+def _is_down(error: DBAPIError, write: bool) -> bool:
+    """Return whether the database could not be reached or used. SQLite calls a missing table by the same class: its name tells;
+    that it may not be written to says nothing of it in a transaction that only reads."""
     name = getattr(error.orig, "sqlite_errorname", None)
     if name is not None:
+        if name == "SQLITE_READONLY" and not write:
+            return False
         return str(name).startswith(_OUT_OF_REACH)
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

@@ -50,18 +50,30 @@ def find(tx: Transaction, model_id: str, tenant: str) -> Model | None:
 def page(tx: Transaction, tenant: str, limit: int | None = None, after: str | None = None) -> tuple[list[Model], bool]:
     """Return a tenant's models, newest first, and whether more follow. `after` is the name of the last one already had."""
     query = _of(tenant).order_by(models.c.created_at.desc(), models.c.id.desc())
-    return _cut(tx, query, limit, None if after is None else find(tx, after, tenant), after)
+    if after is not None:
+        last = _had(tx, models.c.tenant == tenant, models.c.id == after)
+        if last is None:
+            return [], False
+        place = sa.tuple_(sa.literal(last.created_at), sa.literal(last.id))
+        query = query.where(sa.tuple_(models.c.created_at, models.c.id) < place)
+    return _limited(tx, query, limit)
 
 
 def checkpoints_page(tx: Transaction, job_id: str, tenant: str, limit: int, after: str | None = None) -> tuple[list[Model], bool]:
     """Return a job's checkpoints, the last one first, and whether more follow. `after` is the `checkpoint` of the last one had."""
     query = _of(tenant).where(models.c.job == job_id, models.c.checkpoint.is_not(None))
     if after is not None:
-        last = tx.execute(query.where(models.c.checkpoint == after)).mappings().one_or_none()
+        last = _had(tx, models.c.tenant == tenant, models.c.job == job_id, models.c.checkpoint == after)
         if last is None:
             return [], False
-        query = query.where(models.c.step < last["step"])
+        query = query.where(models.c.step < last.step)
     return _limited(tx, query.order_by(models.c.step.desc()), limit)
+
+
+def _had(tx: Transaction, *where: sa.ColumnElement[bool]) -> Model | None:
+    """Return the model that a page ended with. One that was deleted since still marks its place."""
+    row = tx.execute(sa.select(models).where(*where)).mappings().one_or_none()
+    return None if row is None else Model(**row)
 
 
 def delete(tx: Transaction, model_id: str, tenant: str, now: float) -> bool:
@@ -78,17 +90,6 @@ def jobs_from(tx: Transaction, model_id: str, tenant: str) -> Sequence[str]:
 
 def _of(tenant: str) -> sa.Select[Any]:
     return sa.select(models).where(models.c.tenant == tenant, models.c.deleted_at.is_(None))
-
-
-def _cut(
-    tx: Transaction, query: sa.Select[Any], limit: int | None, last: Model | None, after: str | None
-) -> tuple[list[Model], bool]:
-    if after is not None:
-        if last is None:
-            return [], False
-        place = sa.tuple_(sa.literal(last.created_at), sa.literal(last.id))
-        query = query.where(sa.tuple_(models.c.created_at, models.c.id) < place)
-    return _limited(tx, query, limit)
 
 
 def _limited(tx: Transaction, query: sa.Select[Any], limit: int | None) -> tuple[list[Model], bool]:

@@ -366,5 +366,6 @@ def succeed(
 
 
 def _charge(tx: Transaction, job: Job, prices: Mapping[str, Price], now: float) -> None:
-    price = prices[job.base].training if job.base in prices else 0.0
+    """Charge a job by the price that it was queued with; `prices` are for jobs that were queued without being validated."""
+    price = job.facts.get("price", prices[job.base].training if job.base in prices else 0.0)
     usage.record(tx, job.tenant, "training", job.base, job.model, job.trained_tokens, price, now, job=job.id)

@@ -289,6 +289,7 @@ batches = sa.Table(
     _time("created_at"),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("dialect", sa.Text, nullable=False),  # of the path it was asked for at, which tells what names its lines mean
     sa.Column("api_key", sa.Text, nullable=False),  # the id of the key that asked for it: its usage is that key's
     sa.Column("input_file", sa.Text, nullable=False),
     sa.Column("completion_window", sa.Text, nullable=False),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from kivnun.jobs import queue
-from kivnun.jobs.database import Transaction
+from kivnun.jobs.database import Transaction, holds
 from kivnun.jobs.ids import NewId
 from kivnun.jobs.schema import commands, files, job_events, jobs, models, outbox
 from kivnun.jobs.states import ACTIVE, TERMINAL, Command, Status, after_command, may_follow
@@ -29,7 +29,8 @@ class Job:
     """A row of `jobs`; see the comments in `schema.py`. Times in seconds since 1970.
 
     `facts` is what judging the files came to: learning_rate, examples, tokens, trained_tokens (of one epoch), held_out, overlap,
-    truncated, refused, and report_file, the id of the file that tells it line by line."""
+    truncated, refused, price (of a million trained tokens, as it was then), and report_file, the id of the file that tells it line
+    by line."""
 
     id: str
     tenant: str
@@ -105,17 +106,24 @@ def page(
         if last is None:
             return [], False
         query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(sa.literal(last.created_at), sa.literal(last.id)))
-    if metadata is None:
-        found = [Job(**row) for row in tx.execute(query.limit(limit + 1)).mappings()]
-        return found[:limit], len(found) > limit
-    kept: list[Job] = []
-    for row in tx.execute(query).mappings():  # metadata is compared here: JSON's operators differ between databases
-        held = cast("dict[str, str] | None", row["metadata"]) or {}
-        if (not held) if not metadata else metadata.items() <= held.items():
-            kept.append(Job(**row))
-        if len(kept) > limit:
-            break
-    return kept[:limit], len(kept) > limit
+    if metadata is not None:
+        query = query.where(_holds(tx, metadata))
+    found = [Job(**row) for row in tx.execute(query.limit(limit + 1)).mappings()]
+    return found[:limit], len(found) > limit
+
+
+def _holds(tx: Transaction, wanted: Mapping[str, str]) -> sa.ColumnElement[bool]:
+    """Return that a job's metadata holds pairs, or has none where none are wanted. A key is compared as a value, never as a path
+    of JSON: it may hold any letters."""
+    each = sa.func.json_each if tx.dialect.name == "sqlite" else sa.func.json_each_text
+    known = sa.cast(jobs.c.metadata, sa.Text).startswith("{")  # else it is null, which PostgreSQL takes no pairs from
+    pair = each(sa.case((known, jobs.c.metadata), else_=sa.literal_column("'{}'"))).table_valued("key", "value")
+    held = sa.select(sa.literal(1)).select_from(pair)
+    if not wanted:
+        return ~held.exists()
+    if not all(map(holds, (*wanted.keys(), *wanted.values()))):
+        return sa.false()
+    return sa.and_(*(held.where(pair.c.key == key, pair.c.value == value).exists() for key, value in wanted.items()))
 
 
 def update(tx: Transaction, job_id: str, **values: Any) -> None:

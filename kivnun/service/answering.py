@@ -24,7 +24,6 @@ from starlette.concurrency import run_in_threadpool
 from kivnun.jobs import usage, wanted
 from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
-from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.usage import Charge
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required
@@ -37,6 +36,7 @@ from kivnun.service.batch_files import canonical
 from kivnun.service.context import Service
 from kivnun.service.dialect import Dialect
 from kivnun.service.errors import ApiError
+from kivnun.service.owed import Owed
 from kivnun.service.tokenizers import Tokenizers
 
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
@@ -57,13 +57,14 @@ class Answering:
         self._service = service
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Links] = WeakKeyDictionary()
         self._tokenizers = Tokenizers(service.config)
+        self._owed = Owed(service)
         self._wished: dict[str, float] = {}
 
     async def complete(
         self, tenant: str, key_id: str | None, endpoint: str, body: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Charge]:
         """Return the whole answer to a body for an endpoint, and what it used. The endpoint is `/v1/chat/completions` or
-        `/v1/completions`; named without /v1, as Azure's scripts do, the body's model is a deployment first.
+        `/v1/completions`; named without /v1, as for batches of Azure's dialect, the body's model is a deployment first.
 
         Whoever asks charges it, once, with what becomes of the answer; one that is cut off is not charged. Raises ApiError."""
         full = canonical(endpoint)
@@ -96,7 +97,7 @@ class Answering:
             await self._wish(asked.base, missing=True)
         of = await self._tokenizers.of(asked.base)
         question = await run_in_threadpool(_question, given, endpoint, replace(of, model=name))
-        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question, pay or self._write_down)
+        bill = Bill(self._service, Payer(tenant, limits), key_id, asked, question, pay or self._owed.pay)
         try:
             link = await self._link(asked.base)
             heard = link.ask(lambda number: question.ask(number, tenant, asked.adapter))
@@ -118,14 +119,6 @@ class Answering:
         extra = {"x_adapter_hash": content_hash}
         head = Head(new_id(endpoint), int(self._service.clock()), question, of.tokens, f"kivnun-{fingerprint}", extra)
         return Answer(asked, head, heard, begun, bill, lambda: self._wish(asked.base, missing=False))
-
-    def _write_down(self, used: Charge) -> None:
-        try:
-            self._service.db.write("answer used", lambda tx: usage.charge(tx, [used], self._service.clock()))
-        except DatabaseDown as error:  # the answer is there, and its reader waits
-            counts = {kind: tokens for kind, tokens, _ in used.parts}
-            fields = {"action": "usage_lost", "tenant": used.tenant, **counts}
-            logger.error("an answer's tokens could not be written down", exc_info=error, extra=fields)
 
     async def _link(self, base: str) -> Link:
         """Return a connection to a worker of a base, waiting a little for one that is starting. Raises ApiError."""

@@ -16,6 +16,7 @@ from kivnun.data.jsonl import LineProblem, read_objects
 from kivnun.errors import DataError
 from kivnun.jobs.batches import Ending, LineAnswer
 from kivnun.jobs.usage import Charge
+from kivnun.service.dialect import Dialect
 from kivnun.service.errors import ApiError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -42,6 +43,11 @@ def canonical(url: str) -> str | None:
     """Return the endpoint that a URL of a batch names, with or without /v1 (Azure's scripts leave it out); None for any other."""
     full = url if url.startswith("/v1/") else f"/v1{url}"
     return full if full in ENDPOINTS else None
+
+
+def asked_at(endpoint: str, dialect: Dialect) -> str:
+    """Return a batch's endpoint as `Answering.complete` reads it: without /v1, a model's name is a deployment's first."""
+    return endpoint.removeprefix("/v1") if dialect == "azure" else endpoint
 
 
 def requests_of(path: Path, without: frozenset[int] | set[int] = frozenset()) -> Iterator[Request]:

@@ -13,7 +13,6 @@ import logging
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,9 +27,10 @@ from kivnun.jobs.batches import Batch, Ending, LineAnswer
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
 from kivnun.jobs.files import File
 from kivnun.jobs.usage import Charge
-from kivnun.service.batch_files import Request, Written, answer_line, requests_of, validated, write_answers
+from kivnun.service.batch_files import Request, Written, answer_line, asked_at, requests_of, validated, write_answers
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
+from kivnun.service.settled import SettledClock, since_boot
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,9 @@ class RunBatches:
 
     name = "batches"
 
-    def __init__(self, service: Service, answering: Answers, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, service: Service, answering: Answers, monotonic: Callable[[], float] = since_boot) -> None:
         self._service, self._answering, self._monotonic = service, answering, monotonic
+        self._time = SettledClock(service.clock, monotonic)
         self._runs: dict[str, _Run] = {}
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._unrecorded: list[tuple[_Run, LineAnswer]] = []
@@ -138,14 +139,14 @@ class RunBatches:
     def turn(self) -> bool:
         """Look at every batch that has not ended, ask what there is room for, and record what was answered."""
         self._clear_desks()
-        found = self._service.db.read(batches.open_batches)
-        now = self._service.clock()
-        running = {batch.id for batch in found if batch.status == "in_progress" and now < batch.expires_at}
+        found, revoked = self._service.db.read(lambda tx: (batches.open_batches(tx), batches.of_revoked_keys(tx)))
+        over = self._time.over()
+        running = {batch.id for batch in found if batch.status == "in_progress" and over < batch.expires_at} - revoked
         for run in [run for run in self._runs.values() if run.batch.id not in running]:
             self._end(run)
         self._setbacks = {batch.id: self._setbacks[batch.id] for batch in found if batch.id in self._setbacks}
         for batch in found:
-            self._handle(batch, now)
+            self._handle(batch, over, batch.id in revoked)
         self._ask()
         recorded = self._record()
         for run in [run for run in self._runs.values() if run.is_answered()]:
@@ -167,7 +168,7 @@ class RunBatches:
 
     # --- a batch as a whole -------------------------------------------------------------------------------------------------
 
-    def _handle(self, batch: Batch, now: float) -> None:
+    def _handle(self, batch: Batch, over: float, is_revoked: bool) -> None:
         """Do what a batch's status asks for, beside what is being answered meanwhile."""
         setback = self._setbacks.get(batch.id, _Setback())
         if self._monotonic() < setback.until or batch.id in self._at_desk or len(self._at_desk) >= DESKS:
@@ -176,7 +177,9 @@ class RunBatches:
             self._give(batch, lambda: self._close(batch, "cancelled"))
         elif batch.status == "finalizing":
             self._give(batch, lambda: self._close(batch, "completed"))
-        elif now >= batch.expires_at:
+        elif is_revoked:
+            self._give(batch, lambda: self._close(batch, "cancelled", [_key_revoked(batch)]))
+        elif over >= batch.expires_at:
             self._give(batch, lambda: self._close(batch, "expired"))
         elif setback.faults >= TRIES:
             self._give(batch, lambda: self._give_up(batch))
@@ -384,7 +387,8 @@ class RunBatches:
     async def _answered(self, run: _Run, asked: _Asked) -> None:
         batch = run.batch
         try:
-            work = self._answering.complete(batch.tenant, batch.api_key, batch.endpoint, asked.request.body)
+            endpoint = asked_at(batch.endpoint, batch.dialect)
+            work = self._answering.complete(batch.tenant, batch.api_key, endpoint, asked.request.body)
             answer: tuple[dict[str, Any], Charge] | Exception = await asyncio.wait_for(work, LINE_TIMEOUT_S)
         except Exception as error:
             answer = error
@@ -447,6 +451,11 @@ def _as_refusal(error: Exception) -> ApiError:
     told = {"action": "batch_line_failed"}
     logger.error("a line of a batch could not be answered", exc_info=error, extra=told)
     return ApiError(500, "the request failed; the server's log says why", code="internal_error", type="server_error")
+
+
+def _key_revoked(batch: Batch) -> dict[str, Any]:
+    message = f"the key {batch.api_key} that asked for this batch was revoked: what has no answer yet is not run; ask with another"
+    return _error("api_key_revoked", message)
 
 
 def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:

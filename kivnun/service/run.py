@@ -29,6 +29,7 @@ from kivnun.jobs.schema import answerers, api_keys
 from kivnun.jobs.tenants import DEFAULT_TENANT, SCOPES, add_key, add_tenant, new_key
 from kivnun.service.app import make_app
 from kivnun.service.context import Service
+from kivnun.service.settled import SettledClock
 from kivnun.service.timely import TimelyProtocol
 
 # Longer than clients keep an idle connection, so that they are the ones who close it, and never send into a closed one.
@@ -111,7 +112,7 @@ def service_of(place: Place, name: str) -> Service:
     """Return what handlers and duties of one process share; `name` is that of its scratch folder."""
     scratch = place.data / "scratch" / f"{name}-{os.getpid()}"
     scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Service(place.database(), place.blobs(), place.service_config(), scratch, time.time)
+    return Service(place.database(), place.blobs(), place.service_config(), scratch, SettledClock(time.time))
 
 
 def _nobody_lives(tx: sa.Connection) -> None:

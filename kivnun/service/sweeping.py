@@ -3,13 +3,14 @@
 A blob is put before the row that names it is written, so an unnamed blob may be one that is about to be named. It is garbage when
 it was last put an hour ago, was unnamed when it was seen before, and still is when all names are read after that; putting it again
 makes it young. The hour is told by the wall clock, the wait between two looks by a clock that no one can turn: neither a slow
-writer nor a clock that jumps loses anything. Next: `jobs/blobs.py`.
+writer nor a clock that jumps loses anything. A wall clock that has jumped ends nothing before it has settled (`settled.py`).
+Next: `jobs/blobs.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -24,6 +25,7 @@ from kivnun.jobs.schema import uploads as uploads_table
 from kivnun.jobs.snapshots import read_manifest
 from kivnun.jobs.states import TERMINAL
 from kivnun.service.context import Service
+from kivnun.service.settled import SettledClock, since_boot
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +43,14 @@ class Sweep:
     def __init__(
         self,
         service: Service,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = since_boot,
         young_s: float = YOUNG_S,
         settle_s: float = SETTLE_S,
         every_s: float = EVERY_S,
     ) -> None:
         self._service = service
         self._clock = clock
+        self._settled = SettledClock(service.clock, clock, settle_s)
         self._young_s, self._settle_s, self._every_s = young_s, settle_s, every_s
         self._next_look = clock()
         self._unnamed_since: dict[str, float] = {}
@@ -55,42 +58,39 @@ class Sweep:
 
     def turn(self) -> bool:
         """End what is over; from time to time erase what nobody names. Returns whether more may be over already."""
-        more = self._end_files() or self._end_uploads()
-        if not more and self._clock() >= self._next_look:
-            self._erase_unnamed()
+        over = self._settled.over()
+        more = self._end_files(over) or self._end_uploads(over)
+        if not more and over > -math.inf and self._clock() >= self._next_look:
+            self._erase_unnamed(over - self._young_s)
             self._next_look = self._clock() + self._every_s
         return more
 
-    def _end_files(self) -> bool:
+    def _end_files(self, over: float) -> bool:
         """Delete files whose time is over and that nothing in progress needs."""
-        now = self._service.clock()
 
         def work(tx: Transaction) -> int:
-            over = files.expired(tx, now, AT_ONCE)
-            for file in over:
-                files.delete(tx, file.id, file.tenant, now)
-            return len(over)
+            expired = files.expired(tx, over, AT_ONCE)
+            for file in expired:
+                files.delete(tx, file.id, file.tenant, over)
+            return len(expired)
 
-        if not self._service.db.read(lambda tx: files.expired(tx, now, 1)):
+        if not self._service.db.read(lambda tx: files.expired(tx, over, 1)):
             return False
         return self._service.db.write("expire files", work) == AT_ONCE
 
-    def _end_uploads(self) -> bool:
-        now = self._service.clock()
-
+    def _end_uploads(self, over: float) -> bool:
         def work(tx: Transaction) -> int:
-            over = uploads.expired(tx, now, AT_ONCE)
-            for upload in over:
+            expired = uploads.expired(tx, over, AT_ONCE)
+            for upload in expired:
                 uploads.end(tx, upload, "expired")
-            return len(over)
+            return len(expired)
 
-        if not self._service.db.read(lambda tx: uploads.expired(tx, now, 1)):
+        if not self._service.db.read(lambda tx: uploads.expired(tx, over, 1)):
             return False
         return self._service.db.write("expire uploads", work) == AT_ONCE
 
-    def _erase_unnamed(self) -> None:
+    def _erase_unnamed(self, before: float) -> None:
         store = self._service.blobs
-        before = self._service.clock() - self._young_s
         looked = self._clock()
         unnamed: dict[str, float] = {}
         seen_manifests: set[str] = set()

@@ -177,7 +177,7 @@ def _queue(tx: Transaction, service: Service, job: Job, found: Outlook, kept: Fi
     current = tuning.find(tx, job.id)
     if current is None or current.status != "validating_files":
         return
-    facts = found.facts()
+    facts = {**found.facts(), "price": service.config.bases[job.base].price.training}
     if kept is not None:
         files.add(tx, kept)
         facts["report_file"] = kept.id

@@ -20,8 +20,8 @@ from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from openai.types import Batch
 
 from kivnun.errors import StorageError
-from kivnun.jobs import batches, files, usage
-from kivnun.jobs.database import Database
+from kivnun.jobs import batches, files, tenants, usage
+from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.files import File
 from kivnun.jobs.ids import new_id
@@ -32,9 +32,11 @@ from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.logs import JsonLines
+from kivnun.service.settled import SETTLE_S
 from service_parts import KEY, OTHER_KEY, api, place, service_at
 
 CHAT = "/v1/chat/completions"
+DAY_S = 24 * 3600
 
 
 @dataclass
@@ -91,9 +93,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @dataclass
 class Clock:
     now: float = field(default_factory=time.time)
+    passed: float = 0.0
 
     def __call__(self) -> float:
         return self.now
+
+    def steady(self) -> float:
+        return time.monotonic() + self.passed
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+        self.passed += seconds
 
 
 @pytest.fixture
@@ -114,8 +124,8 @@ def standin() -> StandIn:
 
 
 @pytest.fixture
-def duty(service: Service, standin: StandIn) -> Iterator[RunBatches]:
-    made = RunBatches(service, standin)
+def duty(service: Service, standin: StandIn, clock: Clock) -> Iterator[RunBatches]:
+    made = RunBatches(service, standin, clock.steady)
     yield made
     made.close()
     assert [path.name for path in service.scratch.iterdir()] == []
@@ -363,6 +373,59 @@ def test_a_cancel_is_prompt_and_keeps_what_was_answered(
     assert (done.status, done.output_file_id, done.error_file_id) == ("cancelled", None, None)
 
 
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_a_batch_whose_key_is_revoked_stops_and_says_why_and_one_of_another_key_goes_on(
+    service: Service, duty: RunBatches, client: OpenAI, base_url: str, standin: StandIn, clock: Clock, is_rotated: bool
+) -> None:
+    leaked = "sk-kivnun-test-key-that-leaked"
+    add = partial(tenants.add_key, key=leaked, tenant="default", name="leaked", scopes=["chat"], now=1.0, new_id=new_id)
+    key = service.db.write("key", lambda tx: add(tx))
+    file_id = upload(service, [question("a"), question("b", "hang"), question("c", "refuse"), question("d", "hang")])
+    made: list[str] = []
+    with OpenAI(base_url=base_url, api_key=leaked, max_retries=0) as other:
+        for _ in range(2):
+            made.append(other.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h").id)
+            clock.now += 1
+    theirs, waiting = made
+    ours = client.batches.create(input_file_id=upload(service, [question("o")]), endpoint=CHAT, completion_window="24h").id
+    turns_until(duty, lambda: _answered(client, theirs) == 2 and standin.going["default"] == 2)
+
+    def revoke(tx: Transaction) -> None:
+        if is_rotated:
+            tenants.rotate_key(tx, key, "sk-kivnun-test-key-instead", 2.0, new_id)
+        else:
+            tenants.revoke_key(tx, key.id, "default", 2.0)
+
+    service.db.write("revoke", revoke)
+    asked = len(standin.asked)
+    stopped, never_begun, done = (ended(client, duty, batch_id) for batch_id in (theirs, waiting, ours))
+    assert [one.status for one in (stopped, never_begun, done)] == ["cancelled", "cancelled", "completed"]
+    assert [line["custom_id"] for line in lines_of(service, stopped.output_file_id)] == ["a"]
+    unanswered = [line["custom_id"] for line in lines_of(service, stopped.error_file_id) if line["response"] is None]
+    assert unanswered == ["b", "d"]
+    assert key.id not in [key_id for _, key_id, *_ in standin.asked[asked:]]
+    for batch in (stopped, never_begun):
+        assert batch.errors is not None
+        assert batch.errors.data is not None
+        (error,) = batch.errors.data
+        assert error.code == "api_key_revoked"
+        assert key.id in (error.message or "")
+    assert done.errors is None
+    used = service.db.read(lambda tx: usage.summary(tx, "default", 0, service.clock() + 1, "kind"))
+    assert [(one.kind, one.tokens) for one in used] == [("completion", 4), ("prompt", 6)], "a line that is cut off costs nothing"
+
+
+def test_a_batch_whose_key_expires_goes_on(service: Service, duty: RunBatches, client: OpenAI, clock: Clock) -> None:
+    key = service.db.write(
+        "key", lambda tx: tenants.add_key(tx, "sk-of-an-hour", "default", "short", ["chat"], 1.0, new_id, clock.now + 3600)
+    )
+    file_id = upload(service, [question("a")])
+    made = batches.Batch("batch_1", "default", clock.now, CHAT, key.id, file_id, "24h")
+    service.db.write("create", lambda tx: batches.create(tx, made))
+    clock.pass_by(7200)
+    assert ended(client, duty, made.id).status == "completed"
+
+
 def test_a_batch_that_has_ended_otherwise_cannot_be_cancelled(service: Service, duty: RunBatches, client: OpenAI) -> None:
     made = client.batches.create(input_file_id=upload(service, [question("a")]), endpoint=CHAT, completion_window="24h")
     assert ended(client, duty, made.id).status == "completed"
@@ -377,10 +440,10 @@ def test_a_batch_expires_after_a_day_with_what_was_answered(
     file_id = upload(service, [question("a", "hang"), question("b"), question("c", "refuse")])
     made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
     turns_until(duty, lambda: _answered(client, made.id) == 2)
-    clock.now += 24 * 3600 - 1
+    clock.pass_by(24 * 3600 - 1)
     duty.turn()
     assert client.batches.retrieve(made.id).status == "in_progress"
-    clock.now += 1
+    clock.pass_by(1)
     done = ended(client, duty, made.id)
     assert (done.status, done.expired_at) == ("expired", int(clock.now))
     assert [line["custom_id"] for line in lines_of(service, done.output_file_id)] == ["b"]
@@ -392,6 +455,32 @@ def test_a_batch_expires_after_a_day_with_what_was_answered(
         None,
     )
     assert events(service) == [("batch.expired", made.id)]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_clock_that_jumps_by_a_day_ends_no_batch_and_one_that_stays_there_does(
+    service: Service, client: OpenAI, standin: StandIn, clock: Clock, restarts: bool
+) -> None:
+    duty = RunBatches(service, standin, clock.steady)
+    file_id = upload(service, [question("a", "hang"), question("b")])
+    made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+    turns_until(duty, lambda: _answered(client, made.id) == 1)
+    for jump_s in (DAY_S, -DAY_S, -DAY_S, DAY_S, DAY_S):
+        clock.now += jump_s
+        if restarts:
+            duty.close()
+            duty = RunBatches(service, standin, clock.steady)
+        for _ in range(3):
+            duty.turn()
+        assert client.batches.retrieve(made.id).status == "in_progress"
+    assert restarts or len(standin.asked) == 2, "what was being answered was not cut off"
+    clock.pass_by(SETTLE_S - 5)
+    duty.turn()
+    assert client.batches.retrieve(made.id).status == "in_progress"
+    clock.pass_by(5)
+    done = ended(client, duty, made.id)
+    duty.close()
+    assert (done.status, len(lines_of(service, done.output_file_id))) == ("expired", 1)
 
 
 def _answered(client: OpenAI, batch_id: str) -> int:
@@ -581,7 +670,10 @@ def test_azure_leaves_out_v1_and_async_clients_do_the_same(
     with AzureOpenAI(azure_endpoint=base_url.removesuffix("/v1"), api_key=KEY, api_version="2024-10-21", max_retries=0) as azure:
         made = azure.batches.create(input_file_id=file_id, endpoint="/chat/completions", completion_window="24h")  # type: ignore[arg-type]
         done = ended(azure, duty, made.id)
-    assert (done.endpoint, done.status) == ("/chat/completions", "completed")
+        assert (done.endpoint, done.status) == ("/chat/completions", "completed")
+        full = azure.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+        assert [ended(azure, duty, full.id).endpoint, full.endpoint] == [CHAT, CHAT]
+    assert {endpoint for _, _, endpoint, _ in standin.asked} == {"/chat/completions"}, "under /openai, however it is spelled"
     prompts = upload(service, [question("p", "plain", "/v1/completions")])
 
     async def created() -> str:
@@ -589,5 +681,5 @@ def test_azure_leaves_out_v1_and_async_clients_do_the_same(
             return (await awaited.batches.create(input_file_id=prompts, endpoint="/v1/completions", completion_window="24h")).id
 
     assert ended(client, duty, asyncio.run(created())).status == "completed"
-    # Whoever answers is told the endpoint as it was named: it says whether a model's name is a deployment's first.
+    # Whoever answers is told the endpoint as the dialect has it: it says whether a model's name is a deployment's first.
     assert {endpoint for _, _, endpoint, _ in standin.asked} == {"/chat/completions", "/v1/completions"}

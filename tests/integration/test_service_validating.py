@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,20 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from openai import OpenAI
 
 from kivnun.errors import StorageError
 from kivnun.events import StepDone, read_events
-from kivnun.jobs import tuning
-from kivnun.jobs.config import ServiceConfig
+from kivnun.jobs import leases, running, tuning
+from kivnun.jobs.config import Price, ServiceConfig
+from kivnun.jobs.database import Transaction
 from kivnun.jobs.files import find as find_file
+from kivnun.jobs.ids import new_id
 from kivnun.jobs.models import Model
 from kivnun.jobs.models import add as add_model
 from kivnun.jobs.naming import model_name
+from kivnun.jobs.schema import usage
 from kivnun.jobs.snapshots import content_hash, files_in, keep_files
 from kivnun.jobs.toy import planned_tokens, read_toy, rows_of
 from kivnun.plan.devices import Device
@@ -90,6 +95,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     service = service_at(place(tmp_path_factory.mktemp("service")), CONFIG)
     with api(service) as address:
         yield World(service, address, openai_client(address))
+
+
+@pytest.mark.parametrize("prices", [{}, {"toy": Price(training=5.0)}])
+def test_a_job_is_charged_by_the_price_it_was_queued_with_whatever_is_configured_at_its_end(
+    world: World, prices: dict[str, Price]
+) -> None:
+    db, now = world.service.db, time.time()
+    job_id = world.create(uploaded(world.client, conversations(12)))
+    world.validate()
+
+    def train(tx: Transaction) -> None:
+        lease = leases.claim(tx, running.lease_name(job_id), "worker")
+        assert lease is not None
+        tuning.move(tx, world.job(job_id), "running", now, new_id)
+        running.tell(tx, lease, job_id, [running.Told("Step 1", step=1, trained_tokens=7)], None, now, new_id)
+        adapter = running.Adapter(1, "default/" + "0" * 64, "hash", {})
+        assert running.succeed(tx, lease, job_id, adapter, [], "org", prices, now, new_id) == "succeeded"
+
+    db.write("train", train)
+    charged = db.read(lambda tx: tx.execute(sa.select(usage).where(usage.c.job == job_id)).one())
+    assert (charged.tokens, charged.cost_micros) == (7, 7_000)
 
 
 def reply(words: int) -> dict[str, Any]:

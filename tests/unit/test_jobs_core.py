@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from kivnun.jobs import leases, tuning
 from kivnun.jobs.database import Database
@@ -53,6 +54,21 @@ def test_a_transaction_that_raises_leaves_nothing(db: Database) -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         db.write("create", half)
     assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+
+
+def test_what_only_reads_can_write_nothing_and_what_follows_it_can(db: Database) -> None:
+    for _ in range(3):
+        with pytest.raises(DBAPIError, match=r"read-?only"):
+            db.read(lambda tx: tuning.create(tx, JOB, new_id))
+        assert db.read(lambda tx: tuning.find(tx, JOB.id)) is None
+    db.write("create", lambda tx: tuning.create(tx, JOB, new_id))
+    with pytest.raises(DBAPIError, match=r"read-?only"):
+        db.read(lambda tx: tuning.update(tx, JOB.id, step=1))
+    with db.engine.begin() as connection:  # as migrations do
+        tuning.update(connection, JOB.id, step=2)
+    found = db.read(lambda tx: tuning.find(tx, JOB.id))
+    assert found is not None
+    assert found.step == 2
 
 
 def test_a_database_without_a_free_connection_does_not_answer(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +129,7 @@ def test_a_holder_whose_beat_stands_still_for_a_term_loses_the_lease_and_can_wri
     assert watcher.is_dead(beaten)
     assert db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", seen)) is None, "it has beaten since it was seen"
     second = db.write("claim", lambda tx: leases.claim(tx, "job:1", "second", beaten))
+    assert second is not None
     assert second == leases.Lease("job:1", 2)
     for write in (leases.beat, leases.check, leases.release):
         with pytest.raises(StaleLease):
@@ -134,6 +151,48 @@ def test_jobs_are_paged_newest_first_within_a_tenant_and_by_metadata(db: Databas
     none, _ = db.read(lambda tx: tuning.page(tx, "default", 10, None, {}))
     assert ([job.id for job in odd], [job.id for job in none]) == (["ftjob-3", "ftjob-1"], ["ftjob-0"])
     assert db.read(lambda tx: tuning.page(tx, "default", 3, "ftjob-x")) == ([], False)
+
+
+HELD: list[dict[str, str] | None] = [
+    {"a": "1"}, {"a": "1", "b": "2"}, {"a": "2"}, {"a": ""}, {"b": "1"}, {"": ""}, {"$.a": "1"}, {'"': "'"}, {"a.b[0]": "%"},
+    {'a"b\\': "\\u0041\\"}, {"שלום": "🦆"}, {"a": "null"}, {"a": "1.0"}, {"a": "true"}, {"a": "{}"}, {}, None,
+]  # fmt: skip
+WANTED = [*(held for held in HELD if held is not None), {"a": "1", "c": "3"}, {"a": "\0"}, {"a": "\ud800"}, {"A": "1"}, {"_": "1"}]
+
+
+def test_metadata_is_filtered_in_the_database_as_python_compares_it(db: Database) -> None:
+    for n, held in enumerate(HELD):
+        job = replace(JOB, id=f"ftjob-{n:02}", created_at=float(n), metadata=held)
+        db.write("create", lambda tx, job=job: tuning.create(tx, job, new_id))
+    for wanted in WANTED:
+        found, more = db.read(lambda tx, wanted=wanted: tuning.page(tx, "default", 100, None, wanted))
+        alike = [wanted.items() <= (held or {}).items() if wanted else not held for held in HELD]
+        assert [int(job.id[-2:]) for job in reversed(found)] == [n for n, is_alike in enumerate(alike) if is_alike], wanted
+        assert not more
+
+
+def test_a_page_by_metadata_takes_no_more_rows_from_the_database_than_it_shows(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(60):
+        job = replace(JOB, id=f"ftjob-{n:02}", created_at=float(n), metadata={"of": "few" if n in (3, 31, 57) else "many"})
+        db.write("create", lambda tx, job=job: tuning.create(tx, job, new_id))
+    made: list[str] = []
+    whole = tuning.Job
+    monkeypatch.setattr(tuning, "Job", lambda **row: made.append(row["id"]) or whole(**row))
+    statements: list[str] = []
+    event.listen(db.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+
+    def page(limit: int, wanted: dict[str, str], after: str | None = None) -> tuple[list[str], bool]:
+        found, more = db.read(lambda tx: tuning.page(tx, "default", limit, after, wanted))
+        return [job.id for job in found], more
+
+    assert page(2, {"of": "few"}) == (["ftjob-57", "ftjob-31"], True)
+    assert len(made) == 3
+    assert len([one for one in statements if "FROM jobs" in one]) == 1
+    assert page(2, {"of": "few"}, "ftjob-31") == (["ftjob-03"], False)
+    assert page(5, {"of": "none"}) == ([], False)
+    assert len(made) == 5, "and the one that marks the place"
 
 
 def test_an_error_of_the_database_tells_nothing_of_what_rows_hold(db: Database) -> None:

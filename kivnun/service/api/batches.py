@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from kivnun.jobs import batches, files
@@ -13,6 +13,7 @@ from kivnun.jobs.retries import KeyReused, accept
 from kivnun.service.auth import Caller, Chatter, Reader
 from kivnun.service.batch_files import ENDPOINTS, canonical
 from kivnun.service.context import Shared
+from kivnun.service.dialect import dialect_of
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.paging import PageLimit
 from kivnun.service.sent import Received, key_reused
@@ -47,7 +48,7 @@ class NewBatch(_Body):
 
 
 @router.post("/batches")
-def create_batch(body: NewBatch, came: Received, who: Chatter, service: Shared) -> dict[str, Any]:
+def create_batch(request: Request, body: NewBatch, came: Received, who: Chatter, service: Shared) -> dict[str, Any]:
     """Ask for the answers to a file of requests. It is answered at once, and validated afterwards."""
     if canonical(body.endpoint) is None:
         raise bad_request(f"endpoint must be one of {', '.join(ENDPOINTS)}", "endpoint", "invalid_endpoint")
@@ -55,7 +56,7 @@ def create_batch(body: NewBatch, came: Received, who: Chatter, service: Shared) 
     after = None if body.output_expires_after is None else body.output_expires_after.seconds
     made = Batch(
         service.new_id("batch_"), who.tenant, now, body.endpoint, who.key.id, body.input_file_id, body.completion_window,
-        body.metadata, after,
+        body.metadata, after, dialect=dialect_of(request),
     )  # fmt: skip
 
     def make(tx: batches.Transaction) -> str:

@@ -87,6 +87,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("endpoint", sa.Text(), nullable=False),
+        sa.Column("dialect", sa.Text(), nullable=False),
         sa.Column("api_key", sa.Text(), nullable=False),
         sa.Column("input_file", sa.Text(), nullable=False),
         sa.Column("completion_window", sa.Text(), nullable=False),
