@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -29,6 +30,16 @@ OTHER_KEY = "sk-kivnun-test-key-of-another-tenant"
 TOY = ServiceConfig.model_validate(
     {"bases": {"toy": {"trainer": "toy"}, "toy-2": {"trainer": "toy"}}, "limits": {"requests_per_minute": 100_000}}
 )
+
+
+@dataclass
+class Clock:
+    """Stands still until a test turns it."""
+
+    now: float = field(default_factory=time.time)
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def place(folder: Path, db_url: str | None = None, config: Path | None = None) -> Place:

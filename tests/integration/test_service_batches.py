@@ -32,7 +32,7 @@ from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.logs import JsonLines
-from service_parts import KEY, OTHER_KEY, api, place, service_at
+from service_parts import KEY, OTHER_KEY, Clock, place, service_at
 
 CHAT = "/v1/chat/completions"
 
@@ -88,19 +88,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "RETRY_AFTER_MS", 20)
 
 
-@dataclass
-class Clock:
-    now: float = field(default_factory=time.time)
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 @pytest.fixture
 def service(tmp_path: Path, db_url: str, clock: Clock) -> Iterator[Service]:
     made = replace(service_at(place(tmp_path, db_url)), clock=clock)
@@ -119,12 +106,6 @@ def duty(service: Service, standin: StandIn) -> Iterator[RunBatches]:
     yield made
     made.close()
     assert [path.name for path in service.scratch.iterdir()] == []
-
-
-@pytest.fixture
-def base_url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield f"{address}/v1"
 
 
 @pytest.fixture
