@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
 import uvicorn
 
@@ -30,6 +31,8 @@ OTHER_KEY = "sk-kivnun-test-key-of-another-tenant"
 TOY = ServiceConfig.model_validate(
     {"bases": {"toy": {"trainer": "toy"}, "toy-2": {"trainer": "toy"}}, "limits": {"requests_per_minute": 100_000}}
 )
+
+ON_SQLITE = pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)  # what is not about SQL is so on every database
 
 
 @dataclass

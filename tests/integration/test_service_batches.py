@@ -32,7 +32,7 @@ from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.logs import JsonLines
-from service_parts import KEY, OTHER_KEY, Clock, place, service_at
+from service_parts import KEY, ON_SQLITE, OTHER_KEY, Clock, place, service_at
 
 CHAT = "/v1/chat/completions"
 
@@ -206,6 +206,7 @@ def test_the_stock_client_gets_every_answer_in_the_order_of_its_questions(
     assert len(standin.asked) == 40, "a batch that has ended is left alone"
 
 
+@ON_SQLITE
 def test_a_file_that_is_not_as_it_should_be_fails_the_batch_with_all_its_errors_by_line(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn
 ) -> None:
@@ -259,6 +260,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
 ]
 
 
+@ON_SQLITE
 def test_a_wrong_batch_is_refused_by_field(service: Service, client: OpenAI) -> None:
     ids = {
         "theirs": upload(service, [question("a")], "other"), "tuning": upload(service, [question("a")], purpose="fine-tune"),
@@ -381,6 +383,7 @@ def _answered(client: OpenAI, batch_id: str) -> int:
     return counts.completed + counts.failed
 
 
+@ON_SQLITE
 def test_an_answer_of_later_is_waited_out_and_a_broken_line_is_refused_in_the_end(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -400,6 +403,7 @@ def test_an_answer_of_later_is_waited_out_and_a_broken_line_is_refused_in_the_en
     assert "CANARY" not in json.dumps(bad) + log
 
 
+@ON_SQLITE
 def test_lines_at_once_are_bounded_for_a_tenant_and_in_all(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn
 ) -> None:
@@ -480,6 +484,7 @@ def test_an_input_file_that_is_gone_fails_its_batch_and_no_other(service: Servic
     assert codes == ["internal_error", "invalid_file", None]
 
 
+@ON_SQLITE
 def test_a_full_disk_is_waited_out_and_no_answer_is_lost(
     service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +560,7 @@ def test_a_line_that_a_crash_had_asked_again_is_charged_once(service: Service, s
     assert [(one.kind, one.tokens, one.cost_micros) for one in used] == [("completion", 4, 16), ("prompt", 6, 12)]
 
 
+@ON_SQLITE
 def test_azure_leaves_out_v1_and_async_clients_do_the_same(
     service: Service, duty: RunBatches, client: OpenAI, base_url: str, standin: StandIn
 ) -> None:

@@ -25,7 +25,7 @@ from kivnun.jobs.webhooks import Endpoint
 from kivnun.service.context import Service
 from kivnun.service.delivering import DeliverWebhooks
 from kivnun.service.outward import Outward
-from service_parts import KEY, OTHER_KEY, TOY, Clock, place, service_at
+from service_parts import KEY, ON_SQLITE, OTHER_KEY, TOY, Clock, place, service_at
 from webhook_receiver import Receiver, status
 
 HOUR = 3600.0
@@ -136,6 +136,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+@ON_SQLITE
 def test_a_wrong_endpoint_is_refused_by_field(client: OpenAI) -> None:
     for change, code, param in WRONG:
         with pytest.raises(openai.BadRequestError) as refused:
@@ -194,6 +195,7 @@ def test_another_tenant_finds_no_endpoint_of_ours(client: OpenAI, base_url: str)
         assert other.webhooks.list(after=ours).data == []
 
 
+@ON_SQLITE
 def test_a_test_event_is_sent_at_once_and_its_answer_is_told(client: OpenAI, receiver: Receiver) -> None:
     made = client.webhooks.create(name="n", url=receiver.url, event_types=[SUCCEEDED])
     receiver.script = [status(418)]
@@ -206,6 +208,7 @@ def test_a_test_event_is_sent_at_once_and_its_answer_is_told(client: OpenAI, rec
         client.webhooks.test(elsewhere.id, event_type=SUCCEEDED)
 
 
+@ON_SQLITE
 def test_azure_and_async_clients_have_the_same_endpoints(base_url: str, client: OpenAI) -> None:
     import asyncio
 
@@ -223,6 +226,7 @@ def test_azure_and_async_clients_have_the_same_endpoints(base_url: str, client: 
 # --- delivery ---------------------------------------------------------------------------------------------------------------
 
 
+@ON_SQLITE
 def test_a_receiver_that_fails_in_every_way_gets_the_same_event_in_the_end(
     service: Service, duty: DeliverWebhooks, receiver: Receiver, clock: Clock, client: OpenAI
 ) -> None:
@@ -321,6 +325,7 @@ def test_a_rotation_signs_with_both_secrets_for_a_day_only_if_asked(
     assert accepted_by() == set(), "the second one ended at once"
 
 
+@ON_SQLITE
 def test_an_endpoint_that_hangs_holds_up_no_other(service: Service, receiver: Receiver) -> None:
     release = threading.Event()
     slow = Receiver([lambda _handler: release.wait(30) and None] * 50)  # type: ignore[list-item]
