@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import sqlalchemy as sa
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 from kivnun.jobs import models
 from kivnun.jobs.database import Database
@@ -42,7 +42,7 @@ class World:
         assert process.stdout
         self.place, self._stdin, self._stdout = place, process.stdin, process.stdout
         self.db = place.database()
-        unkept = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # no connection outlives its API
+        unkept = DefaultHttpxClient(limits=httpx2.Limits(max_keepalive_connections=0))  # no connection outlives its API
         address = f"http://127.0.0.1:{self._stdout.readline().strip()}/v1"
         self.client = OpenAI(base_url=address, api_key=KEY, max_retries=3, http_client=unkept)
         self._count = 0
