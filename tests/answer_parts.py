@@ -18,21 +18,17 @@ from kivnun.artifacts import hash_folder
 from kivnun.jobs import models, tuning
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.ids import new_id
-from kivnun.jobs.place import Place, place_in
+from kivnun.jobs.place import Place
 from kivnun.jobs.schema import answerers
 from kivnun.worker.answer import serve
-from service_parts import fill
+from service_parts import place
 
 
 def place_with(folder: Path, config: str) -> Place:
     """Return a place with tables, two tenants and a configuration in YAML."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "service.yaml").write_text(config, encoding="utf-8")
-    made = place_in(folder, config=folder / "service.yaml")
-    db = made.database()
-    fill(db)
-    db.close()
-    return made
+    return place(folder, config=folder / "service.yaml")
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kivnun.jobs.database import Database
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +53,25 @@ def postgres() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def filled_template(postgres: str) -> Iterator[str]:
+    """Return the name of a database of that server with tables and two tenants, to be copied."""
+    from kivnun.jobs.database import Database
+    from postgres import empty_database
+    from service_parts import fill
+
+    with empty_database(postgres) as url:
+        db = Database(url)
+        fill(db)
+        name = db.url.database
+        db.close()
+        assert name is not None
+        yield name
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Return the URL of an empty database: every test that asks for it holds on both."""
+def empty_db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of a database without tables: every test that asks for it holds on both kinds."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'kivnun.sqlite'}"
         return
@@ -59,3 +79,29 @@ def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
     with empty_database(request.getfixturevalue("postgres")) as url:
         yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of a database with tables and two tenants: every test that asks for it holds on both kinds."""
+    if request.param == "sqlite":
+        from service_parts import filled_sqlite
+
+        file = tmp_path / "kivnun.sqlite"
+        file.write_bytes(filled_sqlite())
+        yield f"sqlite:///{file}"
+        return
+    from postgres import copied_database
+
+    with copied_database(request.getfixturevalue("postgres"), request.getfixturevalue("filled_template")) as url:
+        yield url
+
+
+@pytest.fixture
+def db(db_url: str) -> Iterator[Database]:
+    """Return a database with tables and two tenants."""
+    from kivnun.jobs.database import Database
+
+    made = Database(db_url)
+    yield made
+    made.close()

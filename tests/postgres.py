@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,14 +54,19 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def empty_database(server_url: str) -> Iterator[str]:
+def empty_database(server_url: str) -> AbstractContextManager[str]:
     """Make a database and give its URL; drop it at the end."""
+    return copied_database(server_url, "template1")
+
+
+@contextmanager
+def copied_database(server_url: str, template: str) -> Iterator[str]:
+    """Make a copy of a database that nobody is connected to, and give its URL; drop it at the end."""
     name = f"test_{uuid.uuid4().hex}"
     engine = sa.create_engine(server_url, isolation_level="AUTOCOMMIT")
     try:
         with engine.connect() as connection:
-            connection.exec_driver_sql(f"create database {name}")
+            connection.exec_driver_sql(f"create database {name} template {template}")
         yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
         with engine.connect() as connection:
             connection.exec_driver_sql(f"drop database {name} with (force)")

@@ -24,13 +24,13 @@ from kivnun.jobs.database import Database
 from kivnun.jobs.effects import Watch, unwatched
 from kivnun.jobs.files import File, add
 from kivnun.jobs.ids import new_id
-from kivnun.jobs.place import Place, place_in
+from kivnun.jobs.place import Place
 from kivnun.jobs.schema import files, jobs, models, usage
 from kivnun.jobs.snapshots import read_manifest
 from kivnun.jobs.toy import ToySpec, planned_tokens, rows_of
 from kivnun.jobs.tuning import Job, JobEvent
 from kivnun.worker.tune_jobs import work
-from service_parts import fill
+from service_parts import place
 
 CONFIG = {"version": 1, "bases": {"toy": {"trainer": "toy", "price": {"training": 2.0}}}}
 ROWS = [f'{{"messages": [{{"role": "user", "content": "{n}"}}, {{"role": "assistant", "content": "{n * n}"}}]}}' for n in range(12)]
@@ -42,11 +42,7 @@ def toy_place(folder: Path, db_url: str | None = None) -> Place:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "service.yaml"
     config.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    made = place_in(folder, db_url, config=config)
-    db = made.database()
-    fill(db)
-    db.close()
-    return made
+    return place(folder, db_url, config)
 
 
 def queue_job(

@@ -139,6 +139,12 @@ def storage_of(tx: Transaction, tenant: str) -> Storage:
     return Storage(int(count), int(size) + int(tx.execute(coming).scalar_one()))
 
 
+def was_deleted(tx: Transaction, file_id: str, tenant: str) -> bool:
+    """Return whether a tenant had such a file, and deleted it."""
+    gone = sa.select(files.c.id).where(files.c.id == file_id, files.c.tenant == tenant, files.c.deleted_at.is_not(None))
+    return tx.execute(gone).first() is not None
+
+
 def unjudged(tx: Transaction, of_each: int, least_bytes: int = 0, below_bytes: int | None = None) -> Sequence[File]:
     """Return files that wait for their judgement and are as large as asked for: the oldest `of_each` tenant."""
     order = (files.c.created_at, files.c.id)

@@ -82,6 +82,12 @@ def delete(tx: Transaction, model_id: str, tenant: str, now: float) -> bool:
     return tx.execute(query.values(deleted_at=now)).rowcount > 0
 
 
+def was_deleted(tx: Transaction, model_id: str, tenant: str) -> bool:
+    """Return whether a tenant had such a model, and deleted it."""
+    gone = sa.select(models.c.id).where(models.c.id == model_id, models.c.tenant == tenant, models.c.deleted_at.is_not(None))
+    return holds(model_id) and tx.execute(gone).first() is not None
+
+
 def jobs_from(tx: Transaction, model_id: str, tenant: str) -> Sequence[str]:
     """Return the ids of a tenant's unfinished jobs that continue from a model: it cannot be deleted before they end."""
     query = sa.select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.model == model_id, jobs.c.status.not_in(TERMINAL))

@@ -24,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from kivnun.jobs import usage, wanted
 from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
+from kivnun.jobs.errors import DatabaseDown
 from kivnun.jobs.tenants import limits_of
 from kivnun.jobs.usage import Charge
 from kivnun.serve.parameters import Endpoint, Refusal, object_in, required

@@ -22,7 +22,7 @@ from kivnun.service.auth import Caller
 from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.limits import RateLimits
-from service_parts import KEY, OTHER_KEY, api, place, service_at
+from service_parts import KEY, OTHER_KEY, Clock, api, place, service_at
 
 OTHER_ADMIN = "sk-kivnun-test-key-of-another-tenant-admin"
 CONFIG = ServiceConfig.model_validate(
@@ -37,16 +37,9 @@ CONFIG = ServiceConfig.model_validate(
 )  # fmt: skip
 
 
-class Clock:
-    now = 1_900_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture(scope="module")
 def clock() -> Clock:
-    return Clock()
+    return Clock(1_900_000_000.0)
 
 
 @pytest.fixture(scope="module")

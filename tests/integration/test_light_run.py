@@ -27,7 +27,7 @@ print("LOADED", *[name for name in sys.argv[2].split(",") if name in sys.modules
 """
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_a_run_its_evaluation_and_its_export_load_no_modelling_code(kind: str, tmp_path: Path) -> None:
     metrics = {"metrics": ["exact_match"], "samples": 2, "bootstrap": 100}
     adapter = {"kind": kind, "rank": 2, "dropout": 0.1}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kivnun.jobs import models, tuning
 from kivnun.jobs.config import ServiceConfig
 from kivnun.jobs.ids import new_id
 from kivnun.service.context import Service
-from service_parts import KEY, OTHER_KEY, api, place, service_at
+from service_parts import KEY, OTHER_KEY, place, service_at
 
 CONFIG = ServiceConfig.model_validate(
     {"bases": {"microsoft/phi-4": {}, "toy": {"trainer": "toy"}}, "aliases": {"gpt-4o-mini": "toy"}, "limits": {"files": 5}}
@@ -35,12 +34,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
                          seed=1)  # fmt: skip
         made.db.write("job", lambda tx, job=job: tuning.create(tx, job, new_id))
     return made
-
-
-@pytest.fixture(scope="module")
-def url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield address
 
 
 def _tuned(service: Service, name: str, tenant: str = "default", at: float = 5.0) -> str:
@@ -201,3 +194,17 @@ def test_a_foreign_model_cannot_be_deployed(service: Service, url: str) -> None:
         answer, unknown = client.put(f"{DEPLOYMENTS}/d", json=_body(foreign)), client.put(f"{DEPLOYMENTS}/d", json=_body("ft:x"))
     assert answer.status_code == unknown.status_code == 400
     assert answer.json()["error"]["message"].replace(foreign, "ft:x") == unknown.json()["error"]["message"]
+
+
+def test_a_deletion_sent_again_is_answered_as_before_and_to_its_own_tenant_alone(service: Service, url: str) -> None:
+    client, stranger = _clients(url)["openai"], OpenAI(base_url=f"{url}/v1", api_key=OTHER_KEY, max_retries=0)
+    again = {"x-stainless-retry-count": "1"}
+    tuned, file = _tuned(service, "lost"), client.files.create(file=("a.txt", b"a"), purpose="user_data").id
+    for name, of in ((tuned, lambda made: made.models), (file, lambda made: made.files)):
+        first = of(client).delete(name)
+        assert of(client).delete(name, extra_headers=again) == first
+        for asker, headers in ((client, {}), (stranger, again)):
+            with pytest.raises(openai.NotFoundError):
+                of(asker).delete(name, extra_headers=headers)
+        with pytest.raises(openai.NotFoundError):
+            of(client).delete(f"{name}-never", extra_headers=again)

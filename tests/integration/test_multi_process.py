@@ -69,8 +69,8 @@ def wait_for_step(run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def task(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a spec of 32 steps in two processes, with rows of uneven lengths."""
-    schedule = {"epochs": 4, "batch_rows": 4}
+    """Return a spec of 16 steps in two processes, with rows of uneven lengths."""
+    schedule = {"epochs": 2, "batch_rows": 4}
     return write_spec(
         tmp_path_factory.mktemp("several"), base, chats(), schedule=schedule, compute=COMPUTE, checkpoints=CHECKPOINTS
     )
@@ -111,7 +111,7 @@ def test_two_hosts_finish_one_run(task: Path, two_hosts: tuple[Ended, Ended]) ->
     told = [its.told for its in two_hosts if its.told]
     assert len(told) == 1, "the first process alone is heard"
     assert told[0]["status"] == "succeeded"
-    assert told[0]["steps"] == len(steps_of(task.parent / "whole")) == 32
+    assert told[0]["steps"] == len(steps_of(task.parent / "whole")) == 16
 
 
 def test_losses_and_scores_are_those_of_one_process(task: Path, two_hosts: tuple[Ended, Ended]) -> None:
@@ -176,7 +176,7 @@ def test_a_signal_stops_all_processes_after_a_step_that_is_saved(task: Path) -> 
     assert (stopped.told["status"], stopped.told["error"]["code"]) == ("interrupted", "interrupted")
     events = read_events(task.parent / "stopped" / "events.jsonl")
     (last,) = [event.step for event in events if isinstance(event, RunInterrupted)]
-    assert last == max(event.step for event in events if isinstance(event, StepDone)) < 32
+    assert last == max(event.step for event in events if isinstance(event, StepDone)) < 16
     assert (task.parent / "stopped" / "checkpoints" / f"step-{last:06d}").is_dir()
 
 

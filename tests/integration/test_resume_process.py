@@ -16,7 +16,7 @@ from tiny_task import PROGRAM
 
 # Threads that wait for one another give their core away: the test must end in time on a machine that does other things too.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-LONG = {"schedule": {"epochs": 15}, "checkpoints": {"every_steps": 7, "every_epoch": False, "every_seconds": None}}
+LONG = {"schedule": {"epochs": 8}, "checkpoints": {"every_steps": 7, "every_epoch": False, "every_seconds": None}}
 
 
 def start(spec: Path, run: Path, *more: str) -> subprocess.Popen[str]:
@@ -61,10 +61,10 @@ def test_two_threads_killed_from_outside(base: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, base, chats(), **LONG, adapter=adapter, compute={"threads": 2})
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(start(spec, whole))
-    signalled(spec, run, 31, signal.SIGKILL, status=-signal.SIGKILL)
+    signalled(spec, run, 17, signal.SIGKILL, status=-signal.SIGKILL)
     out, err = finish(start(spec, run, "--resume", "--json"))
     assert "resumed after step" in err
-    assert json.loads(out.splitlines()[-1])["steps"] == 120
+    assert json.loads(out.splitlines()[-1])["steps"] == 64
     assert_same(run, whole)
 
 
@@ -72,13 +72,13 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(base: Path
     """The rest and the whole run are done in this process, which has run others before: nothing of those reaches the bits."""
     spec = write_spec(tmp_path, base, chats(), **LONG)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    for step, number, more in ((11, signal.SIGINT, ()), (61, signal.SIGTERM, ("--resume",))):
+    for step, number, more in ((11, signal.SIGINT, ()), (32, signal.SIGTERM, ("--resume",))):
         out, err = signalled(spec, run, step, number, *more, "--json", status=130)
         said: dict[str, Any] = json.loads(out.splitlines()[-1])
         assert said["status"] == "interrupted"
         last = numbers_of(run)[-1][0]
         assert last >= step
-        assert said["error"]["message"].startswith(f"stopped after step {last} of 120, which is saved")
+        assert said["error"]["message"].startswith(f"stopped after step {last} of 64, which is saved")
         assert f"kivnun tune {spec} --output {run} --resume" in err
         assert "Traceback" not in err
         assert (run / "checkpoints" / f"step-{last:06d}" / "manifest.json").is_file()

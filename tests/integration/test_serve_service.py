@@ -16,6 +16,8 @@ from kivnun.cli.main import run
 from service_process import ADMIN_KEY, CANARY, TOY, Running, adapter_of, create, ended, examples, running, wait_until
 from toy_jobs import below, is_alive
 
+EPOCHS = 15  # of twelve steps each
+
 
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, service: Running, job_id: str) -> None:
     """Do by `kivnun jobs` and `kivnun keys` what they can, on a job that has succeeded."""
@@ -30,7 +32,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     assert said("jobs", "show", job_id)["status"] == said("jobs", "watch", job_id)["status"] == "succeeded"
     events = said("jobs", "events", job_id)["events"]
     assert events[0]["message"] == f"Created fine-tuning job: {job_id}"
-    assert len(events) > 600
+    assert len(events) > 12 * EPOCHS
     for kind in ("pause", "resume", "cancel"):
         assert "the service answered 400" in said("jobs", kind, job_id, status=15)["error"]["message"]
     assert "404" in said("jobs", "show", "ftjob-another", status=15)["error"]["message"]
@@ -64,11 +66,11 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
 ) -> None:
     client = service.openai()
     file_id = client.files.create(file=examples(tmp_path), purpose="fine-tune").id
-    undisturbed = ended(client, create(client, file_id))
+    undisturbed = ended(client, create(client, file_id, EPOCHS))
     assert undisturbed.status == "succeeded", undisturbed.error
     expected = adapter_of(client, undisturbed.fine_tuned_model)
 
-    job_id = create(client, file_id)
+    job_id = create(client, file_id, EPOCHS)
     service.kill()  # as soon as the create is answered
     service.start()
     client = service.openai()
@@ -84,7 +86,7 @@ def test_a_service_that_is_killed_twice_comes_to_the_bits_of_one_that_was_left_a
     events = [event.message for event in azure.fine_tuning.jobs.list_events(job_id, limit=100)]
     assert len([text for text in events if text.startswith("New fine-tuned model created")]) == 1
     steps = [text.split(":")[0] for text in events if text.startswith("Step ")]
-    assert steps == [f"Step {number}/600" for number in range(600, 0, -1)], "no step is told twice or left out"
+    assert steps == [f"Step {number}/{12 * EPOCHS}" for number in range(12 * EPOCHS, 0, -1)], "no step is told twice or left out"
 
     assert adapter_of(azure, "cold") is None, "a base that no worker had loaded is loaded when it is asked for"
     service.part("answer", "--base", "cold")

@@ -33,7 +33,7 @@ from kivnun.service.context import Service
 from kivnun.service.errors import ApiError
 from kivnun.service.logs import JsonLines
 from kivnun.service.settled import SETTLE_S
-from service_parts import KEY, OTHER_KEY, api, place, service_at
+from service_parts import KEY, OTHER_KEY, Clock, place, service_at
 
 CHAT = "/v1/chat/completions"
 DAY_S = 24 * 3600
@@ -91,12 +91,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Clock:
-    now: float = field(default_factory=time.time)
-    passed: float = 0.0
+class SteadyClock(Clock):
+    """Has a clock beside it that nobody can turn: time passes on both."""
 
-    def __call__(self) -> float:
-        return self.now
+    passed: float = 0.0
 
     def steady(self) -> float:
         return time.monotonic() + self.passed
@@ -107,12 +105,12 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> SteadyClock:
+    return SteadyClock()
 
 
 @pytest.fixture
-def service(tmp_path: Path, db_url: str, clock: Clock) -> Iterator[Service]:
+def service(tmp_path: Path, db_url: str, clock: SteadyClock) -> Iterator[Service]:
     made = replace(service_at(place(tmp_path, db_url)), clock=clock)
     yield made
     made.db.close()
@@ -124,17 +122,11 @@ def standin() -> StandIn:
 
 
 @pytest.fixture
-def duty(service: Service, standin: StandIn, clock: Clock) -> Iterator[RunBatches]:
+def duty(service: Service, standin: StandIn, clock: SteadyClock) -> Iterator[RunBatches]:
     made = RunBatches(service, standin, clock.steady)
     yield made
     made.close()
     assert [path.name for path in service.scratch.iterdir()] == []
-
-
-@pytest.fixture
-def base_url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield f"{address}/v1"
 
 
 @pytest.fixture
@@ -303,7 +295,7 @@ def test_a_wrong_batch_is_refused_by_field(service: Service, client: OpenAI) -> 
 
 
 def test_batches_are_listed_newest_first_and_another_tenant_finds_none_of_ours(
-    service: Service, client: OpenAI, base_url: str, clock: Clock
+    service: Service, client: OpenAI, base_url: str, clock: SteadyClock
 ) -> None:
     file_id = upload(service, [question("a")])
     made: list[str] = []
@@ -375,7 +367,7 @@ def test_a_cancel_is_prompt_and_keeps_what_was_answered(
 
 @pytest.mark.parametrize("is_rotated", [False, True])
 def test_a_batch_whose_key_is_revoked_stops_and_says_why_and_one_of_another_key_goes_on(
-    service: Service, duty: RunBatches, client: OpenAI, base_url: str, standin: StandIn, clock: Clock, is_rotated: bool
+    service: Service, duty: RunBatches, client: OpenAI, base_url: str, standin: StandIn, clock: SteadyClock, is_rotated: bool
 ) -> None:
     leaked = "sk-kivnun-test-key-that-leaked"
     add = partial(tenants.add_key, key=leaked, tenant="default", name="leaked", scopes=["chat"], now=1.0, new_id=new_id)
@@ -415,7 +407,7 @@ def test_a_batch_whose_key_is_revoked_stops_and_says_why_and_one_of_another_key_
     assert [(one.kind, one.tokens) for one in used] == [("completion", 4), ("prompt", 6)], "a line that is cut off costs nothing"
 
 
-def test_a_batch_whose_key_expires_goes_on(service: Service, duty: RunBatches, client: OpenAI, clock: Clock) -> None:
+def test_a_batch_whose_key_expires_goes_on(service: Service, duty: RunBatches, client: OpenAI, clock: SteadyClock) -> None:
     key = service.db.write(
         "key", lambda tx: tenants.add_key(tx, "sk-of-an-hour", "default", "short", ["chat"], 1.0, new_id, clock.now + 3600)
     )
@@ -435,7 +427,7 @@ def test_a_batch_that_has_ended_otherwise_cannot_be_cancelled(service: Service, 
 
 
 def test_a_batch_expires_after_a_day_with_what_was_answered(
-    service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, clock: Clock
+    service: Service, duty: RunBatches, client: OpenAI, standin: StandIn, clock: SteadyClock
 ) -> None:
     file_id = upload(service, [question("a", "hang"), question("b"), question("c", "refuse")])
     made = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
@@ -459,7 +451,7 @@ def test_a_batch_expires_after_a_day_with_what_was_answered(
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_a_clock_that_jumps_by_a_day_ends_no_batch_and_one_that_stays_there_does(
-    service: Service, client: OpenAI, standin: StandIn, clock: Clock, restarts: bool
+    service: Service, client: OpenAI, standin: StandIn, clock: SteadyClock, restarts: bool
 ) -> None:
     duty = RunBatches(service, standin, clock.steady)
     file_id = upload(service, [question("a", "hang"), question("b")])

@@ -36,19 +36,6 @@ BAD = GOOD + b'\n{"messages": []}\n{"a": 1, "a": 2}\n'
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    made = service_at(place(tmp_path_factory.mktemp("service")))
-    yield made
-    made.db.close()
-
-
-@pytest.fixture(scope="module")
-def url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as made:
         yield made

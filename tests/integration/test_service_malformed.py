@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kivnun.jobs import files
 from kivnun.service.context import Service
-from service_parts import KEY, api, place, service_at
+from service_parts import KEY
 
 FORM = "multipart/form-data"
 HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "multipart/form-data; boundary=b"}
@@ -24,19 +24,6 @@ FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 END = b"\r\n--b--\r\n"
 ROW = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
 GOOD = PURPOSE + FILE + ROW * 3 + END
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    made = service_at(place(tmp_path_factory.mktemp("service")))
-    yield made
-    made.db.close()
-
-
-@pytest.fixture(scope="module")
-def url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kivnun.jobs.webhooks import Endpoint
 from kivnun.service.context import Service
 from kivnun.service.delivering import DeliverWebhooks
 from kivnun.service.outward import Outward
-from service_parts import KEY, OTHER_KEY, TOY, api, place, service_at
+from service_parts import KEY, OTHER_KEY, TOY, Clock, place, service_at
 from webhook_receiver import Receiver, status
 
 HOUR = 3600.0
@@ -52,19 +52,6 @@ def receiver() -> Iterator[Receiver]:
     end()
 
 
-@dataclass
-class Clock:
-    now: float = field(default_factory=time.time)
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 @pytest.fixture
 def service(tmp_path: Path, db_url: str, receiver: Receiver, clock: Clock) -> Iterator[Service]:
     config = TOY.model_copy(update={"webhook_hosts": (receiver.host,)})
@@ -78,12 +65,6 @@ def duty(service: Service, receiver: Receiver) -> Iterator[DeliverWebhooks]:
     made = DeliverWebhooks(service, Outward((receiver.host,), timeout_s=0.25))
     yield made
     made.close()
-
-
-@pytest.fixture
-def base_url(service: Service) -> Iterator[str]:
-    with api(service) as address:
-        yield f"{address}/v1"
 
 
 @pytest.fixture

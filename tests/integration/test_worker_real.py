@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,13 @@ SPEC: dict[str, Any] = {
     "base": BASE,
     "data": {"train": "training.jsonl", "validation": "validation.jsonl", "format": "messages"},
     "adapter": {"kind": "lora", "rank": 4, "dropout": 0.1},
-    "schedule": {"epochs": 4, "batch_rows": 2, "learning_rate": 0.001},
+    "schedule": {"epochs": 10, "batch_rows": 2, "learning_rate": 0.001},
     "evaluation": {"samples": 0, "bootstrap": 100, "forgetting": None},
     "checkpoints": {"every_steps": 4},
     "compute": {"kind": "local", "device": "cpu", "threads": 1},
     "seed": 7,
 }
-STEPS = 20
+STEPS = 50  # of 20 ms: whoever kills or pauses must come before the last one
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +90,17 @@ def test_a_real_job_killed_with_its_worker_and_paused_ends_with_the_same_bytes(
     worker = worker_process(place)
     until(lambda: job_of(db, job_id).step >= 5)
     worker.kill()
-    with worker_thread(place, term_s=0.5, trainers=trainers):
-        until(lambda: job_of(db, job_id).step >= 11)
-        assert command(db, job_id, "pause")
-        until(lambda: job_of(db, job_id).status == "paused")
+    killed_at, asked = job_of(db, job_id).step, threading.Event()
+
+    def pause(point: str) -> None:
+        """Ask by the worker's own thread, once it has told a new step: another thread may come when the last one is done."""
+        if point == "after tell" and not asked.is_set() and job_of(db, job_id).step > killed_at:
+            assert command(db, job_id, "pause")
+            asked.set()
+
+    with worker_thread(place, watch=pause, term_s=0.5, trainers=trainers):
+        until(lambda: job_of(db, job_id).status in ("paused", "succeeded", "failed"))
+        assert killed_at < job_of(db, job_id).step < STEPS
         assert command(db, job_id, "resume")
         until(lambda: job_of(db, job_id).status in ("succeeded", "failed"))
     assert_real(place, job_id)

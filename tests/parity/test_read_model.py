@@ -156,7 +156,10 @@ PEAK = """
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4", "int8"])
+SLOW = pytest.mark.slow  # a start of Python each; the others load in the same way
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=SLOW), "bf16", "nf4", pytest.param("int8", marks=SLOW)])
 def test_loading_takes_little_more_memory_than_what_is_loaded(precision: str, tmp_path: Path) -> None:
     """At most 1.1 of the loaded bytes and 20 MB: what a piece, the decode buffer, the probe and malloc take whatever the size."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 4096}

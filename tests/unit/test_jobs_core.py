@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,17 +15,8 @@ from kivnun.jobs import leases, tuning
 from kivnun.jobs.database import Database
 from kivnun.jobs.errors import DatabaseDown, StaleLease
 from kivnun.jobs.ids import new_id
-from service_parts import fill
 
 JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-1", method={}, seed=1)
-
-
-@pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    yield database
-    database.close()
 
 
 def test_events_written_by_many_threads_have_numbers_without_gaps(db: Database) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import sqlalchemy as sa
 
 from kivnun.jobs import files, tuning, uploads
@@ -15,19 +13,10 @@ from kivnun.jobs.files import File, Storage
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.schema import files as files_table
 from kivnun.jobs.uploads import Part, Upload
-from service_parts import fill
 
 FILE = File("file-0", "default", 1.0, "fine-tune", "a.jsonl", 10, "default/" + "0" * 64)
 JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-0", method={}, seed=1)
 UPLOAD = Upload("upload_1", "default", 1.0, 3601.0, "fine-tune", "a.jsonl", "text/jsonl", 7)
-
-
-@pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    yield database
-    database.close()
 
 
 def test_files_are_paged_in_both_orders_within_a_tenant_and_a_purpose(db: Database) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,15 +11,6 @@ import pytest
 from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.retries import KEPT_S, RETRIED_WITHIN_S, KeyReused, Sent, accept
-from service_parts import fill
-
-
-@pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    yield database
-    database.close()
 
 
 class Creates:

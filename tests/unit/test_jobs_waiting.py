@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,18 +14,9 @@ from kivnun.jobs.models import Model
 from kivnun.jobs.models import add as add_model
 from kivnun.jobs.tuning import Job
 from kivnun.service.turns import Turns
-from service_parts import fill
 
 JOB = Job(id="ftjob-0", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-1", method={}, seed=1)
 FILE = File("file-1", "default", 1.0, "fine-tune", "t.jsonl", 100, "default/" + "0" * 64, "processed")
-
-
-@pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    yield database
-    database.close()
 
 
 def next_of(db: Database, *bounds: int | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,19 +14,16 @@ from kivnun.jobs.holdings import Holdings, holdings_of
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.models import Model
 from kivnun.jobs.schema import metadata
-from service_parts import KEY, OTHER_KEY, fill
+from service_parts import KEY, OTHER_KEY
 
 JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", base="toy", training_file="file-1", method={}, seed=1)
 MODEL = Model("ft:toy:kivnun::abcdefgh", "default", 1.0, "ftjob-1", "toy", 9, "default/0", "hash")
 
 
 @pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    database.write("job", lambda tx: tuning.create(tx, JOB, new_id))
-    yield database
-    database.close()
+def db(db: Database) -> Database:
+    db.write("job", lambda tx: tuning.create(tx, JOB, new_id))
+    return db
 
 
 def _add(db: Database, *made: Model) -> None:

@@ -22,8 +22,8 @@ JOB = tuning.Job(id="ftjob-1", tenant="default", created_at=1.0, model="toy", ba
 
 
 @pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
+def db(empty_db_url: str) -> Iterator[Database]:
+    database = Database(empty_db_url)
     yield database
     database.close()
 
@@ -41,11 +41,11 @@ def test_a_difference_between_the_tables_and_the_schema_is_found(db: Database) -
     assert "stranger" in repr(differences(db))
 
 
-def test_many_processes_that_start_at_once_make_the_tables_once(db_url: str) -> None:
+def test_many_processes_that_start_at_once_make_the_tables_once(empty_db_url: str) -> None:
     made: list[bool] = []
 
     def start() -> None:
-        own = Database(db_url)
+        own = Database(empty_db_url)
         made.append(prepare(own))
         own.close()
 

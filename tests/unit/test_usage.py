@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -14,17 +13,8 @@ from hypothesis import strategies as st
 from kivnun.jobs import usage
 from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.schema import usage as table
-from service_parts import fill
 
 DAY = 20_000 * usage.DAY_S
-
-
-@pytest.fixture
-def db(db_url: str) -> Iterator[Database]:
-    database = Database(db_url)
-    fill(database)
-    yield database
-    database.close()
 
 
 def _record(

@@ -118,10 +118,13 @@ def retrieve(file_id: str, service: Shared, who: Reader) -> dict[str, Any]:
 
 
 @router.delete("/files/{file_id}")
-def delete(file_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
-    """Delete a file that no job or batch in progress needs."""
+def delete(request: Request, file_id: str, service: Shared, who: DataOwner) -> dict[str, Any]:
+    """Delete a file that no job or batch in progress needs. A deletion whose answer was lost is answered again."""
+    is_retry = sent_as(request, "").retry_count > 0
 
     def work(tx: Transaction) -> None:
+        if is_retry and files.was_deleted(tx, file_id, who.tenant):
+            return
         if files.find(tx, file_id, who.tenant) is None:
             raise not_found("file", file_id, "file_id")
         user = files.user_of(tx, file_id, who.tenant)

@@ -19,6 +19,7 @@ from kivnun.service.auth import Reader, Tuner
 from kivnun.service.context import Shared
 from kivnun.service.dialect import Dialect, dialect_of
 from kivnun.service.errors import ApiError
+from kivnun.service.sent import sent_as
 
 router = APIRouter()
 
@@ -100,13 +101,17 @@ def retrieve_model(model: str, request: Request, service: Shared, who: Reader) -
 
 
 @router.delete("/models/{model:path}", response_model=DeletedModel)
-def delete_model(model: str, service: Shared, who: Tuner) -> dict[str, Any]:
-    """Delete a tuned model or a checkpoint of the tenant's own."""
+def delete_model(model: str, request: Request, service: Shared, who: Tuner) -> dict[str, Any]:
+    """Delete a tuned model or a checkpoint of the tenant's own. A deletion whose answer was lost is answered again."""
     config = service.config
     if config.base_id(model) is not None:
         raise ApiError(400, f"{model!r} is a base: only tuned models can be deleted", code="not_a_tuned_model", param="model")
 
+    is_retry = sent_as(request, "").retry_count > 0
+
     def delete(tx: Transaction) -> None:
+        if is_retry and models.was_deleted(tx, model, who.tenant):
+            return
         if models.find(tx, model, who.tenant) is None:
             raise no_such_model(model, config)
         names, jobs = deployments.of_model(tx, who.tenant, model), models.jobs_from(tx, model, who.tenant)
