@@ -40,8 +40,8 @@ def be_api(place: Place, listener: socket.socket, kill_at: int, points: int) -> 
 
     service_of = run.service_of
 
-    def watched(place: Place, name: str) -> Service:
-        return replace(service_of(place, name), db=place.database(watch), blobs=place.blobs(watch))
+    def watched(place: Place, scratch: Path) -> Service:
+        return replace(service_of(place, scratch), db=place.database(watch), blobs=place.blobs(watch))
 
     run.service_of = watched
     serve_api(place, listener, drain_s=1.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from kivnun.service.batching import RunBatches
 from kivnun.service.context import Service
 from kivnun.service.delivering import DeliverWebhooks
 from kivnun.service.judging import JudgeFiles
+from kivnun.service.scratch import scratch_folder
 from kivnun.service.sweeping import Sweep
 from kivnun.service.validating import ValidateJobs
 
@@ -83,10 +83,13 @@ def run(
 ) -> None:
     """Do every duty that no other clerk does, until `stop` is set. Returns when the portions in progress are done; one that hangs
     loses its lease before `drain_s` is over, and can write nothing more in what is left of its process."""
-    scratch = place.data / "scratch" / new_id("clerk-")
-    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-    service = Service(place.database(watch), place.blobs(watch), place.service_config(), scratch, time.time)
-    office = _Office(service, stop, new_id("clerk_"), leases.Watcher(time.monotonic, term_s))
+    with scratch_folder(place.data, "clerk") as scratch:
+        service = Service(place.database(watch), place.blobs(watch), place.service_config(), scratch, time.time)
+        _run(_Office(service, stop, new_id("clerk_"), leases.Watcher(time.monotonic, term_s)), makers, drain_s)
+        service.db.close()
+
+
+def _run(office: _Office, makers: Mapping[str, Maker], drain_s: float) -> None:
     threads = [
         threading.Thread(target=_serve, args=(office, name, maker), name=f"duty:{name}", daemon=True)
         for name, maker in makers.items()
@@ -94,7 +97,7 @@ def run(
     beater = threading.Thread(target=_beat, args=(office,), name="beat", daemon=True)
     for thread in (*threads, beater):
         thread.start()
-    stop.wait()
+    office.stop.wait()
     until = time.monotonic() + GIVE_UP_SHARE * drain_s
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
@@ -102,8 +105,6 @@ def run(
         logger.warning("a duty is left to another clerk: it does not end", extra={"action": "duty_left", "duty": lease.name})
         _give_back(office, lease)
     beater.join(max(0.0, until - time.monotonic()))
-    service.db.close()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(slots=True)

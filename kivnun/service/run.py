@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 import uvicorn
+from starlette.types import ASGIApp
 
 from kivnun.errors import StorageError
 from kivnun.jobs.database import Database, sqlite_url
@@ -29,6 +30,7 @@ from kivnun.jobs.schema import answerers, api_keys
 from kivnun.jobs.tenants import DEFAULT_TENANT, SCOPES, add_key, add_tenant, new_key
 from kivnun.service.app import make_app
 from kivnun.service.context import Service
+from kivnun.service.scratch import scratch_folder
 from kivnun.service.settled import SettledClock
 from kivnun.service.timely import TimelyProtocol
 
@@ -76,7 +78,11 @@ def serve_api(place: Place, listener: socket.socket, drain_s: float, tls: Tls | 
     """Answer on a socket until SIGTERM; what is being answered then is finished, for `drain_s` at most.
 
     `ready` is a descriptor to which a byte is written once requests are answered."""
-    service = service_of(place, "api")
+    with scratch_folder(place.data, "api") as scratch:
+        _serve(make_app(service_of(place, scratch)), listener, drain_s, tls, ready)
+
+
+def _serve(app: ASGIApp, listener: socket.socket, drain_s: float, tls: Tls | None, ready: int | None) -> None:
     waiting = [] if ready is None else [ready]
 
     async def is_ready() -> None:
@@ -84,7 +90,7 @@ def serve_api(place: Place, listener: socket.socket, drain_s: float, tls: Tls | 
             os.write(waiting.pop(), b"\n")
 
     config = uvicorn.Config(
-        make_app(service),
+        app,
         http=TimelyProtocol,
         limit_concurrency=_most_connections(),
         log_config=None,
@@ -108,10 +114,8 @@ def _most_connections() -> int:
     return most // 2
 
 
-def service_of(place: Place, name: str) -> Service:
-    """Return what handlers and duties of one process share; `name` is that of its scratch folder."""
-    scratch = place.data / "scratch" / f"{name}-{os.getpid()}"
-    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+def service_of(place: Place, scratch: Path) -> Service:
+    """Return what handlers of one process share."""
     return Service(place.database(), place.blobs(), place.service_config(), scratch, SettledClock(time.time))
 
 

@@ -199,7 +199,7 @@ def killed_at(world: World, write: Write, point: int) -> tuple[Counter[tuple[str
 
 def assert_nothing_is_left_over(world: World) -> None:
     """Check that a sweep leaves the blobs that rows name, each whole, and no others."""
-    service = service_of(world.place, "sweep")
+    service = service_of(world.place, world.place.data)
     Sweep(service, young_s=-60.0, settle_s=0.0, every_s=0.0).turn()
 
     def named(tx: sa.Connection) -> set[str]:
