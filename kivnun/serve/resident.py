@@ -31,5 +31,5 @@ def load_resident(config: ServiceConfig, name: str, folders: AdapterFolders) -> 
         precision = stored_precision(folder) or ("fp32" if small else "bf16")
     base = load_base(folder, precision, device)
     version = hashlib.sha256(f"{base.content_hash} {precision} {device} {code_hash()}".encode()).hexdigest()
-    adapters = AdapterCache(folders.fetch, lambda place: load_adapter(base, place))
+    adapters = AdapterCache(folders.fetched, lambda place: load_adapter(base, place))
     return Scheduler(name, version, base, BaseTokens(folder), adapters)

@@ -58,7 +58,7 @@ def _answerer(config: ServiceConfig, base: str, folders: AdapterFolders, toy_tok
     if entry.trainer == "toy":
         from kivnun.serve.toy import ToyAnswerer
 
-        return ToyAnswerer(base, AdapterCache(folders.fetch, _toy_adapter), toy_token_s)
+        return ToyAnswerer(base, AdapterCache(folders.fetched, _toy_adapter), toy_token_s)
     from kivnun.serve.resident import load_resident  # torch, for those who need it
 
     return load_resident(config, base, folders)
