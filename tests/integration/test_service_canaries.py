@@ -112,7 +112,8 @@ def asked(client: OpenAI, model: str, aviary: Aviary) -> Iterator[str]:
     messages: Any = [{"role": "system", "content": aviary("system prompt")}, {"role": "user", "content": aviary("prompt")}]
     function = {"name": aviary("function"), "description": aviary("what it does"), "parameters": {"type": "object"}}
     more: dict[str, Any] = {"max_tokens": 40, "stop": [aviary("stop")], "user": aviary("user"), "temperature": 1}
-    for tools in ({}, {"tools": [{"type": "function", "function": function}]}):
+    ways: list[dict[str, Any]] = [{}, {"tools": [{"type": "function", "function": function}]}]
+    for tools in ways:
         answer = client.chat.completions.create(model=model, messages=messages, **more, **tools)
         yield answer.choices[0].message.content or ""
         stream: Any = client.chat.completions.create(model=model, messages=messages, stream=True, **more, **tools)
