@@ -387,6 +387,10 @@ def test_room_for_one_adapter_is_not_made_of_another_that_is_being_loaded(tmp_pa
     names = {letter: AdapterName(manifest=f"t/{letter}", content_hash=hash_folder(folder)) for letter, folder in made.items()}
     store = Stored(made)
     folders = AdapterFolders(store, tmp_path / "kept", max_bytes=150)  # type: ignore[arg-type]
+    with folders.fetched("t", names["w"]):
+        pass
+    with folders.fetched("t", names["w"]) as there, folders.fetched("t", names["x"]):
+        assert (there / "file").read_text() == "w" * 100, "it was there before it was lent"
     with folders.fetched("t", names["x"]) as first:
         with folders.fetched("t", names["y"]) as second:
             assert [(place / "file").read_text() for place in (first, second)] == ["x" * 100, "y" * 100]
