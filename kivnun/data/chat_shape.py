@@ -101,6 +101,16 @@ def check_prompt_messages(value: Any, at: str, complain: Complain) -> tuple[Mess
     return messages
 
 
+def check_chat_messages(value: Any, at: str, complain: Complain) -> tuple[Message, ...]:
+    """Return the messages of a conversation that a new one of the assistant's goes on with, whoever spoke last."""
+    messages = _conversation(value, at, complain)
+    if messages and messages[-1].get("tool_calls"):
+        complain(f"{at} must end with tool messages that answer the calls of the last one, or leave these calls out")
+    if any("weight" in message for message in messages):
+        complain(f"{at} has a weight: nothing is trained here; remove it")
+    return messages
+
+
 def check_asked_messages(value: Any, at: str, complain: Complain) -> tuple[tuple[Message, ...], Message | None]:
     """Return the messages that a reply is to be written to, and the reply that a row made for training holds already (or None)."""
     messages = _conversation(value, at, complain)

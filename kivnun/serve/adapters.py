@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Generic, TypeVar
@@ -39,15 +40,32 @@ class _Manifest(BaseModel):
 
 
 class AdapterFolders:
-    """Adapters on this machine's disk, each in a folder by its content hash; the ones used last are kept, up to `max_bytes`."""
+    """Adapters on this machine's disk, each in a folder by its content hash; the ones used last are kept, up to `max_bytes`.
+    Threads may share it."""
 
     def __init__(self, blobs: BlobStore, folder: Path, max_bytes: int = 16 << 30) -> None:
         self._blobs, self._folder, self._max_bytes = blobs, folder, max_bytes
+        self._lent: Counter[str] = Counter()
+        self._coming: dict[str, int] = {}  # bytes of those that are being fetched
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch(self, tenant: str, name: AdapterName) -> Path:
-        """Return a folder whose content has the adapter's hash. Raises IntegrityError where its blobs are not that, or another
-        tenant's; StoreDown or StorageError where they cannot be had."""
+    @contextmanager
+    def fetched(self, tenant: str, name: AdapterName) -> Generator[Path]:
+        """Give a folder whose content has the adapter's hash; it stays until the block's end. Raises IntegrityError where its blobs
+        are not that, or another tenant's; StoreDown or StorageError where they cannot be had."""
+        with self._lock:
+            self._lent[name.content_hash] += 1
+        try:
+            yield self._fetch(tenant, name)
+        finally:
+            with self._lock:
+                self._coming.pop(name.content_hash, None)
+                self._lent[name.content_hash] -= 1
+                if not self._lent[name.content_hash]:
+                    del self._lent[name.content_hash]
+
+    def _fetch(self, tenant: str, name: AdapterName) -> Path:
         place = self._folder / name.content_hash
         if place.is_dir():
             if hash_folder(place) == name.content_hash:
@@ -55,7 +73,7 @@ class AdapterFolders:
                 return place
             shutil.rmtree(place)
         files = self._listed(tenant, name)
-        self._make_room(sum(file.bytes for file in files))
+        self._make_room(name, sum(file.bytes for file in files))
         with atomic_folder(place) as filling:
             for file in files:
                 target = filling / _inside(file.path)
@@ -88,12 +106,19 @@ class AdapterFolders:
             raise IntegrityError(f"an adapter is larger than {self._max_bytes} bytes", hint="train one of a lower rank")
         return files
 
-    def _make_room(self, needed: int) -> None:
-        with storage_errors(self._folder):
-            kept = sorted((place for place in self._folder.iterdir() if place.is_dir()), key=lambda place: place.stat().st_mtime)
-            sizes = {place: sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) for place in kept}
-            while kept and sum(sizes[place] for place in kept) + needed > self._max_bytes:
-                shutil.rmtree(kept.pop(0))
+    def _make_room(self, name: AdapterName, needed: int) -> None:
+        with self._lock, storage_errors(self._folder):
+            self._coming[name.content_hash] = needed
+            there = sorted(
+                (place for place in self._folder.iterdir() if place.name not in self._coming and not place.name.startswith(".")),
+                key=lambda place: place.stat().st_mtime,
+            )
+            sizes = {place: sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) for place in there}
+            total = sum(sizes.values()) + sum(self._coming.values())
+            for place in there:
+                if total > self._max_bytes and place.name not in self._lent:
+                    shutil.rmtree(place)
+                    total -= sizes[place]
 
 
 def _inside(path: str) -> PurePosixPath:
@@ -112,18 +137,21 @@ class _Held(Generic[T]):
 
 
 class AdapterCache(Generic[T]):
-    """Adapters in memory by content hash: `load` makes one of a folder and tells its bytes. Threads may share it."""
+    """Adapters in memory by content hash: `load` makes one of a folder that `fetch` gives, and tells its bytes. Threads may share
+    it; one adapter is loaded by one of them, and the others wait for it."""
 
     def __init__(
         self,
-        fetch: Callable[[str, AdapterName], Path],
+        fetch: Callable[[str, AdapterName], AbstractContextManager[Path]],
         load: Callable[[Path], tuple[T, int]],
         max_count: int = 64,
         max_bytes: int = 8 << 30,
     ) -> None:
         self._fetch, self._load, self._max_count, self._max_bytes = fetch, load, max_count, max_bytes
         self._held: OrderedDict[str, _Held[T]] = OrderedDict()  # the one used longest ago first
+        self._loading: set[str] = set()
         self._lock = threading.Lock()
+        self._loaded = threading.Condition(self._lock)
 
     @property
     def hashes(self) -> list[str]:
@@ -133,32 +161,46 @@ class AdapterCache(Generic[T]):
 
     def take(self, tenant: str, name: AdapterName) -> T:
         """Return an adapter for use, loaded if need be; it stays until it is given back. Raises as `AdapterFolders.fetch`."""
+        content_hash = name.content_hash
+        with self._loaded:
+            self._loaded.wait_for(lambda: content_hash not in self._loading)
+            if content_hash in self._held:
+                return self._used(content_hash)
+            self._loading.add(content_hash)
+        try:  # without the lock: whoever gives back does not wait for a disk
+            with self._fetch(tenant, name) as folder:
+                held = _Held(*self._load(folder))
+        except BaseException:
+            self._is_loaded(content_hash)
+            raise
         with self._lock:
-            held = self._held.get(name.content_hash)
-        if held is None:  # loaded without the lock: whoever gives back does not wait for a disk
-            held = _Held(*self._load(self._fetch(tenant, name)))
-        with self._lock:
-            held = self._held.setdefault(name.content_hash, held)
-            held.users += 1
-            self._held.move_to_end(name.content_hash)
+            self._held[content_hash] = held
+            adapter = self._used(content_hash)
             self._evict()
-            return held.adapter
+        self._is_loaded(content_hash)
+        return adapter
+
+    def _is_loaded(self, content_hash: str) -> None:
+        with self._loaded:
+            self._loading.remove(content_hash)
+            self._loaded.notify_all()
 
     def take_held(self, content_hash: str) -> T | None:
         """Return an adapter for use where it is in memory already."""
         with self._lock:
-            held = self._held.get(content_hash)
-            if held is None:
-                return None
-            held.users += 1
-            self._held.move_to_end(content_hash)
-            return held.adapter
+            return self._used(content_hash) if content_hash in self._held else None
 
     def give_back(self, content_hash: str) -> None:
         """Say that one user of an adapter is done with it."""
         with self._lock:
             self._held[content_hash].users -= 1
             self._evict()
+
+    def _used(self, content_hash: str) -> T:
+        held = self._held[content_hash]
+        held.users += 1
+        self._held.move_to_end(content_hash)
+        return held.adapter
 
     def _evict(self) -> None:
         for content_hash in [name for name, held in self._held.items() if held.users == 0]:

@@ -1,13 +1,17 @@
 """Answers held to a form: what a request asks for becomes a grammar, or a refusal with the reason, before anything is queued.
 
 llguidance turns a JSON schema into which tokens may come next; regular expressions in it are matched in linear time. What a schema
-may cost is capped here in size and depth, and there in states. Loads no model. Next: `masks.py` (the grammar at work).
+may cost is capped there in states and steps, and here where that does not reach: size, depth, the length of a text (the rest of one
+is gone over at every token) and `multipleOf`, which takes a state for each remainder, made before any limit is looked at.
+Loads no model. Next: `masks.py` (the grammar at work).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
@@ -18,6 +22,8 @@ from kivnun.serve.parameters import bad, shown
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 24
 MAX_SCHEMA_NODES = 4000
+MAX_SCHEMA_TEXT = 8192  # letters of one key, pattern, constant or description
+MAX_MULTIPLE = 25_000  # the least common one of all `multipleOf`, their decimal points left out
 MAX_CALLS = 8
 _OPEN = frozenset(("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"))
 # Room to lay a document out, and none to fill an answer with blanks.
@@ -57,8 +63,12 @@ def schema_grammar(schema: Any, param: str) -> str:
     tree = as_object(schema)
     if tree is None:
         raise bad(param, f"{param} must be a JSON schema, an object, got {shown(schema)}", "invalid_json_schema")
-    _refuse_large(tree, param)
-    return checked_grammar(LLMatcher.grammar_from_json_schema(tree, overrides=WRITING), param)  # type: ignore[arg-type]
+    _refuse_costly(tree, param)
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(tree, overrides=WRITING)  # type: ignore[arg-type]
+    except ValueError:  # a whole number beyond 64 bits: nothing else of JSON
+        raise bad(param, f"{param} holds a whole number beyond 64 bits: use a smaller one", "invalid_json_schema") from None
+    return checked_grammar(grammar, param)
 
 
 def checked_grammar(grammar: str, param: str) -> str:
@@ -90,7 +100,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], marks: tuple[str, str] | No
         "minItems": 1,
         "maxItems": MAX_CALLS if many else 1,
     }
-    _refuse_large(schema, param)
+    _refuse_costly(schema, param)
     opening, closing = ("", "") if marks is None else marks if special else (f'"{marks[0]}"', f'"{marks[1]}"')
     lark = f"start: {opening} calls {closing}\ncalls: %json {json.dumps(schema)}\n"
     return checked_grammar(LLMatcher.grammar_from_lark(lark), param)
@@ -99,7 +109,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], marks: tuple[str, str] | No
 def _parameters_of(tool: Mapping[str, Any], place: str) -> Any:
     """Return a function's schema as a part of another one: what it says of itself (`#/...`) is at `place` then."""
     given = as_object(tool["function"].get("parameters")) or {}
-    _refuse_large(given, "tools")
+    _refuse_costly(given, "tools")
     return _moved({"type": "object", **given}, place)
 
 
@@ -116,8 +126,25 @@ def _moved(value: Any, place: str) -> Any:
     return [_moved(item, place) for item in value] if isinstance(value, list) else value
 
 
-def _refuse_large(schema: Mapping[str, Any], param: str) -> None:
-    """Refuse what would cost too much, without recursion: depth is what is being measured."""
+def _refuse_costly(schema: Mapping[str, Any], param: str) -> None:
+    """Refuse what would cost too much, before anything goes through it by recursion. Raises Refusal, which names the limit."""
+    multiple = 1
+    for node in _nodes(schema, param):
+        texts = [node] if isinstance(node, str) else node if isinstance(node, Mapping) else ()
+        if any(len(text) > MAX_SCHEMA_TEXT for text in texts):
+            raise bad(param, f"{param} holds a text of more than {MAX_SCHEMA_TEXT:,} letters: shorten it", "invalid_json_schema")
+        if isinstance(node, Mapping) and "multipleOf" in node:
+            multiple = math.lcm(multiple, _digits(node["multipleOf"]))
+        if multiple > MAX_MULTIPLE:
+            said = f"the least common multiple of all multipleOf, decimal points left out, must be at most {MAX_MULTIPLE:,}"
+            hint = "use smaller ones, or check these numbers yourself"
+            raise bad(param, f"{param}: {said}, got {shown(multiple)}; {hint}", "invalid_json_schema")
+    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
+        raise bad(param, f"{param} is longer than {MAX_SCHEMA_BYTES} bytes", "invalid_json_schema")
+
+
+def _nodes(schema: Mapping[str, Any], param: str) -> Iterator[Any]:
+    """Yield every value of a schema, without recursion: depth is what is being measured. Raises Refusal."""
     nodes, level = 0, [schema]
     for depth in range(MAX_SCHEMA_DEPTH + 1):
         if not level:
@@ -126,9 +153,16 @@ def _refuse_large(schema: Mapping[str, Any], param: str) -> None:
         children: list[Any] = []
         for node in level:
             children += node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-        level = children
-        if nodes > MAX_SCHEMA_NODES or (level and depth == MAX_SCHEMA_DEPTH):
+        if nodes > MAX_SCHEMA_NODES or (children and depth == MAX_SCHEMA_DEPTH):
             most = f"{MAX_SCHEMA_NODES} values, {MAX_SCHEMA_DEPTH} levels deep"
             raise bad(param, f"{param} is too large: at most {most}", "invalid_json_schema")
-    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
-        raise bad(param, f"{param} is longer than {MAX_SCHEMA_BYTES} bytes", "invalid_json_schema")
+        yield from level
+        level = children
+
+
+def _digits(multiple: Any) -> int:
+    """Return a `multipleOf` as a whole number of its last digit; 1 for what is none, which the library refuses."""
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple) or not multiple:
+        return 1
+    exact = Decimal(repr(multiple)).as_tuple()
+    return int("".join(map(str, exact.digits))) * 10 ** max(int(exact.exponent), 0)

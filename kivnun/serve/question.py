@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kivnun.data.chat_shape import Message, Sentences, check_prompt_messages
+from kivnun.data.chat_shape import Message, Sentences, check_chat_messages
 from kivnun.data.jsonl import as_list, as_object, type_name
 from kivnun.errors import DataError
 from kivnun.model.sampling import LIKELY_TOKENS, ROWS_AT_ONCE
@@ -208,7 +208,7 @@ def _chat_prompts(body: Mapping[str, Any], asked: Asked, use: ToolUse | None) ->
     if not asked.tokens.has_template:
         raise bad("model", "this base has no chat template: ask /v1/completions")
     problems = Sentences()
-    messages = check_prompt_messages(given, "messages", problems)
+    messages = check_chat_messages(given, "messages", problems)
     if problems:
         raise bad("messages", "; ".join(problems[:20]))
     try:

@@ -41,7 +41,7 @@ def load_resident(config: ServiceConfig, name: str, folders: AdapterFolders, mem
     else:
         memory_bytes = _device_bytes(device) if memory_bytes is None else memory_bytes
         held_tokens, adapter_bytes = takes.held_tokens(memory_bytes), takes.adapter_bytes(memory_bytes)
-    adapters = AdapterCache(folders.fetch, lambda place: load_adapter(base, place), max_bytes=adapter_bytes)
+    adapters = AdapterCache(folders.fetched, lambda place: load_adapter(base, place), max_bytes=adapter_bytes)
     return Scheduler(name, version, base, BaseTokens(folder), adapters, Capacity(held_tokens=held_tokens))
 
 

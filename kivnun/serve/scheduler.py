@@ -2,8 +2,9 @@
 
 Each step gives every row in flight one token: a pass per adapter, with the adapter lent to the base for that pass alone, so that
 what a row says is, to the bit, what it says alone (`model/generate.py`). New rows are admitted before a step, a bounded number of
-prompt tokens at a time, from the tenant that has the fewest rows in flight. Adapters are loaded and grammars read by a thread of
-their own, so that nobody waits for another's disk. Next: `writing.py` (text), `adapters.py`, `listening.py` (who asks).
+prompt tokens at a time, from the tenant that has the fewest rows in flight. Adapters are loaded and grammars read by threads of
+their own, so that nobody waits for another tenant's disk. Next: `loading.py`, `writing.py` (text), `adapters.py`, `listening.py`
+(who asks).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kivnun.model.sites import Site
 from kivnun.serve.adapters import AdapterCache
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.listening import Tell
+from kivnun.serve.loading import Loading
 from kivnun.serve.masks import GrammarForm
 from kivnun.serve.protocol import Ask, Begun, Done, Failed, Piece, TokenLogprobs
 from kivnun.serve.writing import Writing
@@ -106,7 +108,7 @@ class Scheduler:
         self._base, self._tokens, self._adapters = base, tokens, adapters
         self._capacity = capacity or Capacity()
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._to_load: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loading = Loading(self._load)
         self._waiting: OrderedDict[str, deque[_Choice]] = OrderedDict()
         self._to_score: deque[_Job] = deque()
         self._active: list[_Choice] = []
@@ -114,12 +116,8 @@ class Scheduler:
         self._slots = itertools.count()
         self._open: dict[str, int] = {}  # questions that have not ended, by tenant
         self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._load, name="kivnun-adapters", daemon=True),
-            threading.Thread(target=self._work, name="kivnun-model", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._work, name="kivnun-model", daemon=True)
+        self._thread.start()
 
     def ask(self, question: Ask, tell: Tell) -> Callable[[], None]:
         job = _Job(question, tell)
@@ -139,10 +137,11 @@ class Scheduler:
         return cancel
 
     def close(self) -> None:
-        self._to_load.put(None)
+        for job in self._loading.close():
+            job.failure = KivnunError("the worker ends", hint="ask again")
+            self._inbox.put(job)
         self._inbox.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
     @property
     def rows(self) -> int:
@@ -161,22 +160,25 @@ class Scheduler:
         if held is not None:
             job.sites, job.taken = held.sites, True
         is_ready = (adapter is None or held is not None) and job.question.grammar is None
-        (self._inbox if is_ready else self._to_load).put(job)
+        if is_ready:
+            self._inbox.put(job)
+        else:
+            self._loading.put(job.question.tenant, job)
 
     # --- adapters ------------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> None:
-        while (job := self._to_load.get()) is not None:
-            question = job.question
-            try:
-                if question.adapter is not None and not job.taken and not job.cancelled:
-                    job.sites = self._adapters.take(question.tenant, question.adapter).sites
-                    job.taken = True
-                if question.grammar is not None and not job.cancelled:
-                    job.form = GrammarForm.of(self._tokens.spelling, question.grammar)
-            except Exception as error:
-                job.failure = error
-            self._inbox.put(job)
+    def _load(self, job: _Job) -> None:
+        """Have what a question needs, and hand it on; in a thread of `Loading`."""
+        question = job.question
+        try:
+            if question.adapter is not None and not job.taken and not job.cancelled:
+                job.sites = self._adapters.take(question.tenant, question.adapter).sites
+                job.taken = True
+            if question.grammar is not None and not job.cancelled:
+                job.form = GrammarForm.of(self._tokens.spelling, question.grammar)
+        except Exception as error:
+            job.failure = error
+        self._inbox.put(job)
 
     # --- the loop ------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kivnun.data.chat_shape import Sentences, check_prompt_messages
+from kivnun.data.chat_shape import Sentences, check_chat_messages
 from kivnun.data.jsonl import as_list, type_name
 from kivnun.data.template import ChatTokenizer
 from kivnun.errors import DataError
@@ -134,7 +134,7 @@ def _chat_prompts(body: Mapping[str, Any], served: Served, which: str) -> list[l
     if not served.tokenizer.has_template:
         raise bad("model", "this base has no chat template: ask /v1/completions")
     problems = Sentences()
-    messages = check_prompt_messages(given, "messages", problems)
+    messages = check_chat_messages(given, "messages", problems)
     if problems:
         raise bad("messages", "; ".join(problems))
     try:

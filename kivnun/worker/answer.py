@@ -68,7 +68,7 @@ def _answerer(
     if entry.trainer == "toy":
         from kivnun.serve.toy import ToyAnswerer
 
-        return ToyAnswerer(base, AdapterCache(folders.fetch, _toy_adapter), toy_token_s)
+        return ToyAnswerer(base, AdapterCache(folders.fetched, _toy_adapter), toy_token_s)
     from kivnun.serve.resident import load_resident  # torch, for those who need it
 
     return load_resident(config, base, folders, memory_bytes)

@@ -187,7 +187,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"user": "me"}, "user"),
     ({"extra_body": {"made_up": 1}}, "made_up"),
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 1}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "messages"),
 ]
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from answer_parts import add_model, place_with, worker
-from kivnun.errors import IntegrityError
+from kivnun.errors import DataError, IntegrityError
 from kivnun.jobs.place import Place
 from kivnun.model.adapter_folder import load_peft
 from kivnun.model.adapters import AdapterShape, LowRankAdapter, new_adapter, resolve_targets
@@ -149,6 +149,29 @@ def test_log_probabilities_are_those_of_the_logits(base: Path, loaded: Base, cli
     assert all(math.fsum(math.exp(top.logprob) for top in entry.top_logprobs) <= 1.0001 for entry in chat)
 
 
+def test_after_the_assistants_message_a_new_one_is_written_where_the_template_lets_it(
+    base: Path, loaded: Base, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = BaseTokens(base)
+    messages: list[Any] = [*ASKED, {"role": "assistant", "content": "six"}]
+    text = tokens.chat.prompt_text(messages)
+    assert text.startswith(tokens.chat.prompt_text(ASKED) + "six")
+    assert text.endswith(tokens.chat.prompt_text(ASKED)[-5:]), "the message has ended, and another one of the assistant's begins"
+    ids = generate(loaded, [tokens.prompt_ids(messages)], SamplingParams(12, tokens.stop_ids))[0]
+    answer = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_completion_tokens=12)
+    assert answer.choices[0].message.content == tokens.chat.decode(ids, skip_special=True)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(tokens.prompt_ids(messages))
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise DataError("the chat template refuses this conversation: roles must alternate", hint="leave one out")
+
+    monkeypatch.setattr("kivnun.data.rendering.ChatTemplate.render", refuse)
+    with pytest.raises(openai.BadRequestError, match="roles must alternate") as caught:
+        client.chat.completions.create(model="tiny", messages=messages)
+    assert caught.value.param == "messages"
+
+
 def test_a_schema_is_kept_for_every_seed(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}}
     for seed in range(4):
@@ -171,7 +194,8 @@ def test_a_form_that_cannot_be_kept_is_refused_with_the_reason(client: openai.Op
         ({"type": "objekt"}, "Invalid type: objekt"), (deep, "too large"), ({"$ref": "http://169.254.169.254/"}, "not present"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"), 
         ({"type": "object", "unevaluatedProperties": False}, "unevaluated"),
-        ({"enum": ["a" * 70_000]}, "longer than"),
+        ({"enum": ["a" * 8_000] * 9}, "longer than"), ({"type": "integer", "multipleOf": 999_983}, "multiple"),
+        ({"const": "a" * 70_000}, "shorten"), ({"type": "integer", "minimum": -(2**63) - 1}, "64 bits"),
     ]  # fmt: skip
     for schema, why in bad:
         with pytest.raises(openai.BadRequestError, match=why) as caught:

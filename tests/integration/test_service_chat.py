@@ -313,6 +313,21 @@ def test_what_cannot_be_done_is_refused_by_its_name(given: dict[str, Any], param
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
 
 
+def test_a_conversation_that_ends_with_the_assistant_goes_on_with_a_new_message(
+    client: openai.OpenAI, azure: openai.AzureOpenAI
+) -> None:
+    said: list[dict[str, Any]] = [*ASKED, {"role": "assistant", "content": "a"}]
+    for one in (client, azure):
+        for messages in (said, [*said, {"role": "assistant", "content": "b"}], said[1:]):
+            answer = one.chat.completions.create(model="toy", messages=messages, temperature=0)  # type: ignore[arg-type]
+            assert answer.choices[0].message.content == toy_answer(None, ToyTokens().prompt_ids(messages)).decode()
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for last, why in (({"content": None, "tool_calls": [call]}, "answer the calls"), ({"content": "a", "weight": 1}, "a weight")):
+        with pytest.raises(openai.BadRequestError, match=why) as caught:
+            client.chat.completions.create(model="toy", messages=[*ASKED, {"role": "assistant", **last}])  # type: ignore[list-item]
+        assert caught.value.param == "messages"
+
+
 def test_values_that_openai_allows_are_taken(client: openai.OpenAI) -> None:
     assert ask(client, top_p=0).choices == ask(client).choices
     unsaid: dict[str, Any] = {"type": "function", "function": {"name": "f"}}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +23,11 @@ from kivnun.model.adapters import Adapter, AdapterShape, new_adapter, resolve_ta
 from kivnun.model.generate import SamplingParams, generate
 from kivnun.model.load import Base, load_base
 from kivnun.serve.adapter_files import load_adapter
-from kivnun.serve.adapters import AdapterCache
+from kivnun.serve.adapters import AdapterCache, AdapterFolders
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.constraints import schema_grammar
 from kivnun.serve.listening import Told
+from kivnun.serve.loading import THREADS
 from kivnun.serve.protocol import AdapterName, Ask, Begun, Done, Failed, Piece, TokenLogprobs
 from kivnun.serve.scheduler import Capacity, Scheduler
 
@@ -56,7 +59,7 @@ def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benc
     hashes = {name: hash_folder(folder) for name, folder in folders.items()}
     by_hash = {hashes[name]: folder for name, folder in folders.items()}
     cache: AdapterCache[Adapter] = AdapterCache(
-        lambda _tenant, name: by_hash[name.content_hash], lambda folder: load_adapter(loaded, folder)
+        lambda _tenant, name: nullcontext(by_hash[name.content_hash]), lambda folder: load_adapter(loaded, folder)
     )
     scheduler = Scheduler("tiny", "1", loaded, BaseTokens(base), cache, Capacity(rows=7, prefill_tokens=24))
     yield Bench(loaded, folders, hashes, scheduler, cache)
@@ -262,7 +265,7 @@ def test_an_adapter_in_memory_waits_for_nobodys_disk(bench: Bench, monkeypatch: 
     answered(bench, question(bench, [[5]], "low", 1))
     opened, fetch = threading.Event(), bench.cache._fetch
 
-    def slow(tenant: str, name: AdapterName) -> Path:
+    def slow(tenant: str, name: AdapterName) -> AbstractContextManager[Path]:
         assert opened.wait(30)
         return fetch(tenant, name)
 
@@ -277,8 +280,136 @@ def test_an_adapter_in_memory_waits_for_nobodys_disk(bench: Bench, monkeypatch: 
     assert isinstance(cold.said[-1], Done)
 
 
+def test_a_slow_store_of_one_tenant_delays_no_other_tenants_first_token(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, fetch = threading.Event(), bench.cache._fetch
+
+    def slow(tenant: str, name: AdapterName) -> AbstractContextManager[Path]:
+        assert tenant == "b" or opened.wait(30)
+        return fetch(tenant, name)
+
+    monkeypatch.setattr(bench.cache, "_fetch", slow)
+    monkeypatch.setattr(bench.cache, "_held", type(bench.cache._held)())
+    waiting = [Heard() for _ in range(2 * THREADS)]
+    for heard in waiting:  # more than there are threads
+        bench.scheduler.ask(question(bench, [[5]], "high", 1, tenant="a"), heard)
+    grammar = schema_grammar({"enum": [1]}, "s")
+    assert isinstance(answered(bench, question(bench, [[5]], "low", 1, tenant="b")).said[-1], Done)
+    assert isinstance(answered(bench, question(bench, [[5]], limit=9, tenant="b", grammar=grammar)).said[-1], Done)
+    assert not any(heard.said for heard in waiting)
+    opened.set()
+    assert all(heard.ended.wait(30) and isinstance(heard.said[-1], Done) for heard in waiting)
+
+
+def test_twenty_questions_for_one_cold_adapter_load_it_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Path] = []
+    load = bench.cache._load
+    monkeypatch.setattr(bench.cache, "_load", lambda folder: (loads.append(folder), load(folder))[1])
+    monkeypatch.setattr(bench.cache, "_held", type(bench.cache._held)())
+    asked = [Heard() for _ in range(20)]
+    for number, heard in enumerate(asked):
+        bench.scheduler.ask(question(bench, [[5, 6]], "low", 4, tenant="abcde"[number % 5]), heard)
+    assert all(heard.ended.wait(30) for heard in asked)
+    assert loads == [bench.folders["low"]]
+    assert all(heard.tokens() == asked[0].tokens() for heard in asked)
+    until(lambda: bench.scheduler.questions == 0)
+    assert bench.cache._held[bench.hashes["low"]].users == 0
+
+
+def test_a_tenants_questions_begin_in_the_order_in_which_they_were_put(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.cache, "_held", type(bench.cache._held)())
+    begun: list[tuple[str, int]] = []
+    asked: list[Heard] = []
+    for number in range(12):
+        tenant, heard = "ab"[number % 2], Heard()
+
+        class Noted(list[Told]):
+            def append(self, what: Told, told: tuple[str, int] = (tenant, number)) -> None:
+                if isinstance(what, Begun):
+                    begun.append(told)
+                super().append(what)
+
+        heard.said = Noted()
+        asked.append(heard)
+        grammar = schema_grammar({"enum": [number]}, "s")
+        bench.scheduler.ask(question(bench, [[5]], ("low", "high")[number % 3 == 0], 2, tenant=tenant, grammar=grammar), heard)
+    assert all(heard.ended.wait(30) for heard in asked)
+    for tenant in "ab":
+        numbers = [number for name, number in begun if name == tenant]
+        assert numbers == sorted(numbers)
+
+
+def test_what_waits_to_be_loaded_is_told_that_the_worker_ends(base: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, fetch = threading.Event(), bench.cache._fetch
+
+    def slow(tenant: str, name: AdapterName) -> AbstractContextManager[Path]:
+        assert opened.wait(30)
+        return fetch(tenant, name)
+
+    monkeypatch.setattr(bench.cache, "_fetch", slow)
+    monkeypatch.setattr(bench.cache, "_held", type(bench.cache._held)())
+    ending = Scheduler("tiny", "1", bench.base, BaseTokens(base), bench.cache)
+    asked = [Heard() for _ in range(3)]
+    for heard in asked:
+        ending.ask(question(bench, [[5]], "low", 5_000), heard)
+    closing = threading.Thread(target=ending.close)
+    closing.start()
+    until(lambda: ending._loading._ended)
+    opened.set()
+    closing.join(30)
+    assert all(isinstance(heard.said[-1], Failed) for heard in asked)
+
+
+class Stored:
+    """A store of adapters' folders, as `AdapterFolders` reads it; `on_fetch` is called before each file."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self._folders = folders
+        self.on_fetch: Callable[[str], None] = lambda _name: None
+
+    def read(self, name: str, start: int, count: int) -> Iterator[bytes]:
+        folder = self._folders[name.partition("/")[2]]
+        files = [{"path": path.name, "blob": f"{name}/{path.name}", "bytes": path.stat().st_size} for path in folder.iterdir()]
+        yield json.dumps({"files": files}).encode()
+
+    def fetch(self, name: str, target: Path) -> None:
+        self.on_fetch(name)
+        _, folder, file = name.split("/")
+        target.write_bytes((self._folders[folder] / file).read_bytes())
+
+
+def test_room_for_one_adapter_is_not_made_of_another_that_is_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kivnun.serve.adapters.checked_name", lambda name: name)
+    made: dict[str, Path] = {}
+    for letter in "wxyz":
+        made[letter] = tmp_path / letter
+        made[letter].mkdir()
+        (made[letter] / "file").write_text(letter * 100)
+    names = {letter: AdapterName(manifest=f"t/{letter}", content_hash=hash_folder(folder)) for letter, folder in made.items()}
+    store = Stored(made)
+    folders = AdapterFolders(store, tmp_path / "kept", max_bytes=150)  # type: ignore[arg-type]
+    with folders.fetched("t", names["w"]):
+        pass
+    with folders.fetched("t", names["w"]) as there, folders.fetched("t", names["x"]):
+        assert (there / "file").read_text() == "w" * 100, "it was there before it was lent"
+    with folders.fetched("t", names["x"]) as first:
+        with folders.fetched("t", names["y"]) as second:
+            assert [(place / "file").read_text() for place in (first, second)] == ["x" * 100, "y" * 100]
+
+        def meanwhile(name: str) -> None:
+            store.on_fetch = lambda _name: None
+            with folders.fetched("t", names["y"]):
+                pass
+
+        store.on_fetch = meanwhile
+        with folders.fetched("t", names["z"]) as third:  # while it is fetched, another makes room
+            assert (third / "file").read_text() == "z" * 100
+            assert (first / "file").read_text() == "x" * 100
+    with folders.fetched("t", names["w"]):
+        assert [place.name for place in (tmp_path / "kept").iterdir()] == [names["w"].content_hash]
+
+
 def test_an_adapter_that_cannot_be_had_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(_tenant: str, _name: AdapterName) -> Path:
+    def absent(_tenant: str, _name: AdapterName) -> AbstractContextManager[Path]:
         raise IntegrityError("the store lacks it", hint="restore it")
 
     monkeypatch.setattr(bench.cache, "_fetch", absent)
