@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kivnun.worker.trainer import Trainers
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +63,13 @@ def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
     with empty_database(request.getfixturevalue("postgres")) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[Trainers]:
+    """Toy trainers for workers in this process: the process that they are forked from takes half a second to load."""
+    from kivnun.worker.trainer import Trainers
+
+    made = Trainers(loads_torch=False)
+    yield made
+    made.close()
