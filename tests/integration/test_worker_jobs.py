@@ -333,3 +333,28 @@ def test_checkpoints_of_a_run_that_was_started_over_go_unless_they_are_in_use(pl
     commit(3, "after")
     assert shown() == {3: "after", 6: "before", 9: "before"}
     db.close()
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([0.9, 0.4, 0.6, 0.7, 0.8, 0.9], {2, 4, 5, 6}),
+        ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], {4, 5, 6}),
+        ([0.5, 0.6, 0.4, 0.7, 0.8, 0.9], {3, 4, 5, 6}),
+        ([None, None, None, None, None, None], {4, 5, 6}),
+    ],
+    ids=["an early one is the best", "the last is the best", "the best is replaced by a better one", "without validation"],
+)
+def test_the_last_three_checkpoints_stay_and_the_one_of_the_lowest_validation_loss(
+    quick: Place, losses: list[float | None], kept: set[int]
+) -> None:
+    job_id, db = queue_job(quick), quick.database()
+    claim = db.write("claim", lambda tx: running.claim_next(tx, "first", Limits(), 1.0, new_id))
+    assert claim is not None
+    for step, loss in enumerate(losses, 1):
+        measured = {"step": step} if loss is None else {"step": step, "full_valid_loss": loss}
+        adapter = running.Adapter(step, "default/" + "0" * 64, "hash", measured)
+        db.write("commit", lambda tx, a=adapter: running.commit(tx, claim.lease, job_id, None, a, "kivnun", 2.0, new_id))
+    shown = sa.select(models.c.step).where(models.c.deleted_at.is_(None))
+    assert set(db.read(lambda tx: tx.execute(shown).scalars().all())) == kept
+    db.close()
