@@ -22,7 +22,7 @@ from kivnun.serve.adapters import AdapterFolders
 from kivnun.serve.resident import load_resident
 from kivnun.service.validating import ValidateJobs
 from kivnun.worker.trainer import Trainers
-from service_jobs import conversations, openai_client, uploaded
+from service_jobs import conversations, openai_client, refusal, uploaded
 from service_parts import KEY, api, service_at
 
 OWN_CODE = {
@@ -127,7 +127,7 @@ def test_a_trainer_ends_with_the_refusal_and_runs_no_code_of_the_base(
 
 
 @pytest.mark.parametrize("hostile", ["unknown kind", "pickle"], indirect=True)  # the third is told of when a model is made
-def test_a_service_refuses_jobs_and_questions_on_such_a_base_and_does_not_say_where_it_lies(
+def test_a_service_refuses_jobs_on_such_a_base_and_questions_where_it_needs_code_and_does_not_say_where_it_lies(
     hostile: tuple[Path, str], marker: Path, tmp_path: Path
 ) -> None:
     folder, said = hostile
@@ -139,6 +139,9 @@ def test_a_service_refuses_jobs_and_questions_on_such_a_base_and_does_not_say_wh
         while ValidateJobs(service).turn():
             pass
         job = client.fine_tuning.jobs.retrieve(job_id)
+        if "code" in said:  # whether there are weights is for the worker to see
+            asked = refusal(client.chat.completions.create, model="acme", messages=[{"role": "user", "content": "Hello"}])
+            assert (asked.status_code, asked.code) == (400, "model_not_available")
         catalogue = httpx.get(f"{address}/v1/x_catalogue", headers={"api-key": KEY}).json()
     assert (job.status, job.error and job.error.code) == ("failed", "model_not_available")
     assert said in str(job.error)
