@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from kivnun.jobs.database import Database
+    from kivnun.worker.trainer import Trainers
 
 
 @pytest.fixture(scope="session")
@@ -103,5 +104,15 @@ def db(db_url: str) -> Iterator[Database]:
     from kivnun.jobs.database import Database
 
     made = Database(db_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[Trainers]:
+    """Toy trainers for workers in this process: the process that they are forked from takes half a second to load."""
+    from kivnun.worker.trainer import Trainers
+
+    made = Trainers(loads_torch=False)
     yield made
     made.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 PATH = "/fine_tuning/jobs"
 ENDED = ("succeeded", "failed", "cancelled")
 JSON_HELP = "Print the job as one JSON object, as the API answers it."
+
+
+def _of_a_job(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the job's ID, where its service is, and --json, which prints the job."""
+    as_json = click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+    return click.argument("job_id", metavar="ID")(remote_options(as_json(command)))
 
 
 @click.group(short_help="List, watch and command the jobs of a service.")
@@ -51,9 +58,7 @@ def list_jobs(limit: int, url: str, as_json: bool) -> None:
 
 
 @jobs.command(short_help="Show one job.")
-@click.argument("job_id", metavar="ID")
-@remote_options
-@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+@_of_a_job
 def show(job_id: str, url: str, as_json: bool) -> None:
     """Show the job with this ID: what was asked, what was decided, where it is."""
     _show(remote(url).get(_path(job_id)), as_json=as_json)
@@ -81,27 +86,21 @@ def _commanded(kind: str, job_id: str, url: str, *, as_json: bool) -> None:
 
 
 @jobs.command(short_help="Cancel a job.")
-@click.argument("job_id", metavar="ID")
-@remote_options
-@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+@_of_a_job
 def cancel(job_id: str, url: str, as_json: bool) -> None:
     """Cancel the job with this ID. Its checkpoints are kept; the job itself cannot go on."""
     _commanded("cancel", job_id, url, as_json=as_json)
 
 
 @jobs.command(short_help="Pause a job after the step in progress.")
-@click.argument("job_id", metavar="ID")
-@remote_options
-@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+@_of_a_job
 def pause(job_id: str, url: str, as_json: bool) -> None:
     """Pause the job with this ID after the step in progress. It goes on from there, to the same bits, when it is resumed."""
     _commanded("pause", job_id, url, as_json=as_json)
 
 
 @jobs.command(short_help="Put a paused job back into the queue.")
-@click.argument("job_id", metavar="ID")
-@remote_options
-@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+@_of_a_job
 def resume(job_id: str, url: str, as_json: bool) -> None:
     """Put the paused job with this ID back into the queue."""
     _commanded("resume", job_id, url, as_json=as_json)

@@ -180,7 +180,9 @@ def _plain_model(run: OpenedRun) -> nn.Module:
         model.set_attn_implementation("eager")
     else:
         dtype = DTYPES[precision]
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     if not run.is_full:
         from kivnun.model.peft_layers import peft, peft_is_right
 

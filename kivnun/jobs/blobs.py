@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -141,12 +141,7 @@ class FolderBlobs:
                 yield piece
 
     def fetch(self, name: str, target: Path) -> None:
-        digest = hashlib.sha256()
-        with storage_errors(target), target.open("xb") as out:
-            for piece in self.read(name):
-                digest.update(piece)
-                out.write(piece)
-        check_digest(name, digest.hexdigest())
+        write_checked(name, self.read(name), target)
 
     def has(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -237,6 +232,16 @@ def _locked(folder: Path, kind: int) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def write_checked(name: str, pieces: Iterable[bytes], target: Path) -> None:
+    """Write a blob's content to a new file. Raises IntegrityError where it is not what its name says."""
+    digest = hashlib.sha256()
+    with storage_errors(target), target.open("xb") as out:
+        for piece in pieces:
+            digest.update(piece)
+            out.write(piece)
+    check_digest(name, digest.hexdigest())
 
 
 def check_digest(name: str, digest: str) -> None:

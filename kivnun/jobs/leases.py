@@ -104,3 +104,8 @@ class Watcher:
 
     def forget(self, name: str) -> None:
         self._first_seen.pop(name, None)
+
+    def forget_all_but(self, names: Iterable[str]) -> None:
+        """Forget what is not among all that there is to watch."""
+        kept = set(names)
+        self._first_seen = {name: seen for name, seen in self._first_seen.items() if name in kept}

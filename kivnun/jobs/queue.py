@@ -12,6 +12,7 @@ have jobs waiting, what each got over its weight differs by no more than the lar
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,6 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.schema import jobs, tenants
 from kivnun.jobs.states import ACTIVE
-from kivnun.jobs.tenants import limits_of
 
 RECENT = 50  # steps that say how fast the next ones will be: enough that one stall is not taken for the rule
 
@@ -135,7 +135,9 @@ def left_of(planned: int | None, trained: int) -> int:
 
 
 def read_line(tx: Transaction, limits: Limits) -> Line:
-    """Return the line as the database has it: the tenants of queued jobs, or all where virtual time needs them."""
+    """Return the line as the database has it, in two statements however many tenants there are: workers look at it all the time.
+
+    All tenants' shares are in it: the service's time is the furthest beginning of any."""
     columns = (jobs.c.id, jobs.c.tenant, jobs.c.planned_tokens, jobs.c.trained_tokens, jobs.c.queued_at, jobs.c.status)
     rows = tx.execute(sa.select(*columns).where(jobs.c.status.in_(["queued", *ACTIVE])).order_by(jobs.c.started_at, jobs.c.id))
     waiting: list[Waiting] = []
@@ -143,12 +145,11 @@ def read_line(tx: Transaction, limits: Limits) -> Line:
     for row in rows:
         job = Waiting(row.id, row.tenant, left_of(row.planned_tokens, row.trained_tokens), row.queued_at or 0.0)
         (waiting if row.status == "queued" else running).append(job)
-    present = {job.tenant for job in (*waiting, *running)}
+    active = Counter(job.tenant for job in running)
     shares: dict[str, Share] = {}
-    for row in tx.execute(sa.select(tenants.c.id, tenants.c.weight, tenants.c.began, tenants.c.served).order_by(tenants.c.id)):
-        active = sum(job.tenant == row.id for job in running)
-        limit = limits_of(tx, row.id, limits).active_jobs if row.id in present else 1
-        shares[row.id] = Share(row.weight, row.began, row.served, active, limit)
+    for row in tx.execute(sa.select(tenants.c.id, tenants.c.weight, tenants.c.began, tenants.c.served, tenants.c.limits)):
+        limit = row.limits.get("active_jobs", limits.active_jobs)
+        shares[row.id] = Share(row.weight, row.began, row.served, active[row.id], limit)
     return Line(shares, waiting, running)
 
 

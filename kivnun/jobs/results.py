@@ -1,17 +1,17 @@
 """The results of a job as the tables that scripts read: a row for each step that was reported, in each dialect's columns.
 
 Two files are kept, one for each dialect, and after them the report of the examples, so that the first file of a job is always its
-table. Whoever ends a job calls `tables` and writes the files; whoever shows the job calls `shown`. Next: `tuning.py`.
+table. Whoever ends a job calls `write_tables`; whoever shows the job calls `shown`. Next: `tuning.py`.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from kivnun.jobs.tuning import JobEvent
+from kivnun.artifacts import storage_errors
 
 OPENAI_FILE, AZURE_FILE, REPORT_FILE = "step_metrics.csv", "results.csv", "report.jsonl"
 
@@ -27,21 +27,23 @@ _AZURE = {
 }  # fmt: skip
 
 
-def tables(events: Iterable[JobEvent]) -> list[tuple[str, bytes]]:
-    """Return the name and content of each dialect's file, OpenAI's first, from a job's events in any order."""
-    steps = {event.data["step"]: event.data for event in sorted(events, key=lambda it: it.number) if event.type == "metrics"}
-    rows = [steps[step] for step in sorted(steps)]
-    return [(OPENAI_FILE, results_csv(rows, azure=False)), (AZURE_FILE, results_csv(rows, azure=True))]
+def write_tables(rows: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write each dialect's file into a folder, OpenAI's first, of what was told of each step in order; return their paths.
 
-
-def results_csv(rows: Iterable[Mapping[str, Any]], *, azure: bool) -> bytes:
-    """Return a table of steps; what a step did not measure is blank."""
-    columns = _AZURE if azure else _OPENAI
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(row.get(key)) for key in columns.values()] for row in rows)
-    return text.getvalue().encode()
+    What a step did not measure is blank. No more than a row is held in memory. Raises StorageError."""
+    paths = [folder / OPENAI_FILE, folder / AZURE_FILE]
+    with (
+        storage_errors(folder),
+        paths[0].open("w", encoding="utf-8", newline="") as openai,
+        paths[1].open("w", encoding="utf-8", newline="") as azure,
+    ):
+        tables = [(csv.writer(openai, lineterminator="\n"), _OPENAI), (csv.writer(azure, lineterminator="\n"), _AZURE)]
+        for writer, columns in tables:
+            writer.writerow(columns)
+        for row in rows:
+            for writer, columns in tables:
+                writer.writerow([_cell(row.get(key)) for key in columns.values()])
+    return paths
 
 
 def shown(result_files: Sequence[str], *, azure: bool) -> list[str]:

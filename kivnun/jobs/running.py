@@ -26,7 +26,7 @@ from kivnun.jobs.states import ACTIVE, Status
 from kivnun.jobs.tuning import Job, Level
 
 SNAPSHOTS_KEPT = 2  # the newest, and one more should a blob of it turn out to be damaged
-EXPOSED = 3  # checkpoints of a job that can be called, the final one among them
+EXPOSED = 3  # last checkpoints of a job that can be called, the final one among them; the best one beside them
 MAX_CRASHES = 3  # of a trainer, without a snapshot between them
 
 
@@ -162,12 +162,27 @@ def tell(
     return job.status
 
 
-def metrics_told(tx: Transaction, job_id: str) -> dict[int, dict[str, Any]]:
-    """Return what was told of each step up to `jobs.step`, of one told again after a job was started over the last."""
-    query = sa.select(job_events.c.data).where(job_events.c.job == job_id, job_events.c.type == "metrics")
-    told = tx.execute(query.order_by(job_events.c.number)).scalars()
-    last = tx.execute(sa.select(jobs.c.step).where(jobs.c.id == job_id)).scalar_one()
-    return {data["step"]: data for data in told if "step" in data and data["step"] <= last}
+def metrics_told(tx: Transaction, job_id: str, after: int = 0) -> dict[int, dict[str, Any]]:
+    """Return what was told of each step after one, up to `jobs.step`; of one told again after a job was started over the last."""
+    step = job_events.c.data["step"].as_integer()
+    last = sa.select(jobs.c.step).where(jobs.c.id == job_id).scalar_subquery()
+    query = sa.select(job_events.c.data).where(
+        job_events.c.job == job_id, job_events.c.type == "metrics", step > after, step <= last
+    )
+    return {data["step"]: data for data in tx.execute(query.order_by(job_events.c.number)).scalars()}
+
+
+def first_step_at(tx: Transaction, job_id: str) -> int:
+    """Return the number of the event that told of the first step, the last such where a job was started over; 0: none did."""
+    first = (job_events.c.job == job_id) & (job_events.c.type == "metrics") & (job_events.c.data["step"].as_integer() == 1)
+    return tx.execute(sa.select(sa.func.max(job_events.c.number)).where(first)).scalar() or 0
+
+
+def metrics_page(tx: Transaction, job_id: str, number: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+    """Return what was told of steps from an event's number on, in order, each with its event's number."""
+    at = job_events.c
+    query = sa.select(at.number, at.data).where(at.job == job_id, at.type == "metrics", at.number >= number)
+    return [(row.number, row.data) for row in tx.execute(query.order_by(at.number).limit(limit))]
 
 
 def messages_told(tx: Transaction, job_id: str) -> frozenset[str]:
@@ -224,15 +239,18 @@ def _add_snapshot(tx: Transaction, lease: Lease, job_id: str, snapshot: Snapshot
 
 
 def expose(tx: Transaction, job: Job, adapter: Adapter, organization: str, now: float, new_id: NewId) -> None:
-    """Make a checkpoint of the job callable, unless it is; of those before it the last ones stay, and any that is still used."""
+    """Make a checkpoint of the job callable, unless it is; of those before it the last ones stay, the one of the lowest loss on all
+    validation examples, and any that is still used."""
     name = naming.checkpoint_name(job, organization, adapter.step)
     if tx.execute(sa.select(model_rows.c.id).where(model_rows.c.id == name)).first() is not None:
         return
     models.add(tx, _model(name, job, adapter, now, new_id("ftckpt_")))
     tuning.append_event(tx, job.id, now, f"Checkpoint created at step {adapter.step}", new_id, data={"step": adapter.step})
     of_job = (model_rows.c.job == job.id) & model_rows.c.checkpoint.is_not(None) & model_rows.c.deleted_at.is_(None)
-    shown = tx.execute(sa.select(model_rows.c.id).where(of_job).order_by(model_rows.c.step.desc())).scalars().all()
-    for old in shown[EXPOSED:]:
+    shown = tx.execute(sa.select(model_rows.c.id, model_rows.c.metrics).where(of_job).order_by(model_rows.c.step.desc())).all()
+    losses = {row.id: row.metrics["full_valid_loss"] for row in shown if row.metrics.get("full_valid_loss") is not None}
+    best = min(losses, key=losses.__getitem__, default=None)  # of equal ones the last
+    for old in (row.id for row in shown[EXPOSED:] if row.id != best):
         if not models.jobs_from(tx, old, job.tenant) and not deployments.of_model(tx, job.tenant, old):
             models.delete(tx, old, job.tenant, now)
 

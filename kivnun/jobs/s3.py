@@ -24,7 +24,7 @@ from obstore.store import S3Store
 
 from kivnun.artifacts import storage_errors
 from kivnun.errors import IntegrityError, SpecError
-from kivnun.jobs.blobs import PIECE_BYTES, blob_name, check_digest, checked_name, hash_of
+from kivnun.jobs.blobs import PIECE_BYTES, blob_name, checked_name, hash_of, write_checked
 from kivnun.jobs.effects import Watch, unwatched
 from kivnun.jobs.errors import StoreDown
 
@@ -85,12 +85,7 @@ class S3Blobs:
             start = until
 
     def fetch(self, name: str, target: Path) -> None:
-        digest = hashlib.sha256()
-        with storage_errors(target), target.open("xb") as out:
-            for piece in self.read(name):
-                digest.update(piece)
-                out.write(piece)
-        check_digest(name, digest.hexdigest())
+        write_checked(name, self.read(name), target)
 
     def has(self, name: str) -> bool:
         return self._meta(name) is not None

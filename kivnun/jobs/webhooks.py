@@ -110,6 +110,11 @@ def page(tx: Transaction, tenant: str, limit: int, after: str | None = None) -> 
     return found[:limit], len(found) > limit
 
 
+def living_endpoints(tx: Transaction) -> set[str]:
+    """Return the ids of all endpoints that were not deleted, of every tenant."""
+    return set(tx.execute(sa.select(webhook_endpoints.c.id).where(webhook_endpoints.c.deleted_at.is_(None))).scalars())
+
+
 def update(tx: Transaction, endpoint: Endpoint, now: float, values: Mapping[str, Any]) -> Endpoint:
     """Change an endpoint's name, URL or types; what is as it was is no change, and leaves its time alone."""
     changed = {name: value for name, value in values.items() if getattr(endpoint, name) != value}

@@ -145,7 +145,9 @@ def _model_of(name: str, config: Any, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with told_simply(name), torch.device(device):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
 
 
 def _targets(linears: Mapping[str, nn.Linear]) -> tuple[Target, ...]:

@@ -12,12 +12,22 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from kivnun.artifacts import hash_file, hash_files
 from kivnun.errors import BaseModelError, IntegrityError
-from kivnun.model.hub import NOT_FOUND, OnBytes, commit_of, download, download_texts, refuse_damaged
+from kivnun.model.hub import (
+    NOT_FOUND,
+    OTHER_WEIGHTS,
+    OnBytes,
+    commit_of,
+    download,
+    download_texts,
+    refuse_damaged,
+    without_weights,
+)
 from kivnun.model.phi import REFUSED, REFUSED_FAMILY, USE_INSTEAD
 
 BUILT_IN = {"kivnun/tiny-phi": Path(__file__).parent.parent / "bases" / "tiny_phi"}
@@ -102,10 +112,24 @@ def _found(model: str, from_hub: Callable[[], Path]) -> Path:
 
 
 def refuse_family(name: str, config: Mapping[str, object]) -> None:
-    """Raise BaseModelError for a family that is refused whatever its weights are."""
+    """Raise BaseModelError for a family that is refused whatever its weights are: by name, or for code that comes with a model."""
     kind = str(config.get("model_type"))
     if kind in REFUSED:
         raise BaseModelError(f"{name}: {REFUSED[kind]}", hint=USE_INSTEAD, pages=(REFUSED_FAMILY,))
+    if "auto_map" in config and not _may_be_of_transformers(kind):
+        raise BaseModelError(
+            f"{name} needs code of its own (model_type {kind!r}), which Kivnun does not run",
+            hint="use a model that transformers holds",
+        )
+
+
+def _may_be_of_transformers(kind: str) -> bool:
+    """Return whether transformers names such a model in its tables, which are read as text: importing them loads torch.
+
+    A name that stands there for something else is told of when the base is opened."""
+    found = find_spec("transformers")
+    folders = [Path(place, "models", "auto") for place in (found and found.submodule_search_locations) or ()]
+    return any(f'"{kind}"' in file.read_text(encoding="utf-8") for folder in folders for file in folder.glob("*auto*.py"))
 
 
 def base_hash(folder: Path) -> str:
@@ -179,11 +203,16 @@ def weight_files(folder: Path) -> list[Path]:
         raise BaseModelError(f"{index} cannot be read: {error}", hint="download the model again") from error
     files = [folder / name for name in named] or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise BaseModelError(
-            f"{folder} cannot be loaded: it holds no .safetensors weights",
-            hint="convert the model with save_pretrained(..., safe_serialization=True)",
-        )
+        raise without_weights(f"{folder} cannot be loaded: it", [file.name for file in folder.iterdir()])
     return files
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Raise BaseModelError for a folder whose weights are in formats that run code when they are read, or that are not read here.
+
+    A folder without any weights is none of them: it may be all that is needed to count with."""
+    if any(file.name.endswith(OTHER_WEIGHTS) for file in folder.iterdir()):
+        weight_files(folder)
 
 
 def count_parameters(folder: Path) -> int:

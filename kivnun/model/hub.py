@@ -205,13 +205,18 @@ def _weights(model: str, names: Sequence[str], folder: Path) -> list[str]:
         return named
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
-        other = sorted({Path(name).suffix for name in names if name.endswith(OTHER_WEIGHTS)})
-        raise BaseModelError(
-            f"{model} holds no .safetensors weights" + (f", only {', '.join(other)}" if other else ""),
-            hint="open the model with transformers where you trust its files, save it with save_pretrained (safetensors), and give "
-            "that folder as the base",
-        )
+        raise without_weights(model, names)
     return found
+
+
+def without_weights(model: str, names: Sequence[str]) -> BaseModelError:
+    """Return what is said of a model whose files, by name, are no safetensors: those of other formats are never opened."""
+    other = sorted({Path(name).suffix for name in names if name.endswith(OTHER_WEIGHTS)})
+    return BaseModelError(
+        f"{model} holds no .safetensors weights" + (f", only {', '.join(other)}" if other else ""),
+        hint="open the model with transformers where you trust its files, save it with save_pretrained (safetensors), and give "
+        "that folder as the base",
+    )
 
 
 def _refuse_family(model: str, folder: Path) -> None:

@@ -346,13 +346,7 @@ def _prepared(
 
 def refuse_unsupported(name: Path | str, config: Mapping[str, object]) -> None:
     """Raise BaseModelError for a base whose config.json tells that it cannot be run, whatever its weights are."""
-    kind = str(config.get("model_type"))
     refuse_family(str(name), config)
-    if "auto_map" in config and kind not in _known_types():
-        raise BaseModelError(
-            f"{name} needs code of its own (model_type {kind!r}), which Kivnun does not run",
-            hint="use a model that transformers holds",
-        )
     _refuse_unseen_rules(name, config)
     for key in ("logit_scale", "logits_scaling"):
         if config.get(key) not in (None, 1, 1.0):
@@ -370,12 +364,6 @@ def _refuse_unseen_rules(name: Path | str, config: Mapping[str, object]) -> None
         )
     if config.get("attention_chunk_size") is not None:
         raise BaseModelError(f"{name} attends within chunks, which is not supported", hint="use another base")
-
-
-def _known_types() -> set[str]:
-    from transformers import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
 
 
 def _install_tunables(

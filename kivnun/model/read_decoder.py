@@ -67,7 +67,9 @@ def as_transformers(decoder: Decoder, linears: Mapping[str, TunableLinear]) -> n
     shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights.values()}
     with torch.device("meta"):
         config = copy.deepcopy(decoder.config)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=weights[EMBEDDING].dtype, attn_implementation="eager")
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=weights[EMBEDDING].dtype, attn_implementation="eager", trust_remote_code=False
+        )
     for name in dict(model.named_parameters(remove_duplicate=False)):
         _put(model, name, shared[id(weights[name])])
     if decoder.generation_config is not None:

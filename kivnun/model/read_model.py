@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kivnun.errors import BaseModelError
 from kivnun.model import attention
+from kivnun.model.families import read_config, refuse_family
 from kivnun.model.quantised import BLOCK, FORMS, DecodeBuffer, QuantisedMatrix, pieces_of
 from kivnun.model.stored import StoredTensor, split_codes, stored_tensors
 
@@ -143,11 +144,15 @@ def hide_bars() -> None:
 
 
 def open_config(folder: Path) -> Any:
-    """Return transformers' configuration of a folder. Raises BaseModelError when it knows no such model."""
+    """Return transformers' configuration of a folder. Raises BaseModelError when it knows no such model.
+
+    `trust_remote_code` is False here and wherever a model is made: unless told so, transformers asks at the terminal whether it may
+    run the code that a model brings along."""
     from transformers import AutoConfig
 
+    refuse_family(str(folder), read_config(folder))
     with told_simply(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     vars(config).pop("quantization_config", None)  # codes are read by `stored.py`; transformers would call bitsandbytes
     return config
 
@@ -169,7 +174,7 @@ def _outline(folder: Path, dtype: torch.dtype) -> nn.Module:
     attention.register()
     config = open_config(folder)
     with told_simply(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False)
 
 
 def _filled(folder: Path, outline: nn.Module, dtype: torch.dtype, tensors: Mapping[str, object]) -> nn.Module:

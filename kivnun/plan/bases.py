@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kivnun.errors import BaseModelError
-from kivnun.model.families import BUILT_IN, find_base, read_config, refuse_family
+from kivnun.model.families import BUILT_IN, find_base, read_config, refuse_family, refuse_other_weights
 from kivnun.model.hub import NOT_FOUND, configuration
 from kivnun.model.phi import PHI, REFUSED_FAMILY, USE_INSTEAD, phi_by_id, rope_of
 from kivnun.plan.sizes import Sizes
@@ -41,12 +41,14 @@ class BaseFiles:
 def base_files(name: str, revision: str | None = None) -> BaseFiles:
     """Return a base's configuration, without its weights.
 
-    Raises BaseModelError for a base that is refused whatever its weights are, or that cannot be had.
+    Raises BaseModelError for a base that is refused whatever its weights are, or that has only weights that are never opened, or
+    that cannot be had.
     """
     if name in BUILT_IN or Path(name).is_dir():
         folder = find_base(name)
         config = read_config(folder)
         refuse_family(name, config)
+        refuse_other_weights(folder)
         return BaseFiles(name, config, folder)
     phi = phi_by_id(name)
     if phi is not None:

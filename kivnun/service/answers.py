@@ -216,6 +216,11 @@ class _Known:
     rest_s: float = 0.0
     rests_until: float = -math.inf
 
+    @property
+    def is_connected(self) -> bool:
+        """Return whether there is a connection, or one is being opened."""
+        return self.opening is not None or (self.link is not None and not self.link.is_lost)
+
     async def open(self, address: Answerer, base: str, clock: Callable[[], float]) -> None:
         """Connect. One that cannot be reached is let alone for a while, for longer each time."""
         try:
@@ -251,14 +256,15 @@ class Links:
     def _living(self, base: str, addresses: Sequence[Answerer]) -> list[Answerer]:
         """Return the workers whose beat rises and that this machine can reach; begin to connect to those that are not yet."""
         before = self._known.get(base, {})
-        known = self._known[base] = {address.id: before.get(address.id, _Known()) for address in addresses}
+        # One whose row is gone is known for as long as its connection lasts: a row that was swept by mistake comes back.
+        lasting = {name: each for name, each in before.items() if each.is_connected}
+        known = self._known[base] = lasting | {address.id: before.get(address.id, _Known()) for address in addresses}
         stillness = self._stillness.setdefault(base, Stillness(self._clock))
         still_s = stillness.of({address.id: address.beat for address in addresses})
         living = [each for each in addresses if still_s[each.id] < TERM_S and self._can_reach(each)]
         for address in living:
             each = known[address.id]
-            is_open = each.link is not None and not each.link.is_lost
-            if not is_open and each.opening is None and self._clock() >= each.rests_until:
+            if not each.is_connected and self._clock() >= each.rests_until:
                 each.opening = asyncio.create_task(each.open(address, base, self._clock))
         return living
 

@@ -142,6 +142,9 @@ class DeliverWebhooks:
         """From time to time forget what is long over; return whether there may be more of it."""
         if self._monotonic() < self._next_prune:
             return False
+        living = self._service.db.read(webhooks.living_endpoints)
+        with self._lock:
+            self._rests = {endpoint: rest for endpoint, rest in self._rests.items() if endpoint in living}
         pruned = self._service.db.write("prune", lambda tx: webhooks.prune(tx, now - webhooks.KEPT_S, PRUNED_AT_ONCE))
         if pruned < PRUNED_AT_ONCE:
             self._next_prune = self._monotonic() + PRUNE_EVERY_S

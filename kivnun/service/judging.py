@@ -248,6 +248,7 @@ class JudgeFiles:
     def turn(self) -> bool:
         """Judge the file whose turn it is; return whether there was one."""
         waiting = self._service.db.read(lambda tx: files.unjudged(tx, OF_EACH, *self._bounds))
+        self._watcher.forget_all_but(map(_lease_name, waiting))
         for file in self._turns.in_turn(waiting):
             lease = self._claimed(file)
             if lease is not None:
@@ -258,7 +259,7 @@ class JudgeFiles:
 
     def _claimed(self, file: File) -> leases.Lease | None:
         """Take the lease of a file that nobody else judges, and count the try."""
-        name = f"file:{file.id}"
+        name = _lease_name(file)
         seen = self._service.db.read(lambda tx: leases.look(tx, [name])).get(name)
         if seen is not None and not self._watcher.is_dead(seen):
             return None
@@ -325,6 +326,10 @@ class JudgeFiles:
             if not path.is_file():  # a service that starts clears the scratch folder
                 raise FileNotFoundError(errno.ENOENT, "the scratch folder was removed", str(scratch))
             return found
+
+
+def _lease_name(file: File) -> str:
+    return f"file:{file.id}"
 
 
 def _tries(number: int) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def outlook(job: Job, config: ServiceConfig, folder: Path, report: TextIO, machi
     except DataError as error:
         raise JobRefused("invalid_training_file", error.message, "training_file") from None
     except BaseModelError as error:
-        raise JobRefused("model_not_available", f"the base of this job cannot be used here: {error.message}", "model") from None
+        said = error.message.replace(config.model_of(job.base), job.base)  # where the operator keeps it is nobody's business
+        raise JobRefused("model_not_available", f"the base of this job cannot be used here: {said}", "model") from None
     examples = _scaled(examples, whole)
     _check(job, examples, reader)
     assert examples.rows is not None

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from kivnun.errors import BaseModelError, KivnunError
 from kivnun.jobs.config import ServiceConfig
-from kivnun.model.families import find_texts, longest_row
+from kivnun.model.families import find_texts, longest_row, read_config, refuse_family
 from kivnun.model.hub import may_come_later
 from kivnun.serve.base_tokens import BaseTokens
 from kivnun.serve.question import Asked
@@ -60,6 +60,7 @@ class Tokenizers:
             return Asked(base, ToyTokens(), LONGEST, constrains=False)
         try:
             folder = find_texts(self._config.model_of(base), entry.revision)
+            refuse_family(base, read_config(folder))
             return Asked(base, BaseTokens(folder), longest_row(folder))
         except KivnunError as error:
             logger.error("a base's tokenizer cannot be had", exc_info=error, extra={"action": "tokenizer_missing", "base": base})

@@ -5,9 +5,8 @@ Times are whole seconds. What OpenAI's objects lack stands under `x_`. Next: `ap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from kivnun.jobs import results
 from kivnun.jobs.models import Model
@@ -21,8 +20,6 @@ METRICS = (
     "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
     "full_valid_mean_token_accuracy",
 )  # fmt: skip
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +84,6 @@ def checkpoint_object(model: Model) -> dict[str, Any]:
         "step_number": model.step,
         "metrics": {"step": model.step, **measured},
     }
-
-
-def page_object(found: Sequence[T], more: bool, shown: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
-    """Return a page of a list."""
-    data = [shown(item) for item in found]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "has_more": more, "first_id": first, "last_id": last}
 
 
 def _hyperparameters(job: Job) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from kivnun.artifacts import make_folder, storage_errors
 from kivnun.errors import IntegrityError, KivnunError, RunFolderError, StorageError
-from kivnun.jobs import results, running, snapshots, tuning
-from kivnun.jobs.blobs import BlobStore
+from kivnun.jobs import results, running, snapshots
+from kivnun.jobs.blobs import PIECE_BYTES, BlobStore
 from kivnun.jobs.config import Price, ServiceConfig
 from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.errors import DatabaseDown, StaleLease, StoreDown
@@ -39,6 +39,7 @@ from kivnun.worker.trainer import Outcome, Trainer, Trainers
 T = TypeVar("T")
 CARD = frozenset({"README.md", "manifest.json"})  # of an adapter: they tell of the run, and are no part of the model
 RECORD = "events.jsonl"
+STEPS_AT_ONCE = 1000  # read of the records for the tables
 CRASH_WAIT_S = 0.5  # before a trainer that ended by an error is started again; twice as long each time
 # Before one that was killed is: mostly for memory, which others use. What they do ends in minutes, and is no fault of this job.
 KILLED_WAITS_S = (0.5, 60.0, 300.0)
@@ -215,8 +216,13 @@ class OneJob:
             pass
 
     def _relay(self) -> Relay:
-        told, messages = self._read(lambda tx: (running.metrics_told(tx, self._job.id), running.messages_told(tx, self._job.id)))
-        return Relay(self._run / RECORD, told, messages)
+        job = self._job.id
+
+        def read(tx: Transaction) -> tuple[dict[int, dict[str, Any]], frozenset[str], int]:
+            past = min(self._saved_step, running.held(tx, self.lease, job).step)  # the last step's score follows its snapshot
+            return running.metrics_told(tx, job, past), running.messages_told(tx, job), past
+
+        return Relay(self._run / RECORD, *self._read(read))
 
     def _followed(self, relay: Relay) -> bool:
         """Follow the run's record to the job's end; return False where the run was started over, with another record."""
@@ -257,7 +263,13 @@ class OneJob:
             trainer.kill()
 
     def _look(self, relay: Relay) -> Status:
-        """Tell what is new, keep what was saved; return the job's status."""
+        """Tell what is new, keep what was saved, to the end of the record as it is; return the job's status."""
+        status = self._look_at_part(relay)
+        while relay.is_behind and status in ACTIVE:
+            status = self._look_at_part(relay)
+        return status
+
+    def _look_at_part(self, relay: Relay) -> Status:
         found = relay.read()
         last = max((item.step for item in found if isinstance(item, Saved)), default=0)
         status: Status | None = None
@@ -278,7 +290,7 @@ class OneJob:
         """Keep a checkpoint of the run: its blobs, then its row. One that the run has replaced meanwhile is passed over."""
         exposed, snapshot = None, None
         with contextlib.suppress(FileNotFoundError):
-            exposed = self._exposed(relay, saved.step)
+            exposed = self._exposed(saved)
         with contextlib.suppress(FileNotFoundError):
             snapshot = self._snapshot(saved) if newest and saved.step > self._saved_step else None
         if exposed is None and snapshot is None:
@@ -303,23 +315,25 @@ class OneJob:
 
     def _copy_record(self, target: Path, length: int) -> None:
         """Copy the record up to the line of a checkpoint: the trainer goes on writing."""
-        with storage_errors(target), (self._run / RECORD).open("rb") as file:
-            target.write_bytes(file.read(length))
+        with storage_errors(target), (self._run / RECORD).open("rb") as file, target.open("wb") as out:
+            while length > 0 and (piece := file.read(min(length, PIECE_BYTES))):
+                out.write(piece)
+                length -= len(piece)
 
-    def _exposed(self, relay: Relay, step: int) -> Adapter | None:
+    def _exposed(self, saved: Saved) -> Adapter | None:
         """Put the adapter of an epoch's end, or of where a job was paused, into the store."""
-        name = f"step-{step:06d}"
+        name = f"step-{saved.step:06d}"
         places = [self._run / "exposed" / name, *([] if self._shared.stop.is_set() else [self._run / "stopped" / name])]
         folder = next((place for place in places if place.is_dir()), None)
         if folder is None:
             return None
-        adapter = self._keep_adapter(relay, folder, step)
+        adapter = self._keep_adapter(folder, saved.metrics)
         return adapter if folder.is_dir() else None
 
-    def _keep_adapter(self, relay: Relay, folder: Path, step: int) -> Adapter:
+    def _keep_adapter(self, folder: Path, metrics: Mapping[str, Any]) -> Adapter:
         wanted = dict(snapshots.files_in(folder, without=CARD))
         manifest, entries = self._keep(wanted)
-        return Adapter(step, manifest, snapshots.content_hash(entries), relay.metrics.get(step, {"step": step}))
+        return Adapter(metrics["step"], manifest, snapshots.content_hash(entries), metrics)
 
     def _keep(self, wanted: Mapping[str, Path]) -> tuple[str, list[snapshots.Entry]]:
         return snapshots.keep_files(self._shared.blobs, self._job.tenant, wanted, self._unless_cancelled)
@@ -385,13 +399,8 @@ class OneJob:
         told = [item for item in relay.read(to_the_end=True) if isinstance(item, Told)]
         if told:
             self._tell(relay, told)
-        steps = max(relay.metrics, default=0)
-        adapter = self._keep_adapter(relay, self._run / "adapter", steps)
-        events = self._read(lambda tx: tuning.events_page(tx, self._job.id, 1 << 30)[0])
-        made: list[File] = []
-        for name, content in results.tables(events):
-            blob = self._unless_cancelled(lambda c=content: self._shared.blobs.put_bytes(self._job.tenant, c))
-            made.append(self._result_file(name, blob, len(content)))
+        adapter = self._keep_adapter(self._run / "adapter", relay.last)
+        made = [self._kept_result(path) for path in self._unless_cancelled(self._write_tables)]
         shared = self._shared
         status: Status = self._write(
             "succeed",
@@ -410,11 +419,21 @@ class OneJob:
         if status != "succeeded":
             self._end_early(status)
 
-    def _result_file(self, name: str, blob: str, size: int) -> File:
-        shared = self._shared
-        return File(
-            shared.new_id("file-"), self._job.tenant, shared.clock(), "fine-tune-results", name, size, blob, status="processed"
-        )
+    def _write_tables(self) -> list[Path]:
+        return results.write_tables(self._steps_told(), self._folder)
+
+    def _steps_told(self) -> Iterator[dict[str, Any]]:
+        """Yield what was told of each step, in order."""
+        number = self._read(lambda tx: running.first_step_at(tx, self._job.id))
+        while page := self._read(lambda tx, number=number: running.metrics_page(tx, self._job.id, number, STEPS_AT_ONCE)):
+            yield from (data for _, data in page)
+            number = page[-1][0] + 1
+
+    def _kept_result(self, path: Path) -> File:
+        """Put a file of results into the store; return its row, which is not recorded yet."""
+        shared, tenant, size = self._shared, self._job.tenant, path.stat().st_size
+        blob = self._unless_cancelled(lambda: shared.blobs.put(tenant, path))
+        return File(shared.new_id("file-"), tenant, shared.clock(), "fine-tune-results", path.name, size, blob, status="processed")
 
     def _end_early(self, status: Status) -> None:
         """Let go of a job that was cancelled: its trainer is stopped at once, and what was told is charged."""

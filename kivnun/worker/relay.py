@@ -30,15 +30,18 @@ from kivnun.events import (
 from kivnun.jobs.queue import RECENT, seconds_left
 from kivnun.jobs.running import Told
 
+READ_BYTES = 4 << 20  # of a record at once
 _PATH = re.compile(r"(?<![\w.])~?(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint that is in the run's folder. `length` is that of the record up to the line that tells of it."""
+    """A checkpoint that is in the run's folder. `length` is that of the record up to the line that tells of it, `metrics` what was
+    measured at its step so far."""
 
     step: int
     length: int
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class NotReproduced(Exception):
@@ -84,30 +87,37 @@ class Pace:
 
 
 class Relay:
-    """Reads a run's record as it grows. `told` holds what was told of each step before, `messages` what else was.
+    """Reads a run's record as it grows. `told` holds what was told before of each step after `past`, `messages` what else was.
 
-    Where rows are held out, a step waits for the next line of the record: its score may follow."""
+    Where rows are held out, a step waits for the next line of the record: its score may follow. Memory is that of the steps between
+    a few checkpoints, however long the record is: steps up to `past` are in a snapshot and are never made again, and of those told
+    here the ones before the last checkpoint but one are forgotten."""
 
-    def __init__(self, record: Path, told: Mapping[int, Mapping[str, Any]], messages: frozenset[str]) -> None:
+    def __init__(self, record: Path, told: Mapping[int, Mapping[str, Any]], messages: frozenset[str], past: int = 0) -> None:
         self.pace = Pace()
-        self.metrics: dict[int, dict[str, Any]] = {}  # of the steps that this relay has read
-        self._record = record
+        self.last: Mapping[str, Any] = {"step": 0}  # what was measured at the last step that was read whole
+        self.is_behind = False  # whether the record goes on after what was read last
+        self._record, self._past = record, past
         self._told = {step: dict(data) for step, data in told.items()}
         self._messages = set(messages)
         self._length = 0
+        self._saved_step = 0
         self._held: tuple[StepDone, Evaluated | None] | None = None
         self._holds = False
 
     def read(self, *, to_the_end: bool = False) -> list[Told | Saved]:
-        """Return what is new to tell and to keep, in its order. `to_the_end`: nothing follows. Raises NotReproduced."""
+        """Return what is new to tell and to keep, in its order, of a part of the record (`is_behind` says whether there is more).
+
+        `to_the_end`: nothing follows. Raises NotReproduced."""
         try:
             with self._record.open("rb") as file:
                 file.seek(self._length)
-                content = file.read()
+                lines = file.readlines(READ_BYTES)
         except FileNotFoundError:
             return []
+        self.is_behind = sum(map(len, lines)) >= READ_BYTES
         found: list[Told | Saved] = []
-        for line in content.splitlines(keepends=True):
+        for line in lines:
             if not line.endswith(b"\n"):
                 break
             self._length += len(line)
@@ -125,13 +135,19 @@ class Relay:
             return before if self._holds else [*before, *self._release()]
         if isinstance(event, CheckpointSaved):
             is_last = self._held is not None and self._held[0].step == self._held[0].steps  # whose score is still to come
-            return [*([] if is_last else self._release()), Saved(event.step, self._length)]
+            released = [] if is_last else self._release()
+            self._told = {step: data for step, data in self._told.items() if step > self._saved_step}
+            self._saved_step = event.step
+            metrics = self.last if self.last["step"] == event.step else {"step": event.step}
+            return [*released, Saved(event.step, self._length, metrics)]
         if isinstance(event, RunFinished):
             return self._release()
         if isinstance(event, DataLoaded):
             self._holds = event.validation_rows > 0
-        elif isinstance(event, Resumed) and self._held and self._held[0].step > event.step:
-            self._held = None  # it is made again
+        elif isinstance(event, Resumed):
+            self._saved_step = event.step
+            if self._held and self._held[0].step > event.step:
+                self._held = None  # it is made again
         elif isinstance(event, Warned | PassesShortened):
             return self._once(_words_of(event))
         return []
@@ -163,7 +179,9 @@ class Relay:
             for name in ("valid", "full_valid"):
                 data |= {f"{name}_loss": score.nll, f"{name}_mean_token_accuracy": _known(score.accuracy)}
             message += f", full validation loss={score.nll:.2f}"
-        self.metrics[step.step] = data
+        self.last = data
+        if step.step <= self._past:
+            return []
         before = self._told.get(step.step)
         if before is None:
             self._told[step.step] = data

@@ -4,9 +4,10 @@
                                                             └─ trainer of job B
 
 The origin has one thread and forks, so a trainer starts in milliseconds with the numbers of a process of its own. Whoever is killed
-takes those below along (PR_SET_PDEATHSIG): no trainer outlives its worker. A trainer writes only into its work folder; how it ended
-is its exit status, which no disk has to have room for, and why a run failed is in `outcome.json` there. Next: `tune_jobs.py` (who
-starts them), `real.py`, `toy.py` (what they run).
+takes those below along (PR_SET_PDEATHSIG): no trainer outlives its worker. Of its worker's secrets it gets none but the hub's token
+(`environment_of_trainers`). A trainer writes only into its work folder; how it ended is its exit status, which no disk has to have
+room for, and why a run failed is in `outcome.json` there. Next: `tune_jobs.py` (who starts them), `real.py`, `toy.py` (what they
+run).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -40,6 +41,19 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+# What a trainer may know of its worker's environment: what Python, the libraries that compute and the hub's client read. All else
+# stays behind, whatever its name: the addresses and passwords of the database and the store, keys, tokens.
+_KEPT = frozenset(
+    {
+        "ALL_PROXY", "CC", "CONDA_PREFIX", "CURL_CA_BUNDLE", "HOME", "HTTPS_PROXY", "HTTP_PROXY", "HUGGING_FACE_HUB_TOKEN",
+        "KIVNUN_TRACEBACK", "LANG", "LANGUAGE", "LOGNAME", "NO_PROXY", "NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "PATH",
+        "REQUESTS_CA_BUNDLE", "TEMP", "TMP", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV",
+    }
+)  # fmt: skip
+_KEPT_BEGINNINGS = (
+    "ATEN_", "CUBLAS_", "CUDA_", "CUDNN_", "DNNL_", "DS_ACCELERATOR", "GOMP_", "HF_", "KMP_", "LC_", "LD_", "MALLOC_", "MKL_",
+    "NCCL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTORCH_", "SSL_CERT_", "TOKENIZERS_", "TORCH", "TRITON_", "XDG_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,11 @@ class Trainer:
         return Outcome("crashed")
 
 
+def environment_of_trainers(of_worker: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of a worker's environment that its trainers get; names of proxies are taken in either case."""
+    return {name: value for name, value in of_worker.items() if name.upper() in _KEPT or name.startswith(_KEPT_BEGINNINGS)}
+
+
 class Trainers:
     """Starts trainers. The thread that makes this must live as long as they are to: Linux ties their lives to that thread."""
 
@@ -117,7 +136,9 @@ class Trainers:
 
     def _open(self) -> None:
         ours, its = socket.socketpair()
-        environment = {**os.environ} if "LD_PRELOAD" in os.environ or not self._loads_torch else {**_ALLOCATOR, **os.environ}
+        environment = environment_of_trainers(os.environ)
+        if self._loads_torch and "LD_PRELOAD" not in environment:
+            environment = {**_ALLOCATOR, **environment}
         words = ["-m", "kivnun.worker.trainer", str(its.fileno()), str(os.getpid()), "torch" if self._loads_torch else "light"]
         try:
             # A session of its own: an interrupt typed at a terminal is the worker's to heed.

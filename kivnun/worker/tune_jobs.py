@@ -157,7 +157,9 @@ class _Worker:
     def _claim(self) -> Claim | None:
         """Take a job whose worker was lost, else the one whose turn it is. Nothing is written where there is none."""
         shared = self._shared
-        for job_id, seen in shared.db.read(running.left_alone):
+        left_alone = shared.db.read(running.left_alone)
+        self._watcher.forget_all_but(seen.name for _, seen in left_alone)
+        for job_id, seen in left_alone:
             if not self._watcher.is_dead(seen):
                 continue
             claim = shared.db.write("take over", lambda tx, j=job_id, s=seen: self._take_over(tx, j, s))

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from crash_points import Scenario, assert_survived, killed_at, new_place
 from kivnun.worker.trainer import Trainers
-from toy_jobs import adapter_bytes, assert_whole, work_here
+from toy_jobs import adapter_of_quiet_run
 
 MOST = 400
 
 
 @pytest.fixture(scope="module")
-def trainers() -> Iterator[Trainers]:
-    made = Trainers(loads_torch=False)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> dict[str, str]:
-    place, job_id = new_place(tmp_path_factory.mktemp("undisturbed"))
-    work_here(place, trainers=trainers)
-    db = place.database()
-    assert_whole(place, db, job_id)
-    found = adapter_bytes(place, db, job_id)
-    db.close()
-    return found
+    return adapter_of_quiet_run(*new_place(tmp_path_factory.mktemp("undisturbed")), trainers)
 
 
 def survive(folder: Path, numbers: range, scenario: Scenario, trainers: Trainers, undisturbed: dict[str, str]) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +14,16 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from kivnun.jobs import queue, running, tuning
 from kivnun.jobs.config import Limits
+from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
 from kivnun.jobs.queue import Line, Share, Waiting, seconds_left
 from kivnun.jobs.schema import tenants
+from kivnun.jobs.tuning import Job
 from toy_jobs import job_of, queue_job, toy_place
 
 Sizes = st.lists(st.integers(1, 500), min_size=1, max_size=12)
@@ -120,6 +126,59 @@ def test_the_database_gives_jobs_in_the_fair_order_and_tells_it_before(place: Pl
     assert place_of_last.wait(60.0, 120) == 40.0, "three are trained at once"
     assert place_of_last.wait(None, 120) is None
     db.close()
+
+
+def test_two_statements_read_the_line_of_any_number_of_tenants_each_with_its_own_limit_and_marks(place: Place) -> None:
+    draw, db, limits = random.Random(6), place.database(), Limits(active_jobs=2)
+    shares = {"default": Share(active_limit=2), "other": Share(active_limit=2)}
+    waiting: list[Waiting] = []
+    for numbers in (range(2), range(2, 50)):
+        new = {f"t{n:02d}": drawn_share(draw) for n in numbers}
+        jobs = [
+            Waiting(f"ftjob-{tenant}-{at}", tenant, draw.randrange(1, 300), draw.randrange(100))
+            for tenant in new
+            for at in range(3)
+        ]
+        db.write("tenants", lambda tx, new=new, jobs=jobs: add_all(tx, new, jobs))
+        shares |= new
+        waiting += jobs
+        with statements_of(db) as said:
+            line = db.read(lambda tx: queue.read_line(tx, limits))
+        assert len(said) == 2
+        assert line.shares == shares
+        assert list(line.places()) == list(Line(shares, waiting).places())
+    db.close()
+
+
+def drawn_share(draw: random.Random) -> Share:
+    began = float(draw.randrange(500))
+    return Share(draw.choice([0.5, 1.0, 2.0]), began, began + draw.randrange(400), active_limit=draw.choice([1, 2, 5]))
+
+
+def add_all(tx: Transaction, shares: Mapping[str, Share], waiting: Iterable[Waiting]) -> None:
+    """Write tenants of the configured limit of two jobs, or of limits of their own, and what they have waiting."""
+    for tenant, share in shares.items():
+        own = {} if share.active_limit == 2 else {"active_jobs": share.active_limit}
+        marks = {"weight": share.weight, "began": share.began, "served": share.served}
+        tx.execute(sa.insert(tenants).values(id=tenant, created_at=0.0, limits=own, **marks))
+    for job in waiting:
+        made = Job(job.id, job.tenant, 0.0, "toy", "toy", "file-1", {}, 1, status="queued", queued_at=job.queued_at,
+                   planned_tokens=job.tokens)  # fmt: skip
+        tuning.create(tx, made, new_id)
+
+
+@contextlib.contextmanager
+def statements_of(db: Database) -> Iterator[list[str]]:
+    """Give the statements that are made meanwhile, but for those that begin and end transactions."""
+    said: list[str] = []
+
+    def hear(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if not statement.startswith("BEGIN"):
+            said.append(statement)
+
+    event.listen(db.engine, "before_cursor_execute", hear)
+    yield said
+    event.remove(db.engine, "before_cursor_execute", hear)
 
 
 def test_a_job_that_stops_early_gives_back_what_it_did_not_train(place: Place) -> None:

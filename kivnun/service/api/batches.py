@@ -15,7 +15,7 @@ from kivnun.service.batch_files import ENDPOINTS, canonical
 from kivnun.service.context import Shared
 from kivnun.service.dialect import dialect_of
 from kivnun.service.errors import ApiError, bad_request, not_found
-from kivnun.service.paging import PageLimit
+from kivnun.service.paging import PageLimit, page_object
 from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
@@ -87,15 +87,7 @@ def create_batch(request: Request, body: NewBatch, came: Received, who: Chatter,
 def list_batches(who: Reader, service: Shared, limit: PageLimit = 20, after: str | None = None) -> dict[str, Any]:
     """List batches, newest first."""
     found, more = service.db.read(lambda tx: batches.page(tx, who.tenant, limit, after if after is None else _id(after)))
-    ids = [batch.id for batch in found]
-    shown = [_shown(batch) for batch in found]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": ids[0] if ids else None,
-        "last_id": ids[-1] if ids else None,
-        "has_more": more,
-    }
+    return page_object(found, more, _shown)
 
 
 @router.get("/batches/{batch_id}")

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from kivnun.errors import KivnunError
 from kivnun.jobs.config import ServiceConfig
-from kivnun.model.families import BUILT_IN, find_base, read_config
+from kivnun.model.families import BUILT_IN
 from kivnun.model.phi import phi_by_id
+from kivnun.plan.bases import base_files
 from kivnun.service.auth import Reader
 from kivnun.service.context import Shared
 
@@ -24,7 +25,8 @@ router = APIRouter()
 
 
 class CatalogueBase(BaseModel):
-    """A base. `window` and `family` are null where its files are not on this machine yet. The family of a Phi model is the one it
+    """A base. `window` and `family` are null where its files are not on this machine yet. It is not `tunable` where they are, and
+    need code of their own or hold no safetensors: the operator has to give others. The family of a Phi model is the one it
     is published as ("Phi-4"), that of another base its architecture ("llama")."""
 
     id: str
@@ -73,26 +75,26 @@ def catalogue(service: Shared, who: Reader) -> dict[str, Any]:
 def base_told(base: str, config: ServiceConfig) -> dict[str, Any]:
     """Return a base as the catalogue shows it."""
     entry = config.bases[base]
-    family, window = _facts(config.model_of(base)) if entry.trainer == "pipeline" else ("toy", None)
+    family, window, tunable = _facts(config.model_of(base)) if entry.trainer == "pipeline" else ("toy", None, True)
     return {
         "id": base, "aliases": sorted(alias for alias, of in config.aliases.items() if of == base), "family": family,
-        "window": window, "max_seq_len": entry.max_seq_len, "tunable": True, "resident": entry.resident,
+        "window": window, "max_seq_len": entry.max_seq_len, "tunable": tunable, "resident": entry.resident,
         "methods": ["supervised", "dpo"], "techniques": ["QLoRA" if entry.precision == "nf4" else "LoRA"],
         "precision": entry.precision, "rank": entry.rank, "max_rank": entry.max_rank, "price": entry.price.model_dump(),
     }  # fmt: skip
 
 
-def _facts(model: str) -> tuple[str | None, int | None]:
-    """Return a base's family and window. What a hub holds is not asked for."""
+def _facts(model: str) -> tuple[str | None, int | None, bool]:
+    """Return a base's family and window, and whether it can be used. What a hub holds is not asked for."""
     phi = phi_by_id(model)
     if phi is not None:
         config: Mapping[str, object] = {**phi.config, "model_type": phi.family}  # its type is "phi3" from Phi-3 to Phi-4
     elif model in BUILT_IN or Path(model).is_dir():
         try:
-            config = read_config(find_base(model))
+            config = base_files(model).config
         except (KivnunError, OSError):
-            return None, None
+            return None, None, False
     else:
-        return None, None
+        return None, None, True
     family, window = config.get("model_type"), config.get("max_position_embeddings")
-    return (family if isinstance(family, str) else None, window if isinstance(window, int) else None)
+    return family if isinstance(family, str) else None, window if isinstance(window, int) else None, True

@@ -28,6 +28,7 @@ from kivnun.service.dialect import Dialect, dialect_of
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.filenames import content_disposition, kept_name
 from kivnun.service.judging import AT_ONCE_BYTES, AT_ONCE_ROWS, judge
+from kivnun.service.paging import page_object
 from kivnun.service.receiving import (
     BINARY,
     FRAME_BYTES,
@@ -100,9 +101,7 @@ def page(
     purpose: str | None = None,
 ) -> dict[str, Any]:
     found, more = service.db.read(lambda tx: files.page(tx, who.tenant, limit, after, order, purpose))
-    data = [file_object(file) for file in found]
-    ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
+    return page_object(found, more, file_object)
 
 
 @router.post("/files/import")

@@ -23,10 +23,10 @@ from kivnun.service.creating import create_job
 from kivnun.service.dialect import Dialect, dialect_of
 from kivnun.service.dry_run import dry_run
 from kivnun.service.errors import ApiError, bad_request, not_found
-from kivnun.service.paging import PageLimit
+from kivnun.service.paging import PageLimit, page_object
 from kivnun.service.sent import Received, sent_as
 from kivnun.service.tuning_request import body_schema, read_create
-from kivnun.service.tuning_wire import Waiting, checkpoint_object, event_object, job_object, page_object
+from kivnun.service.tuning_wire import Waiting, checkpoint_object, event_object, job_object
 
 router = APIRouter()
 

@@ -18,7 +18,7 @@ from kivnun.service.context import Service, Shared
 from kivnun.service.delivering import body_of, signed
 from kivnun.service.errors import ApiError, bad_request, not_found
 from kivnun.service.outward import Outward, RefusedAddress, Unreachable, target_of
-from kivnun.service.paging import PageLimit
+from kivnun.service.paging import PageLimit, page_object
 from kivnun.service.sent import Received, key_reused
 
 router = APIRouter()
@@ -104,7 +104,7 @@ def create_endpoint(body: NewEndpoint, came: Received, who: Tuner, service: Shar
 def list_endpoints(who: Reader, service: Shared, limit: PageLimit = 20, after: str | None = None) -> dict[str, Any]:
     """List endpoints, newest first."""
     found, more = service.db.read(lambda tx: webhooks.page(tx, who.tenant, limit, _id(after)))
-    return _page([_shown(endpoint) for endpoint in found], more)
+    return page_object(found, more, _shown)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}")
@@ -179,7 +179,7 @@ def list_deliveries(
 ) -> dict[str, Any]:
     """List what was sent to an endpoint, newest first; `status=dead` are those that were given up."""
     found, more = service.db.read(lambda tx: webhooks.deliveries_page(tx, _found(tx, endpoint_id, who), status, limit, _id(after)))
-    return _page([_shown_delivery(delivery) for delivery in found], more)
+    return page_object(found, more, _shown_delivery)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/x_replay")
@@ -239,15 +239,4 @@ def _shown_delivery(delivery: Delivery) -> dict[str, Any]:
         "attempts": delivery.attempts,
         "next_attempt_at": int(delivery.next_at) if delivery.status == "pending" else None,
         "last_answer": delivery.last_answer,
-    }
-
-
-def _page(shown: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    ids = [item["id"] for item in shown]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": ids[0] if ids else None,
-        "last_id": ids[-1] if ids else None,
-        "has_more": more,
     }
