@@ -169,11 +169,11 @@ def add_all(tx: Transaction, shares: Mapping[str, Share], waiting: Iterable[Wait
 
 @contextlib.contextmanager
 def statements_of(db: Database) -> Iterator[list[str]]:
-    """Give the statements that are made meanwhile, but for those that begin and end transactions."""
+    """Give the statements that are made meanwhile, but for those that begin transactions or set how they are made."""
     said: list[str] = []
 
     def hear(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if not statement.startswith("BEGIN"):
+        if not statement.startswith(("BEGIN", "PRAGMA")):
             said.append(statement)
 
     event.listen(db.engine, "before_cursor_execute", hear)
