@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 KEY = "sk-kivnun-key-of-the-benchmark"
 BASE = "kivnun/tiny-phi"
@@ -73,7 +73,8 @@ def cancels(service: Service, folder: Path, times: int) -> list[float]:
     client, file_id = service.client, upload(service.client, folder)
     for job in client.fine_tuning.jobs.list(limit=100):
         if job.status in ("queued", "validating_files"):
-            client.fine_tuning.jobs.cancel(job.id)
+            with suppress(BadRequestError):  # it has ended meanwhile
+                client.fine_tuning.jobs.cancel(job.id)
     seconds: list[float] = []
     for _ in range(times):
         job_id = create(client, file_id, BASE)
