@@ -11,9 +11,8 @@ have jobs waiting, what each got over its weight differs by no more than the lar
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -22,8 +21,6 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Transaction
 from kivnun.jobs.schema import jobs, tenants
 from kivnun.jobs.states import ACTIVE
-
-RECENT = 50  # steps that say how fast the next ones will be: enough that one stall is not taken for the rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +179,3 @@ def position_of_new(tx: Transaction, job: Waiting, limits: Limits) -> Place | No
     line = read_line(tx, limits)
     line.join(job)
     return line.place_of(job.id)
-
-
-def seconds_left(
-    step_seconds: Sequence[float], steps_left: int, other_seconds_per_step: float = 0.0, at_the_end: float = 0.0
-) -> float | None:
-    """Return how long a job still takes, by its recent steps; None before the first one.
-
-    `other_seconds_per_step` is what evaluations and checkpoints took so far, over the steps done; `at_the_end` what follows the
-    last step: the adapter is written and the held-out rows are scored once more."""
-    if not step_seconds:
-        return None
-    # The mean and not the median: rows are of many lengths, and the long steps are part of what is left.
-    return (statistics.fmean(step_seconds[-RECENT:]) + other_seconds_per_step) * steps_left + at_the_end

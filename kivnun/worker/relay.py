@@ -27,10 +27,10 @@ from kivnun.events import (
     Warned,
     from_json,
 )
-from kivnun.jobs.queue import RECENT, seconds_left
 from kivnun.jobs.running import Told
 
 READ_BYTES = 4 << 20  # of a record at once
+HORIZON = 500  # steps that say how long the next ones take: a stall is not taken for the rule, what lasts is soon seen
 _PATH = re.compile(r"(?<![\w.])~?(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)")
 
 
@@ -50,11 +50,11 @@ class NotReproduced(Exception):
 
 @dataclass
 class Pace:
-    """How fast the run goes: the time of its recent steps, and of all else between them."""
+    """How fast the run goes: the time of its steps, and of all else between them."""
 
     steps: int = 0
     step: int = 0
-    recent: list[float] = field(default_factory=list[float])
+    step_s: float = 0.0  # the mean, of old steps ever less
     _made: int = 0
     _stepping: float = 0.0
     _first: float | None = None
@@ -65,25 +65,27 @@ class Pace:
     def hear(self, event: Event) -> None:
         now = datetime.fromisoformat(event.time).timestamp()
         if isinstance(event, RunStarted):  # what was between two processes is nobody's pace
-            self.recent.clear()
             self._made, self._stepping, self._first = 0, 0.0, None
         elif isinstance(event, StepDone):
             if self._first is None:
                 self._first = now - event.seconds
             self.steps, self.step, self._last = event.steps, event.step, now
             self._made, self._stepping = self._made + 1, self._stepping + event.seconds
-            self.recent = [*self.recent[1 - RECENT :], event.seconds]
+            # The mean and not the median: rows are of many lengths, and the long steps are part of what is left. The first one
+            # also warms up, and is forgotten with the second.
+            self.step_s += (event.seconds - self.step_s) / max(1, min(self._made - 1, HORIZON))
         elif isinstance(event, Evaluated) and event.which == "base":
             self._scoring = now - self._before
         self._before = now
 
     def finish(self) -> float | None:
-        """Return when the run will end, in seconds since 1970; None before its first step."""
+        """Return when the run will end, in seconds since 1970; None before its first step.
+
+        After the last step the adapter is written and the held-out rows are scored once more."""
         if self._first is None:
             return None
         others = max(0.0, self._last - self._first - self._stepping) / self._made
-        left = seconds_left(self.recent, self.steps - self.step, others, self._scoring)
-        return None if left is None else self._last + left
+        return self._last + (self.step_s + others) * (self.steps - self.step) + self._scoring
 
 
 class Relay:

@@ -21,7 +21,7 @@ from kivnun.jobs.config import Limits
 from kivnun.jobs.database import Database, Transaction
 from kivnun.jobs.ids import new_id
 from kivnun.jobs.place import Place
-from kivnun.jobs.queue import Line, Share, Waiting, seconds_left
+from kivnun.jobs.queue import Line, Share, Waiting
 from kivnun.jobs.schema import tenants
 from kivnun.jobs.tuning import Job
 from toy_jobs import job_of, queue_job, toy_place
@@ -194,8 +194,3 @@ def test_a_job_that_stops_early_gives_back_what_it_did_not_train(place: Place) -
     assert again is not None
     assert again.lease == replace(claim.lease, epoch=2)
     db.close()
-
-
-def test_the_time_left_is_that_of_recent_steps() -> None:
-    assert seconds_left([], 5) is None
-    assert seconds_left([9.0] * 30 + [2.0] * 50, 10, 0.5, 3.0) == 10 * 2.5 + 3.0

@@ -173,3 +173,15 @@ def test_the_end_is_foretold_within_a_quarter_after_a_tenth_of_the_steps(lengths
             foretold.append(end - AT)
     ended = now + 3.0
     assert max(abs(end - ended) for end in foretold) <= 0.25 * ended
+
+
+def test_a_first_step_that_warms_up_and_a_stall_are_not_taken_for_the_rule_and_what_lasts_is() -> None:
+    pace, now = Pace(), 0.0
+    pace.hear(stamped(RunStarted("run", "hash"), 0.0))
+    for number in range(1, 4001):
+        seconds = 30.0 if number == 1 else 5.0 if number == 90 else 1.0 if number <= 1000 else 3.0
+        now += seconds
+        pace.hear(stamped(step(number, 0.5, seconds, 4000), now))
+        if number in (2, 100, 1000):
+            assert pace.step_s == pytest.approx(1.0, rel=0.05)
+    assert pace.step_s == pytest.approx(3.0, rel=0.01)
