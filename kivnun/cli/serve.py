@@ -59,6 +59,7 @@ def serve(
     from kivnun.service.logs import configure
     from kivnun.service.room import Room
     from kivnun.service.run import begin, held
+    from kivnun.service.supervisor import shares
 
     offered = place.service_config()
     room = Room(offered, workers > 0, time.monotonic)
@@ -80,7 +81,10 @@ def serve(
         parts = [
             _part("api", ["api", *certificate, *inherited, *drain], place, (listener.fileno(), says_ready)),
             _part("clerk", ["clerk", *drain], place),
-            *(_part(f"tune {number}", ["tune", *drain], place) for number in range(1, workers + 1)),
+            *(
+                _part(f"tune {number}", ["tune", *drain], place, cores=cores)
+                for number, cores in enumerate(shares(sorted(os.sched_getaffinity(0)), workers), 1)
+            ),
             *(_answering(base, place, given.get(base)) for base in residents),
         ]
         supervisor = _supervisor(place, db, parts, room, drain_s)
@@ -103,12 +107,12 @@ def _chosen_key() -> str | None:
     return key or None
 
 
-def _part(name: str, words: Sequence[str], place: Place, passed: tuple[int, ...] = ()) -> Part:
+def _part(name: str, words: Sequence[str], place: Place, passed: tuple[int, ...] = (), cores: frozenset[int] = frozenset()) -> Part:
     """Return a part of this service. Its addresses may hold passwords, and go by the environment: all can see command lines."""
     from kivnun.service.supervisor import Part
 
     config = [] if place.config is None else ["--config", str(place.config)]
-    return Part(name, ["worker", *words, "--data", str(place.data), *config], name.startswith("answer "), passed)
+    return Part(name, ["worker", *words, "--data", str(place.data), *config], name.startswith("answer "), passed, cores)
 
 
 def _answering(base: str, place: Place, num_bytes: float | None) -> Part:

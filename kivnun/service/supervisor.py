@@ -29,12 +29,14 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A process that is kept. `ends_last`: others need it to finish what they are at."""
+    """A process that is kept. `ends_last`: others need it to finish what they are at. `cores`: those that it may use, with what it
+    starts (none: all)."""
 
     name: str
     words: Sequence[str]
     ends_last: bool = False
     passed: tuple[int, ...] = ()  # descriptors it gets
+    cores: frozenset[int] = frozenset()
 
 
 class Looking:
@@ -178,18 +180,30 @@ class Supervisor:
             env=self.environment,
             pass_fds=part.passed,
             start_new_session=True,  # Ctrl-C in a terminal is for this process alone, which then asks the parts in their order
-            preexec_fn=_bound_to(os.getpid()),
+            preexec_fn=_bound_to(os.getpid(), part.cores),
         )
 
 
-def _bound_to(parent: int) -> Callable[[], None]:
-    """Return what a child does first, so that it does not outlive its parent."""
+def shares(cores: Sequence[int], workers: int) -> list[frozenset[int]]:
+    """Return the cores of each of so many workers that compute at the same time (one has all of them, said by none).
+
+    As many for each, since bits depend on how many there are; and each core one worker's, while there are enough, since threads
+    of a job that wait for one another stand still where another job's run."""
+    each = max(1, len(cores) // max(1, workers))
+    places = range(each if workers > 1 else 0)
+    return [frozenset(cores[(at * each + place) % len(cores)] for place in places) for at in range(workers)]
+
+
+def _bound_to(parent: int, cores: frozenset[int]) -> Callable[[], None]:
+    """Return what a child does first, so that it does not outlive its parent and keeps to its cores."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def bind() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
+        if cores:
+            os.sched_setaffinity(0, cores)
 
     return bind
 

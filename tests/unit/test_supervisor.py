@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kivnun.jobs.wanted import Wishes
-from kivnun.service.supervisor import Looking, Part, Supervisor
+from kivnun.service.supervisor import Looking, Part, Supervisor, shares
 
 # Appends its process id to a file and ends at SIGTERM; `stubborn` does not, `slow` takes its time, `brief` ends by itself.
 PROGRAM = """
@@ -232,3 +232,24 @@ def test_a_base_is_wanted_while_its_count_rises() -> None:
     assert wishes.look({"old": 8, "new": 1}) == {"old": 1.0}
     now[0] = 25.0
     assert wishes.look({"old": 8, "new": 1}) == {}
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 96])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_workers_have_as_many_cores_each_and_share_none_while_there_are_enough(cores: int, workers: int) -> None:
+    given = shares(range(cores), workers)
+    assert len(given) == workers
+    assert {len(share) for share in given} == ({0} if workers == 1 else {max(1, cores // workers)})
+    assert len(frozenset().union(*given)) == sum(map(len, given)) or workers > cores
+
+
+def test_a_part_and_what_it_starts_keep_to_its_cores(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    made = Supervisor(
+        [Part("pinned", ["pinned", str(tmp_path)], cores=frozenset({core}))], lambda: [], time.monotonic, os.environ, 20.0,
+        (sys.executable, "-c", PROGRAM),
+    )  # fmt: skip
+    made.start()
+    (pid,) = starts(tmp_path, "pinned")
+    assert os.sched_getaffinity(pid) == {core}
+    made.kill()
