@@ -23,6 +23,7 @@ from benchmarks.service.measure import (
     ANSWER_TOKENS,
     BASE,
     answers,
+    answers_while_a_job_trains,
     cancels,
     creates_while_a_job_trains,
     estimates,
@@ -72,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             Figure(f"create, while a job of {BASE} trains", creates_while_a_job_trains(running, folder, CREATES // part), 0.2),
             Figure("cancel, until the training process is gone", cancels(running, folder, CANCELS // part), 2.0),
+            Figure(
+                f"chat of {ANSWER_TOKENS} tokens with {BASE}, while a job of it trains",
+                answers_while_a_job_trains(running, folder, CHATS // part),
+                None,
+            ),
         ]
         off = estimates(running, folder, EPOCHS[: len(EPOCHS) // part or 1])
     command = "python -m benchmarks.service" + (" --quick" if given.quick else "")
@@ -97,7 +103,7 @@ Milliseconds at the client, over HTTP on the service's own machine, SQLite in th
 |---|---:|---:|---:|---:|---:|
 {rows}
 
-The chats' worker has no model: what is timed is the API, the socket to the worker, and the count of tokens. A cancel is over when
+The first chats' worker has no model: what is timed is the API, the socket to the worker, and the count of tokens. A cancel is over when
 the process that computed is gone.
 
 `estimated_finish` after a tenth of the steps, of {len(off)} jobs of {BASE} on an otherwise idle machine: off by

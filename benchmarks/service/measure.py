@@ -27,6 +27,7 @@ limits: {{requests_per_minute: 10000000, tokens_per_minute: 1000000000, waiting_
 LONG_EPOCHS = 50
 ROWS = 400
 ANSWER_TOKENS = 16
+ASKED = [{"role": "user", "content": "When does the ferry leave?"}]
 PATIENCE_S = 180.0
 LONG_S = 1200.0  # a whole job's
 
@@ -88,6 +89,19 @@ def cancels(service: Service, folder: Path, times: int) -> list[float]:
     return seconds
 
 
+def answers_while_a_job_trains(service: Service, folder: Path, times: int) -> list[float]:
+    """Return the seconds of so many chats with the built-in base, made while a job of it trains on the same cores."""
+    client, file_id = service.client, upload(service.client, folder)
+    chat = lambda: client.chat.completions.create(model=BASE, messages=ASKED, max_tokens=ANSWER_TOKENS, temperature=0)  # type: ignore[arg-type] # noqa: E731
+    chat()  # loads the base
+    training = create(client, file_id, BASE)
+    _until(lambda: step_of(client, training) >= 1)
+    seconds = [_timed(chat) for _ in range(times)]
+    assert client.fine_tuning.jobs.retrieve(training).status == "running", "the job ended while chats were timed"
+    client.fine_tuning.jobs.cancel(training)
+    return seconds
+
+
 def estimates(service: Service, folder: Path, epochs: Sequence[int]) -> list[float]:
     """Return, for a job of each number of epochs, how far the first `estimated_finish` after a tenth of its steps was off.
 
@@ -109,11 +123,10 @@ def estimates(service: Service, folder: Path, epochs: Sequence[int]) -> list[flo
 
 def answers(service: Service, at_once: int, times: int) -> list[float]:
     """Return the seconds of `times` chats in each of `at_once` threads, with a worker whose model costs nothing."""
-    asked = [{"role": "user", "content": "When does the ferry leave?"}]
 
     def ask() -> list[float]:
         client = OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0)
-        chat = lambda: client.chat.completions.create(model="toy", messages=asked, max_tokens=ANSWER_TOKENS)  # type: ignore[arg-type] # noqa: E731
+        chat = lambda: client.chat.completions.create(model="toy", messages=ASKED, max_tokens=ANSWER_TOKENS)  # type: ignore[arg-type] # noqa: E731
         chat()
         return [_timed(chat) for _ in range(times)]
 

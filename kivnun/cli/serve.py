@@ -125,7 +125,8 @@ def _supervisor(place: Place, db: Database, parts: Sequence[Part], room: Room, d
     """Return what keeps the parts, and an inference worker for every other base that is asked for, as far as there is room."""
     from kivnun.service.supervisor import Supervisor
 
-    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    # Parts compute side by side: a thread that waits for its job's others leaves its core to another job's, unless asked otherwise.
+    environment = {"OMP_WAIT_POLICY": "passive"} | {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     environment |= {DB_VARIABLE: place.db_url, STORE_VARIABLE: place.store_url}
     return Supervisor(parts, _wanted(place, db, room), time.monotonic, environment, drain_s)
 
