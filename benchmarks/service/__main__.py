@@ -103,8 +103,8 @@ Milliseconds at the client, over HTTP on the service's own machine, SQLite in th
 |---|---:|---:|---:|---:|---:|
 {rows}
 
-The first chats' worker has no model: what is timed is the API, the socket to the worker, and the count of tokens. A cancel is over when
-the process that computed is gone.
+The first chats' worker has no model: what is timed is the API, the socket to the worker, and the count of tokens. A cancel is over
+when the process that computed is gone.
 
 `estimated_finish` after a tenth of the steps, of {len(off)} jobs of {BASE} on an otherwise idle machine: off by
 {", ".join(f"{share:.0%}" for share in off)} of the time that was left (to be below {OFF:.0%}).
