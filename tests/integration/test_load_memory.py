@@ -109,7 +109,7 @@ def measured(kind: Any, layers: int, precisions: list[str], folder: Path) -> Non
         file.unlink()
 
 
-@pytest.mark.parametrize("kind", [OWN, GENERIC], ids=["own", "generic"])
+@pytest.mark.parametrize("kind", [OWN, pytest.param(GENERIC, marks=pytest.mark.slow)], ids=["own", "generic"])
 def test_loading_takes_at_most_a_tenth_more_than_is_loaded(kind: Any, tmp_path: Path) -> None:
     measured(kind, 5, ["bf16", "nf4"], tmp_path)
 
