@@ -13,10 +13,13 @@ Without a file, the Phi families and the built-in base are offered and nothing c
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from kivnun.errors import SpecError
 from kivnun.spec.section import Section, as_mapping
@@ -120,7 +123,7 @@ def read_config(path: Path | None) -> ServiceConfig:
     """Return the configuration in a file, or that of a service without one. Raises SpecError, with every key that is wrong."""
     if path is None:
         return ServiceConfig()
-    hint = "docs/guides/service.md shows a configuration"
+    hint = "docs/guides/service-operate.md shows a configuration"
     try:
         found = read_yaml(path.read_bytes()[:MAX_BYTES].decode("utf-8-sig")).value
     except OSError as error:
@@ -135,5 +138,21 @@ def read_config(path: Path | None) -> ServiceConfig:
     try:
         return ServiceConfig.model_validate(tree)
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}" for item in error.errors(include_input=False))
-        raise SpecError(f"--config {path}: " + "; ".join(lines), hint=hint) from None
+        raise SpecError(f"--config {path}: " + "; ".join(map(_said, error.errors())), hint=hint) from None
+
+
+def _said(problem: ErrorDetails) -> str:
+    """Return what is wrong with a key of a configuration, and what is allowed there."""
+    *section, key = problem["loc"] or ("the whole",)
+    place = ".".join(map(str, (*section, key)))
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}, got {str(problem['input'])[:60]!r}"
+    allowed = tuple(_section(section).model_fields)
+    near = difflib.get_close_matches(str(key), allowed, 1)
+    return f"{place} is not an option{f', did you mean {near[0]}?' if near else ''} (allowed are {', '.join(allowed)})"
+
+
+def _section(keys: Sequence[int | str]) -> type[Section]:
+    if keys[:1] == ["bases"]:
+        return BaseEntry if len(keys) == 2 else Price
+    return Limits if keys == ["limits"] else ServiceConfig
