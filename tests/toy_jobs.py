@@ -36,7 +36,7 @@ from service_parts import place
 
 CONFIG = {"version": 1, "bases": {"toy": {"trainer": "toy", "price": {"training": 2.0}}}}
 ROWS = [f'{{"messages": [{{"role": "user", "content": "{n}"}}, {{"role": "assistant", "content": "{n * n}"}}]}}' for n in range(12)]
-SLOW = ToySpec(seed=3, epochs=3, batch_rows=2, step_ms=40.0, checkpoint_every_steps=2)
+SLOW = ToySpec(seed=3, epochs=3, batch_rows=2, step_ms=80.0, checkpoint_every_steps=2)
 FAST: dict[str, Any] = {"look_s": 0.05, "beat_s": 0.2}
 
 

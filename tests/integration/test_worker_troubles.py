@@ -73,7 +73,7 @@ def test_a_trainer_that_is_killed_goes_on_and_one_that_always_dies_fails_its_job
 ) -> None:
     """So is one whose origin is killed, from which all of a worker's trainers come."""
     monkeypatch.setattr(one_job, "KILLED_WAITS_S", (0.1, 0.1, 0.1))
-    job_id = queue_job(quick, spec=SLOW)
+    job_id = queue_job(quick, spec=SLOW.model_copy(update={"step_ms": 200.0}))  # it is looked for and killed twice meanwhile
     always = queue_job(quick, "other", spec=SLOW.model_copy(update={"dies_at_step": 5, "step_ms": 0.0}))
     db = quick.database()
     with worker_thread(quick, concurrency=2):
