@@ -64,7 +64,7 @@ def main() -> None:
         seed=7,
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": int(os.environ.get("EPOCHS", "8")), "batch_size": 4}},
+            "supervised": {"hyperparameters": {"n_epochs": int(os.environ.get("EPOCHS", "16")), "batch_size": 4}},
         },
     )
     print("job", job.id, flush=True)

@@ -35,7 +35,8 @@ def test_a_file_whose_judge_was_killed_is_judged_by_the_next(tmp_path: Path, db_
     content = (json.dumps(row).encode() + b"\n") * 50_000 + b"{"
     file = File("file-1", "default", 1.0, "fine-tune", "a", len(content), service.blobs.put_bytes("default", content))
     service.db.write("add", lambda tx: files.add(tx, file))
-    with subprocess.Popen([sys.executable, "-c", JUDGE, str(tmp_path), made.db_url]) as process:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the tests' own modules too
+    with subprocess.Popen([sys.executable, "-c", JUDGE, str(tmp_path), made.db_url], env=environment) as process:
         while not service.db.read(lambda tx: leases.look(tx, ["file:file-1"])):
             assert process.poll() is None
             time.sleep(0.01)
