@@ -31,13 +31,15 @@ CONFIG = ServiceConfig.model_validate(
     }
 )
 
-HTTP = httpx.Client(timeout=60)
+HTTP: httpx.Client
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    HTTP.close()
+def _open() -> Iterator[None]:
+    """Tests of a module may run in two goes, with another module's between."""
+    global HTTP
+    with httpx.Client(timeout=60) as HTTP:
+        yield
 
 
 @pytest.fixture(scope="module")
