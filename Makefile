@@ -29,7 +29,7 @@ check: setup  ## formatter, linter, types, import rules
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: check  ## everything that must hold, in under 15 minutes on two cores, with coverage shown
+test: check  ## everything that must hold, in about 15 minutes on two cores, with coverage shown
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --cov=kivnun --cov-report=term:skip-covered -q
 
 test-slow: setup  ## sweeps, many kills, the base's recipe; up to an hour
