@@ -507,5 +507,6 @@ def test_the_same_holds_on_postgresql(postgres: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_whatever_happens_in_many_long_stories() -> None:
     play("", int(os.environ.get("KIVNUN_STORIES", "400")), 80, known=False)
