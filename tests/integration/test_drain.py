@@ -42,13 +42,6 @@ SLOW = ToySpec(seed=3, epochs=3, batch_rows=2, step_ms=40.0, checkpoint_every_st
 
 
 @pytest.fixture(scope="module")
-def trainers() -> Iterator[Trainers]:
-    made = Trainers(loads_torch=False)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def s3_port() -> Iterator[int]:
     with s3_server() as port:
         yield port
