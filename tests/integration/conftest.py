@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kivnun.jobs.place import Place
     from kivnun.service.context import Service
+    from kivnun.worker.trainer import Trainers
     from service_parts import Clock
 
 
@@ -44,3 +48,20 @@ def clock() -> Clock:
     from service_parts import Clock
 
     return Clock()
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Place:
+    """A place on SQLite for toy jobs, for what is about processes and not about SQL."""
+    from toy_jobs import toy_place
+
+    return toy_place(tmp_path / "place")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> dict[str, str]:
+    """Return the adapter of SLOW, trained without a stop."""
+    from toy_jobs import SLOW, adapter_of_quiet_run, queue_job, toy_place
+
+    place = toy_place(tmp_path_factory.mktemp("undisturbed"))
+    return adapter_of_quiet_run(place, queue_job(place, spec=SLOW.model_copy(update={"step_ms": 0.0})), trainers)

@@ -23,7 +23,6 @@ from kivnun.worker.trainer import Trainers
 from toy_jobs import (
     SLOW,
     adapter_bytes,
-    adapter_of_quiet_run,
     assert_whole,
     below,
     command,
@@ -44,19 +43,6 @@ from toy_jobs import (
 @pytest.fixture
 def place(tmp_path: Path, db_url: str) -> Place:
     return toy_place(tmp_path / "place", db_url)
-
-
-@pytest.fixture
-def quick(tmp_path: Path) -> Place:
-    """A place on SQLite, for what is about processes and not about SQL."""
-    return toy_place(tmp_path / "place")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> dict[str, str]:
-    """Return the adapter of SLOW, trained without a stop."""
-    place = toy_place(tmp_path_factory.mktemp("undisturbed"))
-    return adapter_of_quiet_run(place, queue_job(place, spec=SLOW.model_copy(update={"step_ms": 0.0})), trainers)
 
 
 def test_a_queued_job_is_trained_to_its_model_files_price_and_events(place: Place, trainers: Trainers) -> None:

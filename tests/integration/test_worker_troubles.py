@@ -30,33 +30,18 @@ from kivnun.worker.trainer import Trainers
 from toy_jobs import (
     SLOW,
     adapter_bytes,
-    adapter_of_quiet_run,
     assert_whole,
     command,
     events_of,
     job_of,
     parent_of,
     queue_job,
-    toy_place,
     trainer_of,
     trains,
     until,
     work_here,
     worker_thread,
 )
-
-
-@pytest.fixture
-def quick(tmp_path: Path) -> Place:
-    """A place on SQLite, for what is about processes and not about SQL."""
-    return toy_place(tmp_path / "place")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> dict[str, str]:
-    """Return the adapter of SLOW, trained without a stop."""
-    place = toy_place(tmp_path_factory.mktemp("undisturbed"))
-    return adapter_of_quiet_run(place, queue_job(place, spec=SLOW.model_copy(update={"step_ms": 0.0})), trainers)
 
 
 def test_a_trainer_that_does_not_heed_is_ended_when_the_worker_has_to(quick: Place, trainers: Trainers) -> None:
